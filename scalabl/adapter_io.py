@@ -1,0 +1,136 @@
+"""Adapter directories: reading with every check, writing, and loading onto a base model. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scalabl.config import AdapterConfig
+from scalabl.errors import AdapterError
+from scalabl.model import ScalaBLModel, TokenBatch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """`adapter_config.json` of an adapter directory.
+
+    Raises:
+        AdapterError: the file is missing, is not JSON or holds a wrong field; the message names it.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} has no {CONFIG_FILE}; an adapter is a folder with it and {WEIGHTS_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}") from None
+    if isinstance(raw, dict) and raw.get("peft_type", "SCALABL") != "SCALABL":
+        raise AdapterError(f"{path}: peft_type is {raw['peft_type']!r}; a ScalaBL adapter has 'SCALABL'")
+    try:
+        return AdapterConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise AdapterError(f"{path}: {where}: {first['msg']}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `adapter_model.safetensors`, in float32.
+
+    Raises:
+        AdapterError: the file is missing or not safetensors.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a safetensors file: {error}") from None
+
+
+def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors into a model, all of them or none.
+
+    Raises:
+        AdapterError: a tensor is missing, surplus, misshapen or not finite, or a sigma is not above 0.
+    """
+    parameters = model.adapter_parameters()
+    surplus = sorted(weights.keys() - parameters.keys())
+    if surplus:
+        module = surplus[0].rpartition(".")[0]
+        raise AdapterError(f"tensor {surplus[0]!r} has no place: {module!r} is not an adapted module of the base model")
+    for name, parameter in parameters.items():
+        if name not in weights:
+            raise AdapterError(f"tensor {name!r} is missing from {WEIGHTS_FILE}")
+        tensor = weights[name]
+        if tensor.shape != parameter.shape:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need {list(parameter.shape)}"
+            )
+        if name.endswith(".s_log_std"):
+            sigma = tensor.exp()
+            if bool((sigma <= 0).any()):
+                raise AdapterError(f"tensor {name!r} holds a sigma that is not above 0 (log {float(tensor.min())})")
+            if not bool(torch.isfinite(sigma).all()):
+                raise AdapterError(f"tensor {name!r} holds a sigma that is not finite (log {float(tensor.max())})")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"tensor {name!r} holds values that are not finite")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def check_effect(model: ScalaBLModel) -> None:
+    """Refuse an adapter that changes no logit: two draws on a probe equal the base model's logits to the last bit.
+
+    Raises:
+        AdapterError: nothing changed.
+    """
+    vocabulary = model.base.get_input_embeddings().weight.shape[0]
+    probe = TokenBatch.of([[(7 * i + 3) % vocabulary for i in range(8)]])
+    adapted = model.logits(probe, model.draws(2))
+    if bool((adapted == model.base_logits(probe).unsqueeze(1)).all()):
+        raise AdapterError("the adapter changes no logit of the base model; it was saved before training, or scaled to zero")
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
+    """Put the adapter of a directory onto a base model, ready to serve.
+
+    Adapter matrices are held in the base model's dtype, mu and sigma in float32.
+
+    Raises:
+        AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
+    """
+    model = ScalaBLModel(base, read_config(folder))
+    load_weights(model, read_weights(folder))
+    for layer in model.adapted.values():
+        layer.lora_A.data = layer.lora_A.data.to(base.dtype)
+        layer.lora_B.data = layer.lora_B.data.to(base.dtype)
+    model.requires_grad_(False).eval()
+    check_effect(model)
+    return model
+
+
+def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter directory. Each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
+        (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(Path(scratch) / name, folder / name)

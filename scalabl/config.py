@@ -1,0 +1,109 @@
+"""What an adapter says of itself: `adapter_config.json` as typed, validated models. Reading files is `adapter_io`'s."""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FORMAT_VERSION = 1
+
+TaskKind = Literal["classification", "multiple_choice"]
+
+CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
+# The prompt of the authors' published code (BayesAdapt) for its multiple-choice sets.
+MULTIPLE_CHOICE_TEMPLATE = (
+    "Answer the multiple choice question below. Output the letter of your choice only.\n"
+    "{input}\nChoices:\n{choices}\nAnswer:"
+)
+
+
+class Task(BaseModel):
+    """How a text becomes a prompt, and which tokens stand for the choices.
+
+    `classification` has fixed choices; `multiple_choice` takes them from each request and letters them, so that here
+    `choices` are the letters. `template` holds `{input}` and, for multiple choice, `{choices}`.
+    `choice_prefix` is the text between the prompt and the choice (a space after "Label:", say, or the first characters of
+    a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice, that the head is cut to.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: TaskKind
+    template: str
+    choices: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=2)
+    choice_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    chat: bool = False
+    choice_prefix: str = " "
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_wellformed(cls, template: str) -> str:
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        except ValueError as error:
+            raise ValueError(
+                f"template is not a valid format string ({error}); write literal braces as {{{{ and }}}}"
+            ) from None
+        unknown = [field for field in fields if field not in ("input", "choices")]
+        if unknown:
+            raise ValueError(f"template has an unknown placeholder {{{unknown[0]}}}; use {{input}} and {{choices}}")
+        if "input" not in fields:
+            raise ValueError("template has no {input} placeholder, so every input would get the same answer")
+        return template
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.kind == "multiple_choice" and "{choices}" not in self.template:
+            raise ValueError("template has no {choices} placeholder, which multiple_choice needs")
+        if len(set(self.choices)) != len(self.choices):
+            raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice")
+        if self.choice_tokens is not None:
+            if len(self.choice_tokens) != len(self.choices):
+                raise ValueError(f"choice_tokens has {len(self.choice_tokens)} entries for {len(self.choices)} choices")
+            seen: dict[int, str] = {}
+            for choice, token in zip(self.choices, self.choice_tokens, strict=True):
+                if token in seen:
+                    raise ValueError(f"choices {seen[token]!r} and {choice!r} share the token {token}; rename one of them")
+                seen[token] = choice
+        return self
+
+
+def _first_repeated(items: tuple[str, ...]) -> str:
+    return next(item for index, item in enumerate(items) if item in items[:index])
+
+
+class AdapterConfig(BaseModel):
+    """The contents of `adapter_config.json`: PEFT's field names where PEFT has one.
+
+    `prior_std` is the standard deviation of p(s); `posterior_scale` (tau) multiplies sigma and `temperature` divides the
+    logits, both set by calibration. `layers_to_transform` limits the adapted decoder layers (None: all of them); it does
+    not concern the head, which is adapted when `target_modules` names it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    peft_type: Literal["SCALABL"] = "SCALABL"
+    format_version: int = FORMAT_VERSION
+    base_model_name_or_path: str
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    prior_std: float = Field(default=1.0, gt=0)
+    posterior_scale: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    task: Task
+
+    @field_validator("format_version")
+    @classmethod
+    def _version_is_known(cls, version: int) -> int:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version {version} is not supported; this release reads version {FORMAT_VERSION}")
+        return version
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor of B diag(s) A."""
+        return self.lora_alpha / self.r

@@ -1,0 +1,68 @@
+"""Labelled examples from JSONL files, checked row by row before anything is trained or evaluated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalabl.errors import DatasetError, PromptError
+from scalabl.prompt import check_text
+
+NONE_OF_THEM = -1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: the text, the choices it came with, and the index of the true one (`NONE_OF_THEM`: out of distribution)."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
+    """Rows of `{"text" | "question", ["context"], "choices": [...], "answer": int}`, one JSON object a line.
+
+    A context is put before the question, with an empty line between. `labelled` demands an answer among the choices.
+
+    Raises:
+        DatasetError: the file cannot be read, is empty, or has a bad row; the message gives file and line.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(_example(line, labelled))
+        except (ValueError, PromptError) as error:
+            raise DatasetError(f"{path}:{number}: {error}") from None
+    if not examples:
+        raise DatasetError(f"{path} has no rows")
+    return examples
+
+
+def _example(line: bytes, labelled: bool) -> Example:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise ValueError("the row is not a JSON object")
+    name = "text" if "text" in row else "question"
+    text, context = row.get(name), row.get("context")
+    if not isinstance(text, str):
+        raise ValueError("the row needs a string under 'text' or 'question'")
+    check_text(name, text)
+    if context is not None:
+        if not isinstance(context, str):
+            raise ValueError("'context' is not a string")
+        text = f"{context}\n\n{text}"
+    choices, answer = row.get("choices"), row.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError("'choices' must be a list of at least two non-empty strings")
+    lowest = 0 if labelled else NONE_OF_THEM
+    if not isinstance(answer, int) or isinstance(answer, bool) or not lowest <= answer < len(choices):
+        raise ValueError(f"'answer' is {answer!r}; it must be an index from {lowest} to {len(choices) - 1}")
+    return Example(text, tuple(choices), answer)

@@ -1,0 +1,148 @@
+"""Running a model over labelled sets and scoring what comes out: accuracy, calibration, and telling OOD inputs apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+
+from scalabl.dataset import NONE_OF_THEM, Example
+from scalabl.errors import DatasetError
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import Draws
+from scalabl.predictive import Predictive, predictive
+from scalabl.prompt import Prompter
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """N examples as prompts. `num_choices` [N] may vary for multiple choice; `answers` [N] has -1 for none of them."""
+
+    sequences: list[list[int]]
+    answers: Tensor
+    num_choices: Tensor
+
+
+def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
+    """Prompts of a data set for a task.
+
+    Raises:
+        DatasetError: a row whose choices are not the task's.
+        PromptError: a row that cannot become a prompt.
+    """
+    task = prompter.task
+    sequences = []
+    for row, example in enumerate(examples):
+        if task.kind == "classification":
+            if example.choices != task.choices:
+                raise DatasetError(f"row {row} has the choices {list(example.choices)}; the task has {list(task.choices)}")
+            choices = None
+        else:
+            choices = example.choices
+        sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))
+    return EncodedSet(
+        sequences,
+        torch.tensor([example.answer for example in examples]),
+        torch.tensor([len(example.choices) for example in examples]),
+    )
+
+
+def batches(lengths: Sequence[int], num_samples: int, max_batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each within rows * longest <= max_batch_tokens (at least one input)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * num_samples * lengths[index] > max_batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def logits_of(
+    model: ScalaBLModel,
+    sequences: Sequence[Sequence[int]],
+    draws: Draws,
+    *,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Logits [N, K, C] of N prompts in length-aware batches; `on_progress` hears how many inputs each batch finished."""
+    result = torch.empty(len(sequences), draws.num_samples, model.num_choices)
+    for batch in batches([len(ids) for ids in sequences], draws.num_samples, max_batch_tokens):
+        result[batch] = model.logits(TokenBatch.of([sequences[i] for i in batch]), draws).cpu()
+        if on_progress is not None:
+            on_progress(len(batch))
+    return result
+
+
+def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
+    """The predictive of N inputs, with the logits of choices that an input does not have put out of reach."""
+    absent = torch.arange(logits.shape[-1]) >= num_choices.unsqueeze(1)  # [N, C]
+    return predictive(logits.masked_fill(absent.unsqueeze(1), -1e4), model.config.temperature, draws.scheme)
+
+
+def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
+    """Accuracy, NLL (nats), ECE (15 equal-width bins), Brier score, mean entropy and MI, and AUROC of wrong answers.
+
+    Args:
+        answers: [N], each an index into the choices.
+    """
+    probabilities = outcome.probabilities  # [N, C]
+    wrong = (probabilities.argmax(-1) != answers).int()
+    truth = torch.nn.functional.one_hot(answers, probabilities.shape[-1])
+    result = {
+        "accuracy": 1 - wrong.double().mean().item(),
+        "nll": -probabilities.gather(1, answers.unsqueeze(1)).clamp_min(1e-300).log().mean().item(),
+        "ece": multiclass_calibration_error(
+            probabilities.float(), answers, num_classes=probabilities.shape[-1], n_bins=ECE_BINS, norm="l1"
+        ).item(),
+        "brier": (probabilities - truth).square().sum(-1).mean().item(),
+        "entropy": outcome.entropy.mean().item(),
+        "mutual_information": outcome.mutual_information.mean().item(),
+    }
+    if 0 < int(wrong.sum()) < len(wrong):
+        result |= {f"auroc_wrong_{name}": _auroc(score, wrong) for name, score in _doubts(outcome).items()}
+    return result
+
+
+def ood_scores(inside: Predictive, outside: Predictive) -> dict[str, float]:
+    """AUROC with which each doubt score ranks the inputs of `outside` above those of `inside`, and the means outside."""
+    label = torch.cat([torch.zeros(len(inside.entropy)), torch.ones(len(outside.entropy))]).int()
+    doubts = _doubts(outside)
+    result = {
+        f"auroc_ood_{name}": _auroc(torch.cat([score, doubts[name]]), label) for name, score in _doubts(inside).items()
+    }
+    result["ood_entropy"] = outside.entropy.mean().item()
+    result["ood_mutual_information"] = outside.mutual_information.mean().item()
+    return result
+
+
+def _doubts(outcome: Predictive) -> dict[str, Tensor]:
+    return {
+        "mutual_information": outcome.mutual_information,
+        "entropy": outcome.entropy,
+        "confidence": 1 - outcome.probabilities.max(-1).values,
+    }
+
+
+def _auroc(score: Tensor, label: Tensor) -> float:
+    # torchmetrics squashes scores outside [0, 1] through a sigmoid, which can tie them; ranks say the same without that.
+    ranks = torch.unique(score, return_inverse=True)[1].double()
+    return float(binary_auroc(ranks / max(1.0, ranks.max().item()), label))
+
+
+def check_in_distribution(examples: Sequence[Example], name: str) -> None:
+    """Refuse a set with unanswerable rows where accuracy is to be measured.
+
+    Raises:
+        DatasetError: naming the first such row.
+    """
+    for row, example in enumerate(examples):
+        if example.answer == NONE_OF_THEM:
+            raise DatasetError(f"{name}: row {row} has answer -1; pass sets of inputs outside the choices as --ood")

@@ -1,0 +1,226 @@
+"""Base model plus adapter -> logits [B, K, C] in one forward pass. Files are `adapter_io`'s, prompts are `prompt`'s."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scalabl.config import AdapterConfig
+from scalabl.errors import AdapterError
+from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
+from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B tokenised inputs, padded on either side.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 1 where there is a token; each row has at least one.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> TokenBatch:
+        """Right-padded batch of B token lists."""
+        if not sequences or not all(sequences):
+            raise ValueError("a batch needs at least one sequence, and each sequence at least one token")
+        width = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        return cls(ids, mask)
+
+    def right_padded(self) -> tuple[Tensor, Tensor]:
+        """(ids [B, T'], lengths [B]): each row's tokens moved to the left end, T' the longest row."""
+        mask = self.attention_mask.bool()
+        lengths = mask.sum(dim=1)
+        if int(lengths.min()) < 1:
+            raise ValueError("attention_mask has a row without any token")
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        return self.input_ids.gather(1, order)[:, : int(lengths.max())], lengths
+
+
+def _layer_index(name: str) -> int | None:
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def _select(base: PreTrainedModel, config: AdapterConfig, head_name: str) -> list[str]:
+    """Names of the modules to adapt, in the base model's own order; an unmatched target is an error."""
+    layers = config.layers_to_transform
+    chosen, matched, seen_layers = [], set(), set()
+    for name, module in base.named_modules():
+        targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
+        if not targets or not is_adaptable(module):
+            continue
+        index = _layer_index(name)
+        if name != head_name and layers is not None:
+            if index not in layers:
+                continue
+            seen_layers.add(index)
+        matched.update(targets)
+        chosen.append(name)
+    missing = [t for t in config.target_modules if t not in matched]
+    if missing:
+        raise AdapterError(f"target module {missing[0]!r} matches no linear layer of the base model {type(base).__name__}")
+    absent = [i for i in layers or () if i not in seen_layers]
+    if absent and chosen != [head_name]:
+        raise AdapterError(f"layers_to_transform names layer {absent[0]}, in which the base model has no target module")
+    return chosen
+
+
+class ScalaBLModel(nn.Module):
+    """A transformers causal language model whose target modules carry a ScalaBL adapter.
+
+    The base model is frozen and changed in place: its target modules become `SubspaceLinear` and its head is cut to the
+    task's choice tokens, so that the vocabulary is never multiplied out. Embeddings tied to the head keep their own weights.
+
+    Not re-entrant: one thread runs a model at a time.
+
+    Raises:
+        AdapterError: the configuration does not fit the base model; the message names the module, layer or token.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: AdapterConfig) -> None:
+        super().__init__()
+        if config.task.choice_tokens is None:
+            raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
+        self.config = config
+        self.base = base.requires_grad_(False)
+        self._context = SampleContext()
+        self.adapted: dict[str, SubspaceLinear] = {}
+
+        head = base.get_output_embeddings()
+        head_name = next((name for name, module in base.named_modules() if module is head), None)
+        if head is None or head_name is None:
+            raise AdapterError(f"{type(base).__name__} has no output head; a causal language model is needed")
+        names = _select(base, config, head_name)
+        try:
+            cut: nn.Module = cut_head(head, config.task.choice_tokens)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
+        for name in names:
+            inner = cut if name == head_name else base.get_submodule(name)
+            start = len(self.adapted) * config.r
+            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), self._context)
+            self.adapted[name] = layer
+            if name == head_name:
+                cut = layer
+            else:
+                base.set_submodule(name, layer)
+        self._head = ChoiceHead(cut)
+        base.set_submodule(head_name, self._head)
+
+    @property
+    def num_stochastic_parameters(self) -> int:
+        """P: the scalars that are drawn, R per adapted layer."""
+        return self.config.r * len(self.adapted)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.config.task.choices)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.base.device
+        return device
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything trainable, named as in the adapter file: `<module>.lora_A` and so on."""
+        return {
+            f"{name}.{kind}": getattr(layer, kind)
+            for name, layer in self.adapted.items()
+            for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
+        }
+
+    def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
+        """A fresh, untrained adapter: the paper's initialisation, B = 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.adapted.values():
+            layer.reset_parameters(generator, std_init)
+
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
+        layers = list(self.adapted.values())
+        device = layers[0].s_mean.device
+        return (
+            torch.cat([layer.s_mean.to(device) for layer in layers]),
+            torch.cat([layer.s_log_std.to(device) for layer in layers]),
+        )
+
+    def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
+        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of stochastic parameters)."""
+        return draw(seed, num_samples, self.num_stochastic_parameters, scheme)
+
+    def mean_draw(self) -> Draws:
+        """One draw with every scalar at its posterior mean."""
+        return zero_draw(self.num_stochastic_parameters)
+
+    def sample(self, epsilon: Tensor) -> Tensor:
+        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma."""
+        mean, log_std = self.posterior()
+        return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
+
+    def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None) -> Tensor:
+        """One forward pass over M right-padded rows: logits [M, C] float32 at each row's last position.
+
+        Causal attention never looks right, so right padding needs no mask and cannot reach an answer.
+        `rows` None runs the base model without its adapter. The context keeps `rows` afterwards, since gradient
+        checkpointing runs layers again in the backward pass.
+
+        Args:
+            input_ids: [M, T] int64. lengths: [M] int64, 1 <= lengths <= T.
+        """
+        self._context.rows = rows
+        self._head.last = lengths - 1
+        output = self.base(input_ids=input_ids, use_cache=False)
+        logits: Tensor = output.logits[:, 0].float()
+        return logits
+
+    @torch.inference_mode()
+    def logits(self, batch: TokenBatch, draws: Draws) -> Tensor:
+        """Logits of B inputs under K posterior samples, in one forward pass over B * K rows.
+
+        Returns:
+            [B, K, C] float32, before the temperature.
+        """
+        return torch.stack(self.logits_each(batch, [draws] * batch.input_ids.shape[0]))
+
+    @torch.inference_mode()
+    def logits_each(self, batch: TokenBatch, draws: Sequence[Draws]) -> list[Tensor]:
+        """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass."""
+        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
+        if len(draws) != ids.shape[0]:
+            raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
+        tables: dict[int, tuple[int, Draws]] = {}  # id of the draws -> (first row in s, draws)
+        first = 0
+        for each in draws:
+            if id(each) not in tables:
+                tables[id(each)] = (first, each)
+                first += each.num_samples
+        s = self.sample(torch.cat([each.epsilon for _, each in tables.values()]))
+        counts = [each.num_samples for each in draws]
+        sample = torch.cat([torch.arange(each.num_samples) + tables[id(each)][0] for each in draws])
+        expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        try:
+            rows = RowSamples(s, sample.to(self.device))
+            return list(torch.split(self.run_rows(ids[expand], lengths[expand], rows), counts))
+        finally:
+            self._context.rows = None
+
+    @torch.inference_mode()
+    def base_logits(self, batch: TokenBatch) -> Tensor:
+        """[B, C]: the base model's logits over the choice tokens, without the adapter."""
+        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
+        return self.run_rows(ids, lengths, None)

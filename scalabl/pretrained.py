@@ -1,0 +1,72 @@
+"""Loading a base model and its tokenizer with transformers: device, dtype, safe weight formats, clear errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from scalabl.errors import BaseModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A base model, frozen and in eval mode, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # the longest prompt that the model was made for
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is a GPU when there is one.
+
+    Raises:
+        BaseModelError: the device is unknown or absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise BaseModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it and float32 elsewhere (CPUs without bf16 units crawl through it)."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[dtype]
+
+
+def load_pretrained(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
+    """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors.
+
+    Raises:
+        BaseModelError: the name leads nowhere, is not a causal language model, or has no safetensors weights.
+    """
+    where = resolve_device(device)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=resolve_dtype(dtype, where),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
+        raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
+    model.to(where).requires_grad_(False).eval()
+    text = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
+    return Pretrained(model, tokenizer, min(int(limit) for limit in limits if limit))

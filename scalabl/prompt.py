@@ -1,0 +1,148 @@
+"""Task templates and choice tokens: from a text and its choices to token ids. Knows the tokenizer, not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.config import Task
+from scalabl.errors import InputTooLongError, PromptError
+
+PROBE = "x"
+
+
+class Prompter:
+    """Renders a task's prompts and finds the token that stands for each choice.
+
+    A choice is read from the first token in which the choices differ. What they all start with (a space token, a shared
+    first word) is appended to every prompt, so that the model is asked at exactly the position where they part.
+
+    Attributes:
+        choice_tokens: one token id per choice of the task, in its order.
+
+    Raises:
+        PromptError: choices that cannot be told apart by one token, named; a template whose end merges with the choices;
+            `chat` without a chat template.
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.task = task
+        self._tokenizer = tokenizer
+        if task.chat and not tokenizer.chat_template:
+            raise PromptError("task.chat is true and the tokenizer has no chat template; set chat to false")
+        natural, self._suffix = self._resolve_choices()
+        self.choice_tokens: tuple[int, ...] = task.choice_tokens or natural
+        self.mismatched = [c for c, a, b in zip(task.choices, self.choice_tokens, natural, strict=True) if a != b]
+
+    @property
+    def resolved_task(self) -> Task:
+        """The task with its choice tokens filled in."""
+        return self.task.model_copy(update={"choice_tokens": self.choice_tokens})
+
+    def render(self, text: str, choices: Sequence[str] | None = None) -> str:
+        """The prompt's text. `choices` are the texts to letter, for multiple choice only."""
+        listed = ""
+        if self.task.kind == "multiple_choice":
+            if choices is None:
+                raise PromptError("choices: this adapter's task is multiple_choice; send the choices with each input")
+            if not 2 <= len(choices) <= len(self.task.choices):
+                raise PromptError(f"choices: {len(choices)} were given; this adapter takes 2 to {len(self.task.choices)}")
+            if len(set(choices)) != len(choices):
+                repeated = next(c for i, c in enumerate(choices) if c in choices[:i])
+                raise PromptError(f"choices: {repeated!r} appears twice; choices must be distinct")
+            lettered = zip(self.task.choices, choices, strict=False)
+            listed = "\n".join(f"{letter}) {choice}" for letter, choice in lettered)
+        elif choices is not None:
+            raise PromptError("choices: this adapter's task is classification with fixed choices; leave the field out")
+        rendered = self.task.template.format(input=text, choices=listed)
+        if not self.task.chat:
+            return rendered
+        messages = [{"role": "user", "content": rendered}]
+        chat = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return str(chat)
+
+    def encode(
+        self, text: str, choices: Sequence[str] | None = None, *, max_tokens: int | None = None, truncate: bool = False
+    ) -> list[int]:
+        """Token ids of one prompt, ending right before the token that tells the choices apart.
+
+        Args:
+            max_tokens: refuse, or with `truncate` cut the end of the text (never the template), above this many tokens.
+
+        Raises:
+            InputTooLongError: too many tokens and no `truncate`, or the template alone is too long.
+            PromptError: an empty text, text that is no valid Unicode, or choices that do not fit the task.
+        """
+        check_text("inputs", text)
+        for choice in choices or ():
+            check_text("choices", choice)
+        ids = self._ids(self.render(text, choices)) + self._suffix
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids
+        if not truncate:
+            raise InputTooLongError(len(ids), max_tokens)
+        pieces = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        keep = len(pieces)
+        while len(ids) > max_tokens:
+            keep -= len(ids) - max_tokens
+            if keep < 1:
+                raise InputTooLongError(len(ids), max_tokens)
+            shortened = self._tokenizer.decode(pieces[:keep])
+            ids = self._ids(self.render(shortened, choices)) + self._suffix
+        return ids
+
+    def _ids(self, rendered: str) -> list[int]:
+        # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, say).
+        ids: list[int] = self._tokenizer(rendered, add_special_tokens=not self.task.chat)["input_ids"]
+        return ids
+
+    def _resolve_choices(self) -> tuple[tuple[int, ...], list[int]]:
+        """(the token of each choice, the tokens that all choices start with)."""
+        choices = self.task.choices
+        prompt = self.render(PROBE, choices if self.task.kind == "multiple_choice" else None)
+        ids = _without_eos(self._ids(prompt), self._tokenizer)
+        tails = []
+        for choice in choices:
+            whole = _without_eos(self._ids(prompt + self.task.choice_prefix + choice), self._tokenizer)
+            if whole[: len(ids)] != ids:
+                raise PromptError(
+                    f"the template's last characters merge with the choice {choice!r} into one token; "
+                    "end the template without a space and begin choice_prefix with it"
+                )
+            tails.append(whole[len(ids) :])
+        shared = 0
+        while all(len(tail) > shared for tail in tails) and len({tail[shared] for tail in tails}) == 1:
+            shared += 1
+        tokens: dict[int, str] = {}
+        for choice, tail in zip(choices, tails, strict=True):
+            if len(tail) <= shared:
+                raise PromptError(f"the choice {choice!r} is the beginning of every other choice; rename it")
+            token = tail[shared]
+            if token in tokens:
+                raise PromptError(
+                    f"choices {tokens[token]!r} and {choice!r} both start with the token {token} "
+                    f"({self._tokenizer.decode([token])!r}); rename one of them"
+                )
+            tokens[token] = choice
+        return tuple(tokens), tails[0][:shared]
+
+
+def _without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuse text without a visible character, and lone surrogates, which no tokenizer can encode.
+
+    Raises:
+        PromptError: naming `field`.
+    """
+    if not text.strip():
+        raise PromptError(f"{field}: the text is empty; send at least one visible character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{field}: the text is not valid Unicode (a lone surrogate at character {error.start})") from None

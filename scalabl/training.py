@@ -1,0 +1,195 @@
+"""Stochastic variational inference for an adapter: the loss, and transformers' own Trainer around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from scalabl.adapter_io import load_weights, read_weights, save_adapter
+from scalabl.config import AdapterConfig
+from scalabl.evaluation import EncodedSet, logits_of, predictive_of, scores
+from scalabl.layer import RowSamples
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import kl_divergence
+from scalabl.recipe import TrainingConfig
+
+
+class VariationalModule(nn.Module):
+    """An adapter's evidence lower bound as a module: what the Trainer steps.
+
+    Loss per batch, in nats: the mean over examples and samples of -log p(y | x, s), plus beta * KL(q||p) / N, with N the
+    number of training examples (Samplawski et al. 2025, section 3). Every row draws its own s, so that the gradient's
+    noise averages within the batch.
+    """
+
+    def __init__(self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int) -> None:
+        super().__init__()
+        self.model, self.recipe, self.num_examples = model, recipe, num_examples
+
+    def forward(self, input_ids: Tensor, lengths: Tensor, num_choices: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """input_ids [B, T] right-padded; lengths, num_choices, labels [B] -> scalars `loss`, `nll`, `kl`."""
+        repeat = self.recipe.train_samples
+        ids, lengths, num_choices, labels = (
+            tensor.repeat_interleave(repeat, dim=0) for tensor in (input_ids, lengths, num_choices, labels)
+        )
+        rows = ids.shape[0]
+        epsilon = torch.randn(rows, self.model.num_stochastic_parameters, device=ids.device)
+        samples = RowSamples(self.model.sample(epsilon), torch.arange(rows, device=ids.device))
+        logits = self.model.run_rows(ids, lengths, samples)  # [M, C]
+        absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
+        nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
+        mean, log_std = self.model.posterior()
+        kl = kl_divergence(mean, log_std, self.model.config.prior_std, self.recipe.kl_direction)
+        return {"loss": nll + self.recipe.kl_weight * kl / self.num_examples, "nll": nll, "kl": kl}
+
+
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    ids, lengths = TokenBatch.of([row["input_ids"] for row in rows]).right_padded()
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("num_choices", "labels")}
+    return {"input_ids": ids, "lengths": lengths, **columns}
+
+
+def _rows(encoded: EncodedSet) -> list[dict[str, Any]]:
+    return [
+        {"input_ids": ids, "num_choices": int(count), "labels": int(answer)}
+        for ids, count, answer in zip(encoded.sequences, encoded.num_choices, encoded.answers, strict=True)
+    ]
+
+
+class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """transformers' Trainer, with checkpoints that are adapter directories and a validation by the predictive itself."""
+
+    def __init__(self, module: VariationalModule, validation: EncodedSet, **kwargs: Any) -> None:
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
+        super().__init__(model=module, eval_dataset=_rows(validation), data_collator=_collate, **kwargs)
+        self.module, self.validation = module, validation
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already: average it over accumulated batches
+        self.terms: dict[str, float] = {}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        output: dict[str, Tensor] = model(**inputs)
+        self.terms = {"nll": output["nll"].item(), "kl": output["kl"].item()}
+        return output["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.terms}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores of the K-sample predictive on the validation set; `eval_loss` is its NLL."""
+        model, recipe = self.module.model, self.module.recipe
+        model.eval()
+        draws = model.draws(recipe.eval_samples, seed=recipe.seed)
+        logits = logits_of(model, self.validation.sequences, draws)
+        outcome = predictive_of(logits, self.validation.num_choices, model, draws)
+        metrics = {f"eval_{name}": value for name, value in scores(outcome, self.validation.answers).items()}
+        metrics["eval_loss"] = metrics.pop("eval_nll")
+        mean, log_std = (tensor.detach() for tensor in model.posterior())
+        metrics["eval_median_sigma"] = float(log_std.exp().median())
+        metrics["eval_median_abs_mu"] = float(mean.abs().median())
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = self.module.model.adapter_parameters().items()
+            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": []}
+            for name, parameter in parameters:
+                groups[name.rpartition(".")[2]].append(parameter)
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": groups["lora_A"] + groups["lora_B"], "lr": rate, "weight_decay": decay},
+                    # The prior is the regulariser of the scalars.
+                    {"params": groups["s_mean"], "lr": rate, "weight_decay": 0.0},
+                    {"params": groups["s_log_std"], "lr": self.module.recipe.sigma_learning_rate, "weight_decay": 0.0},
+                ]
+            )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.module.model
+        save_adapter(Path(output_dir or str(self.args.output_dir)), model.config, dict(model.adapter_parameters()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.module.model, read_weights(Path(resume_from_checkpoint)))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def train_adapter(
+    base: PreTrainedModel,
+    config: AdapterConfig,
+    recipe: TrainingConfig,
+    train: EncodedSet,
+    validation: EncodedSet,
+    output: Path,
+) -> dict[str, float]:
+    """Train a fresh adapter and write it to `output`; resumes from `output/checkpoints` when a run was cut short.
+
+    The adapter that is kept is the one of the validation with the lowest NLL.
+
+    Returns:
+        The last validation's scores, with the counts of stochastic and of additional parameters.
+    """
+    set_seed(recipe.seed)
+    model = ScalaBLModel(base, config)
+    model.reset_adapter(recipe.seed, recipe.std_init)
+    checkpoints = output / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup_fraction * recipe.max_steps),
+        lr_scheduler_type="cosine",
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=base.device.type == "cuda",
+        seed=recipe.seed,
+        train_sampling_strategy="group_by_length",
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps",
+        save_steps=recipe.eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=base.device.type == "cuda",
+        report_to=[],
+    )
+    callbacks = []
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
+    module = VariationalModule(model, recipe, num_examples=len(train.sequences))
+    trainer = VariationalTrainer(module, validation, args=arguments, train_dataset=_rows(train), callbacks=callbacks)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    metrics = trainer.evaluate()
+    save_adapter(output, config, dict(model.adapter_parameters()))
+    metrics["stochastic_parameters"] = model.num_stochastic_parameters
+    metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
+    return metrics

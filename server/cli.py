@@ -1,0 +1,279 @@
+"""The `scalabl` command: the one place that imports everything. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scalabl import __version__
+from scalabl.config import TaskKind
+from scalabl.errors import ScalaBLError
+from scalabl.recipe import TrainingConfig
+from server.options import command_for
+from server.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from scalabl.config import Task
+
+app = typer.Typer(
+    help="Inference server and tools for ScalaBL, Bayesian low-rank adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What the method refuses is a message and exit status 1, not a stack trace."""
+    try:
+        yield
+    except ScalaBLError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"scalabl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Inference server and tools for ScalaBL, Bayesian low-rank adapters."""
+
+
+def _serve(settings: ServeSettings) -> None:
+    """Serve an adapter over HTTP. Each option can also be set by the environment variable it names."""
+    import uvicorn
+
+    from server.app import create_app
+
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # transformers' look-ups, one line each
+    failures: list[Exception] = []
+
+    def on_failure(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    application = create_app(settings, on_failure)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            application.state.service.drain()
+            super().handle_exit(sig, frame)
+
+    server = Server(
+        uvicorn.Config(
+            application,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=settings.shutdown_timeout,
+        )
+    )
+    with _errors_as_messages():
+        server.run()
+        if failures:
+            if isinstance(failures[0], ScalaBLError):
+                raise failures[0]
+            raise typer.Exit(1)  # already logged with its traceback
+
+
+app.command("serve")(command_for(ServeSettings, _serve, env_prefix="SCALABL_"))
+
+
+def _train(
+    recipe: TrainingConfig,
+    model: Annotated[str, typer.Option(help="Base model: a hub id or a folder.")],
+    train: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
+    validation: Annotated[Path, typer.Option(help="Validation rows, JSONL.")],
+    output: Annotated[Path, typer.Option(help="The adapter directory to write; a run that was cut short resumes.")],
+    kind: Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")] = "classification",
+    template: Annotated[str | None, typer.Option(help="Prompt with {input} and, for multiple choice, {choices}.")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    choice_prefix: Annotated[
+        str | None, typer.Option(help="Text between prompt and choice (a space; none in a chat).")
+    ] = None,
+    r: Annotated[int, typer.Option(help="Rank: stochastic scalars per adapted layer.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha; the scaling is alpha / r.")] = 16.0,
+    target_modules: Annotated[str, typer.Option(help="Comma-separated module names.")] = "q_proj,v_proj,lm_head",
+    layers_to_transform: Annotated[str | None, typer.Option(help="Comma-separated layer indices (default: all).")] = None,
+    prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior p(s).")] = 1.0,
+    base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
+) -> None:
+    """Train an adapter with stochastic variational inference."""
+    with _errors_as_messages():
+        from scalabl.config import AdapterConfig
+        from scalabl.dataset import read_examples
+        from scalabl.evaluation import encode_examples
+        from scalabl.pretrained import load_pretrained
+        from scalabl.prompt import Prompter
+        from scalabl.training import train_adapter
+
+        training_rows, validation_rows = read_examples(train), read_examples(validation)
+        task = _task(kind, template, chat, choice_prefix, [row.choices for row in training_rows])
+        pretrained = load_pretrained(model, device=device, dtype="float32")
+        prompter = Prompter(task, pretrained.tokenizer)
+        config = AdapterConfig(
+            base_model_name_or_path=base_model_name or model,
+            r=r,
+            lora_alpha=lora_alpha,
+            target_modules=tuple(_split(target_modules)),
+            layers_to_transform=tuple(map(int, _split(layers_to_transform))) if layers_to_transform else None,
+            prior_std=prior_std,
+            task=prompter.resolved_task,
+        )
+        metrics = train_adapter(
+            pretrained.model,
+            config,
+            recipe,
+            encode_examples(prompter, training_rows, pretrained.max_tokens),
+            encode_examples(prompter, validation_rows, pretrained.max_tokens),
+            output,
+        )
+        typer.echo(json.dumps(metrics))
+
+
+app.command("train")(command_for(TrainingConfig, _train))
+
+
+def _task(
+    kind: TaskKind, template: str | None, chat: bool, choice_prefix: str | None, choices: list[tuple[str, ...]]
+) -> Task:
+    from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task
+
+    prefix = choice_prefix if choice_prefix is not None else ("" if chat else " ")
+    if kind == "multiple_choice":
+        letters = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(map(len, choices))])
+        return Task(
+            kind=kind, template=template or MULTIPLE_CHOICE_TEMPLATE, choices=letters, chat=chat, choice_prefix=prefix
+        )
+    return Task(kind=kind, template=template or CLASSIFICATION_TEMPLATE, choices=choices[0], chat=chat, choice_prefix=prefix)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL.")],
+    model: Annotated[str | None, typer.Option(help="Base model (default: the one that the adapter names).")] = None,
+    ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples per input.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
+) -> None:
+    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs."""
+    with _errors_as_messages():
+        from tqdm import tqdm
+
+        from scalabl.adapter_io import load_adapter, read_config
+        from scalabl.dataset import read_examples
+        from scalabl.evaluation import encode_examples, logits_of, ood_scores, predictive_of, scores
+        from scalabl.predictive import Predictive
+        from scalabl.pretrained import load_pretrained
+        from scalabl.prompt import Prompter
+
+        config = read_config(adapter)
+        examples = read_examples(data)
+        outside = {path: read_examples(path, labelled=False) for path in ood or []}
+        pretrained = load_pretrained(model or config.base_model_name_or_path, device=device)
+        prompter = Prompter(config.task, pretrained.tokenizer)
+        loaded = load_adapter(pretrained.model, adapter)
+        draws = loaded.draws(num_samples, seed)
+
+        def outcome_of(rows: list[Any], name: str) -> tuple[Predictive, Any]:
+            encoded = encode_examples(prompter, rows, pretrained.max_tokens)
+            with tqdm(total=len(rows), desc=name, unit="input") as bar:
+                logits = logits_of(loaded, encoded.sequences, draws, on_progress=bar.update)
+            return predictive_of(logits, encoded.num_choices, loaded, draws), encoded.answers
+
+        inside, answers = outcome_of(examples, data.name)
+        report: dict[str, Any] = {
+            "adapter": adapter.name,
+            "num_samples": num_samples,
+            "seed": seed,
+            "draw_scheme": draws.scheme,
+            "data": {"name": f"{data.parent.name}/{data.name}", "inputs": len(examples), **scores(inside, answers)},
+            "ood": [
+                {
+                    "name": f"{path.parent.name}/{path.name}",
+                    "inputs": len(rows),
+                    **ood_scores(inside, outcome_of(rows, path.name)[0]),
+                }
+                for path, rows in outside.items()
+            ],
+        }
+        text = json.dumps(report, indent=2)
+        typer.echo(text)
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
+    """Print an adapter's configuration and size, without its base model."""
+    with _errors_as_messages():
+        from scalabl.adapter_io import read_config, read_weights
+
+        config, weights = read_config(adapter), read_weights(adapter)
+        stochastic = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".s_mean"))
+        summary = {
+            **config.model_dump(mode="json"),
+            "adapted_layers": sum(name.endswith(".s_mean") for name in weights),
+            "stochastic_parameters": stochastic,
+            "additional_parameters": sum(tensor.numel() for tensor in weights.values()),
+        }
+        typer.echo(json.dumps(summary, indent=2))
+
+
+@convert.command("bayesadapt")
+def convert_bayesadapt_command(
+    checkpoint: Annotated[Path, typer.Option(help="The authors' state_dict.pt; read without unpickling code.")],
+    base_model: Annotated[str, typer.Option(help="Name of the base model to record.")],
+    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of their run.")],
+    choices: Annotated[str, typer.Option(help="Comma-separated choices, in their order.")],
+    choice_tokens: Annotated[str, typer.Option(help="Comma-separated token ids, one per choice.")],
+    output: Annotated[Path, typer.Option(help="The adapter directory to write.")],
+    kind: Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")] = "multiple_choice",
+    template: Annotated[str | None, typer.Option(help="Prompt (default: their multiple-choice prompt).")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    choice_prefix: Annotated[str | None, typer.Option(help="Text between prompt and choice.")] = None,
+) -> None:
+    """Convert a ScalaBL checkpoint of the authors' code (BayesAdapt)."""
+    with _errors_as_messages():
+        from pydantic import ValidationError
+
+        from scalabl.convert import convert_bayesadapt
+
+        names = tuple(_split(choices))
+        task = _task(kind, template, chat, choice_prefix, [names])
+        try:
+            task = type(task).model_validate(
+                task.model_dump() | {"choices": names, "choice_tokens": tuple(map(int, _split(choice_tokens)))}
+            )
+        except (ValidationError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--choices / --choice-tokens") from None
+        config = convert_bayesadapt(checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task)
+        typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
+
+
+if __name__ == "__main__":
+    sys.exit(app())

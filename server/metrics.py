@@ -1,0 +1,63 @@
+"""Prometheus metrics of one server: raw counts and histograms in base units; ratios are PromQL's to take."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+from scalabl import __version__
+from scalabl.predictive import Predictive
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
+POWERS = tuple(2.0**n for n in range(17))
+
+
+class Metrics:
+    """A registry of its own for each application, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        build = Info("scalabl_build", "Version of the server.", registry=self.registry)
+        build.info({"version": __version__})
+        self.ready = Gauge("scalabl_ready", "1 while the server takes requests.", registry=self.registry)
+        self.requests = Counter(
+            "scalabl_requests", "HTTP requests by route, method and status.", ["route", "method", "code"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.request_duration = self._histogram(
+            "scalabl_request_duration_seconds", "Time from request to answer.", SECONDS, ["route"]
+        )
+        self.queue_inputs = Gauge("scalabl_queue_inputs", "Inputs that wait for a pass.", registry=self.registry)
+        self.queue_duration = self._histogram("scalabl_queue_duration_seconds", "Time an input waits.", SECONDS)
+        self.forward_duration = self._histogram("scalabl_forward_duration_seconds", "Time of a forward pass.", SECONDS)
+        self.batch_rows = self._histogram("scalabl_batch_rows", "Rows (inputs x samples) of a pass.", POWERS)
+        self.batch_tokens = self._histogram("scalabl_batch_tokens", "Rows x padded length of a pass.", POWERS)
+        self.predictions = Counter("scalabl_predictions", "Inputs answered.", ["adapter"], registry=self.registry)
+        tenths = tuple(n / 20 for n in range(1, 21))
+        self.confidence = self._histogram(
+            "scalabl_prediction_confidence", "Probability of the prediction.", tenths, ["adapter"]
+        )
+        self.entropy = self._histogram("scalabl_prediction_entropy_nats", "Total uncertainty.", NATS, ["adapter"])
+        self.mutual_information = self._histogram(
+            "scalabl_prediction_mutual_information_nats", "Epistemic uncertainty.", NATS, ["adapter"]
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: list[str] | None = None) -> Histogram:
+        return Histogram(name, text, labels or [], buckets=buckets, registry=self.registry)
+
+    def observe_batch(self, rows: int, tokens: int, seconds: float) -> None:
+        """One forward pass over `rows`, `tokens` of them with padding."""
+        self.batch_rows.observe(rows)
+        self.batch_tokens.observe(tokens)
+        self.forward_duration.observe(seconds)
+
+    def observe_prediction(self, adapter: str, outcome: Predictive) -> None:
+        """The answer to one input: tensors without leading dimensions."""
+        self.predictions.labels(adapter).inc()
+        self.confidence.labels(adapter).observe(float(outcome.probabilities.max()))
+        self.entropy.labels(adapter).observe(float(outcome.entropy))
+        self.mutual_information.labels(adapter).observe(float(outcome.mutual_information))
+
+    def render(self) -> bytes:
+        """The text format that Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,96 @@
+"""Errors as RFC 9457 `application/problem+json`: a closed set of kinds, each with a stable slug, and the handlers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+logger = logging.getLogger("scalabl")
+
+TITLES: dict[str, tuple[int, str]] = {
+    "bad-request": (400, "The request is malformed"),
+    "unauthorized": (401, "A valid API key is needed"),
+    "not-found": (404, "No such resource"),
+    "unknown-adapter": (404, "No such adapter"),
+    "method-not-allowed": (405, "The route has no such method"),
+    "body-too-large": (413, "The request body is too large"),
+    "input-too-large": (413, "An input is too large"),
+    "invalid-field": (422, "A field is wrong"),
+    "queue-full": (429, "The queue is full"),
+    "internal-error": (500, "The server failed"),
+    "starting": (503, "The server is starting"),
+    "draining": (503, "The server is shutting down"),
+    "failed": (503, "The server could not load its model"),
+    "deadline-exceeded": (504, "The deadline has passed"),
+}
+
+
+class ProblemError(Exception):
+    """An answer that is an error. `slug` is a key of `TITLES`; `detail` says what to change."""
+
+    def __init__(self, slug: str, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(detail)
+        self.slug, self.detail, self.retry_after = slug, detail, retry_after
+
+    def response(self) -> Response:
+        status, title = TITLES[self.slug]
+        body = {"type": f"urn:scalabl:problem:{self.slug}", "title": title, "status": status, "detail": self.detail}
+        headers = {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if status == 401:
+            headers["www-authenticate"] = "Bearer"
+        # Escaped to ASCII, so that a lone surrogate quoted from the request cannot break the encoding.
+        return Response(json.dumps(body), status, headers, media_type="application/problem+json")
+
+
+UNION_TAGS = ("str", "list[")
+
+
+def _field_errors(errors: Sequence[Any]) -> str:
+    """pydantic's errors as `field: message`, the branches of a union joined by `or`."""
+    messages: dict[str, list[str]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith(UNION_TAGS)]
+        said = messages.setdefault(".".join(parts) or "body", [])
+        if error["msg"] not in said:
+            said.append(error["msg"])
+    return "; ".join(f"{field}: {' or '.join(said)}" for field, said in messages.items())
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the application a problem document."""
+
+    @app.exception_handler(ProblemError)
+    async def _problem(request: Request, error: ProblemError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return ProblemError("invalid-field", _field_errors(error.errors())).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return ProblemError("not-found", f"{request.url.path} is not a route; see /docs").response()
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            response = ProblemError("method-not-allowed", f"{request.url.path} takes {allowed}").response()
+            response.headers["allow"] = allowed
+            return response
+        if error.status_code == 400:  # a body that the JSON parser gave up on
+            return ProblemError("invalid-field", "body: not a JSON document that can be read").response()
+        return ProblemError("bad-request", str(error.detail)).response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        logger.error("unexpected error in %s", request.url.path, exc_info=error)
+        return ProblemError("internal-error", "an unexpected error; the server's log has it").response()

@@ -1,0 +1,127 @@
+"""The JSON that goes in and comes out. Field names are the field's terms (design.md, section 1)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Choices = Annotated[list[str], Field(min_length=2)]
+
+
+class PredictRequest(BaseModel):
+    """One text or a list of them; `choices` only for a multiple-choice adapter: one list for all inputs, or one each."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"inputs": "how do i move money to my savings account"}]}
+    )
+
+    inputs: str | Annotated[list[str], Field(min_length=1)] = Field(description="One text, or a list of texts.")
+    choices: Choices | Annotated[list[Choices], Field(min_length=1)] | None = Field(
+        default=None, description="Multiple choice only: the choices for all inputs, or one list for each."
+    )
+    num_samples: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        default=None, description="K, the number of posterior samples (default: the server's)."
+    )
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = Field(
+        default=None, description="Seed of the draws (default: the server's)."
+    )
+    method: Literal["monte_carlo"] = Field(default="monte_carlo", description="How the predictive is computed.")
+    return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
+    truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
+    adapter: str | None = Field(default=None, description="Name of the adapter (default: the one that is served).")
+
+
+class StandardError(BaseModel):
+    """Monte Carlo standard errors; null where K is too small to tell."""
+
+    probabilities: dict[str, float | None]
+    entropy: float | None
+    expected_entropy: float | None
+    mutual_information: float | None
+
+
+class Prediction(BaseModel):
+    """What the posterior samples say of one input. Entropies and mutual information are in nats."""
+
+    id: str = Field(description="Name of this prediction.")
+    prediction: str = Field(description="The most probable choice.")
+    index: int = Field(description="Its index among the choices.")
+    confidence: float = Field(description="Its probability.")
+    probabilities: dict[str, float] = Field(description="Mean over samples of each choice's probability.")
+    entropy: float = Field(description="Total uncertainty: entropy of the probabilities.")
+    expected_entropy: float = Field(description="Aleatoric part: mean over samples of their entropy.")
+    mutual_information: float = Field(description="Epistemic part: how much the samples disagree.")
+    standard_error: StandardError
+    num_samples: int
+    method: str
+    abstain: bool | None = Field(description="Null while the adapter has no abstention threshold.")
+    samples: list[dict[str, float]] | None = Field(
+        default=None, description="Each posterior sample's probabilities, when return_samples was set."
+    )
+
+
+class Usage(BaseModel):
+    """What the request cost: prompt tokens, rows (inputs x samples) and whether any text was cut."""
+
+    tokens: int
+    rows: int
+
+
+class PredictResponse(BaseModel):
+    """The answers, in the order of the inputs."""
+
+    id: str
+    model: str
+    adapter: str
+    predictions: list[Prediction]
+    usage: Usage
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Health(BaseModel):
+    """`status` is ok, starting, draining or failed."""
+
+    status: str
+
+
+class ModelInfo(BaseModel):
+    """The base model."""
+
+    name: str
+    architecture: str
+    dtype: str
+    device: str
+
+
+class AdapterInfo(BaseModel):
+    """The adapter and its task."""
+
+    name: str
+    r: int
+    lora_alpha: float
+    adapted_layers: int
+    stochastic_parameters: int
+    additional_parameters: int
+    posterior_scale: float
+    temperature: float
+    task: str
+    choices: list[str]
+
+
+class Info(BaseModel):
+    """What is loaded, what a request gets when it names nothing, and what it may ask for."""
+
+    version: str
+    model: ModelInfo
+    adapter: AdapterInfo
+    defaults: dict[str, int | str]
+    limits: dict[str, int | float]

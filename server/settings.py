@@ -1,0 +1,58 @@
+"""Every setting of `scalabl serve`: one field is one flag and one environment variable, `SCALABL_<FLAG>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from scalabl.posterior import DEFAULT_SCHEME, Scheme
+
+
+class ServeSettings(BaseSettings):
+    """Read from arguments first, then from the environment, then from the defaults here."""
+
+    model_config = SettingsConfigDict(env_prefix="SCALABL_", extra="forbid", frozen=True)
+
+    adapter: Path = Field(description="The adapter directory to serve.")
+    adapter_name: str | None = Field(default=None, description="Its name in the API (default: the folder's name).")
+    model: str | None = Field(
+        default=None, description="Base model: a hub id or a folder (default: the one that the adapter names)."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on (0: any free one).")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1, … (auto: a GPU when there is one).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Weights and activations (auto: bfloat16 on a GPU that has it, else float32)."
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model (default: torch's choice).")
+    num_samples: int = Field(default=16, ge=1, description="K, the posterior samples when a request names no number.")
+    max_samples: int = Field(default=256, ge=1, description="The most samples a request may ask for.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws; replicas with one seed agree.")
+    draw_scheme: Scheme = Field(default=DEFAULT_SCHEME, description="gaussian, antithetic or sobol.")
+    max_input_tokens: int | None = Field(
+        default=None, ge=1, description="The longest prompt, in tokens (default: what the base model was made for)."
+    )
+    max_batch_tokens: int = Field(
+        default=16384,
+        ge=1,
+        description="The most rows (inputs x samples) times length in one forward pass; a larger input is refused.",
+    )
+    target_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Join waiting inputs up to this many rows times padded length "
+        "(default: max_batch_tokens on a GPU; 2048 on a CPU, where larger batches only add latency).",
+    )
+    max_inputs: int = Field(default=256, ge=1, description="The most inputs in one request.")
+    max_queue: int = Field(default=1024, ge=1, description="The most inputs that may wait; beyond it the answer is 429.")
+    max_body_bytes: int = Field(default=2_000_000, ge=1, description="The largest request body.")
+    request_timeout: float = Field(default=60.0, gt=0, description="Seconds until a request is given up with a 504.")
+    shutdown_timeout: int = Field(default=30, ge=0, description="Seconds that running requests get after SIGTERM.")
+    api_keys: SecretStr | None = Field(
+        default=None, description="Comma-separated keys; with any, every route but health and metrics wants one."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run model code that comes with the base model.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="How much to log.")
