@@ -6,19 +6,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from scalabl.errors import DatasetError, PromptError
+from scalabl.errors import DatasetError
 from scalabl.prompt import check_text
-
-NONE_OF_THEM = -1
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the text, the choices it came with, and the index of the true one (`NONE_OF_THEM`: out of distribution)."""
+    """One row: the text, the choices it came with, and the index of the true one (-1: none of them).
+
+    `source` says where the row stands, as `file:line`.
+    """
 
     text: str
     choices: tuple[str, ...]
     answer: int
+    source: str
 
 
 def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
@@ -38,15 +40,15 @@ def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
         if not line.strip():
             continue
         try:
-            examples.append(_example(line, labelled))
-        except (ValueError, PromptError) as error:
+            examples.append(_example(line, labelled, source=f"{path}:{number}"))
+        except ValueError as error:
             raise DatasetError(f"{path}:{number}: {error}") from None
     if not examples:
         raise DatasetError(f"{path} has no rows")
     return examples
 
 
-def _example(line: bytes, labelled: bool) -> Example:
+def _example(line: bytes, labelled: bool, source: str) -> Example:
     row = json.loads(line.decode("utf-8"))
     if not isinstance(row, dict):
         raise ValueError("the row is not a JSON object")
@@ -62,7 +64,7 @@ def _example(line: bytes, labelled: bool) -> Example:
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("'choices' must be a list of at least two non-empty strings")
-    lowest = 0 if labelled else NONE_OF_THEM
+    lowest = 0 if labelled else -1
     if not isinstance(answer, int) or isinstance(answer, bool) or not lowest <= answer < len(choices):
         raise ValueError(f"'answer' is {answer!r}; it must be an index from {lowest} to {len(choices) - 1}")
-    return Example(text, tuple(choices), answer)
+    return Example(text, tuple(choices), answer, source)

@@ -10,7 +10,14 @@ class AdapterError(ScalaBLError):
 
 
 class PromptError(ScalaBLError, ValueError):
-    """A task, its choices or an input that cannot be turned into a prompt."""
+    """A task, its choices or an input that cannot be turned into a prompt.
+
+    `field` is the part of a request or a row that is wrong (`inputs`, `choices`), None when it is the task itself.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.message, self.field = message, field
 
 
 class InputTooLongError(PromptError):
@@ -18,7 +25,8 @@ class InputTooLongError(PromptError):
 
     def __init__(self, tokens: int, limit: int) -> None:
         super().__init__(
-            f"the prompt has {tokens} tokens and the limit is {limit}; shorten the input or ask for truncate: true"
+            f"the prompt has {tokens} tokens and the limit is {limit}; shorten the input or ask for truncate: true",
+            "inputs",
         )
         self.tokens = tokens
         self.limit = limit

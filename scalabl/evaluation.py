@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from scalabl.dataset import NONE_OF_THEM, Example
-from scalabl.errors import DatasetError
+from scalabl.dataset import Example
+from scalabl.errors import DatasetError, PromptError
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
@@ -32,19 +32,20 @@ def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens:
     """Prompts of a data set for a task.
 
     Raises:
-        DatasetError: a row whose choices are not the task's.
-        PromptError: a row that cannot become a prompt.
+        DatasetError: a row whose choices are not the task's, or that cannot become a prompt, with file and line.
     """
     task = prompter.task
     sequences = []
-    for row, example in enumerate(examples):
-        if task.kind == "classification":
-            if example.choices != task.choices:
-                raise DatasetError(f"row {row} has the choices {list(example.choices)}; the task has {list(task.choices)}")
-            choices = None
-        else:
-            choices = example.choices
-        sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))
+    for example in examples:
+        choices = None if task.kind == "classification" else example.choices
+        if choices is None and example.choices != task.choices:
+            raise DatasetError(
+                f"{example.source}: the choices are {list(example.choices)}; the task has {list(task.choices)}"
+            )
+        try:
+            sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))
+        except PromptError as error:
+            raise DatasetError(f"{example.source}: {error}") from None
     return EncodedSet(
         sequences,
         torch.tensor([example.answer for example in examples]),
@@ -135,14 +136,3 @@ def _auroc(score: Tensor, label: Tensor) -> float:
     # torchmetrics squashes scores outside [0, 1] through a sigmoid, which can tie them; ranks say the same without that.
     ranks = torch.unique(score, return_inverse=True)[1].double()
     return float(binary_auroc(ranks / max(1.0, ranks.max().item()), label))
-
-
-def check_in_distribution(examples: Sequence[Example], name: str) -> None:
-    """Refuse a set with unanswerable rows where accuracy is to be measured.
-
-    Raises:
-        DatasetError: naming the first such row.
-    """
-    for row, example in enumerate(examples):
-        if example.answer == NONE_OF_THEM:
-            raise DatasetError(f"{name}: row {row} has answer -1; pass sets of inputs outside the choices as --ood")

@@ -45,16 +45,16 @@ class Prompter:
         listed = ""
         if self.task.kind == "multiple_choice":
             if choices is None:
-                raise PromptError("choices: this adapter's task is multiple_choice; send the choices with each input")
+                raise PromptError("this adapter's task is multiple_choice; send the choices with each input", "choices")
             if not 2 <= len(choices) <= len(self.task.choices):
-                raise PromptError(f"choices: {len(choices)} were given; this adapter takes 2 to {len(self.task.choices)}")
+                raise PromptError(f"{len(choices)} were given; this adapter takes 2 to {len(self.task.choices)}", "choices")
             if len(set(choices)) != len(choices):
                 repeated = next(c for i, c in enumerate(choices) if c in choices[:i])
-                raise PromptError(f"choices: {repeated!r} appears twice; choices must be distinct")
+                raise PromptError(f"{repeated!r} appears twice; choices must be distinct", "choices")
             lettered = zip(self.task.choices, choices, strict=False)
             listed = "\n".join(f"{letter}) {choice}" for letter, choice in lettered)
         elif choices is not None:
-            raise PromptError("choices: this adapter's task is classification with fixed choices; leave the field out")
+            raise PromptError("this adapter's task is classification with fixed choices; leave the field out", "choices")
         rendered = self.task.template.format(input=text, choices=listed)
         if not self.task.chat:
             return rendered
@@ -141,8 +141,8 @@ def check_text(field: str, text: str) -> None:
         PromptError: naming `field`.
     """
     if not text.strip():
-        raise PromptError(f"{field}: the text is empty; send at least one visible character")
+        raise PromptError("the text is empty; send at least one visible character", field)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PromptError(f"{field}: the text is not valid Unicode (a lone surrogate at character {error.start})") from None
+        raise PromptError(f"the text is not valid Unicode (a lone surrogate at character {error.start})", field) from None

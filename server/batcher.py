@@ -84,9 +84,10 @@ class Batcher:
         for position, ids in enumerate(sequences):
             tokens = len(ids) * draws.num_samples
             if tokens > self._max_tokens:
+                field = f"inputs.{position}" if len(sequences) > 1 else "inputs"
                 raise ProblemError(
                     "input-too-large",
-                    f"inputs.{position}: {len(ids)} tokens x {draws.num_samples} samples = {tokens}, above the limit of "
+                    f"{field}: {len(ids)} tokens x {draws.num_samples} samples = {tokens}, above the limit of "
                     f"{self._max_tokens} for one pass; shorten the input or lower num_samples",
                 )
         self._drop_abandoned()

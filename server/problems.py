@@ -59,6 +59,10 @@ def _field_errors(errors: Sequence[Any]) -> str:
     """pydantic's errors as `field: message`, the branches of a union joined by `or`."""
     messages: dict[str, list[str]] = {}
     for error in errors:
+        if error["type"] == "json_invalid":
+            return f"body: not valid JSON at byte {error['loc'][-1]}: {error['ctx']['error']}"
+        if error["loc"] == ("body",):
+            return "body: send a JSON object, with the header 'Content-Type: application/json'"
         parts = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith(UNION_TAGS)]
         said = messages.setdefault(".".join(parts) or "body", [])
         if error["msg"] not in said:

@@ -8,7 +8,7 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -246,6 +246,7 @@ def _encode(engine: Engine, texts: Sequence[str], choices: Sequence[Sequence[str
     multiple_choice = engine.prompter.task.kind == "multiple_choice"
     sequences = []
     for position, (text, names) in enumerate(zip(texts, choices, strict=True)):
+        where = f".{position}" if len(texts) > 1 else ""
         try:
             sequences.append(
                 engine.prompter.encode(
@@ -253,9 +254,9 @@ def _encode(engine: Engine, texts: Sequence[str], choices: Sequence[Sequence[str
                 )
             )
         except InputTooLongError as error:
-            raise ProblemError("input-too-large", f"inputs.{position}: {error}") from None
+            raise ProblemError("input-too-large", f"inputs{where}: {error.message}") from None
         except PromptError as error:
-            raise ProblemError("invalid-field", f"input {position}: {error}") from None
+            raise ProblemError("invalid-field", f"{error.field or 'inputs'}{where}: {error.message}") from None
     return sequences
 
 
@@ -263,9 +264,9 @@ def _prediction(outcome: Predictive, choices: Sequence[str], draws: Draws, retur
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
     error = outcome.standard_error
-    samples = None
+    optional: dict[str, Any] = {}  # left out of the JSON unless asked for
     if return_samples:
-        samples = [dict(zip(choices, each, strict=True)) for each in outcome.sample_probabilities.tolist()]
+        optional["samples"] = [dict(zip(choices, each, strict=True)) for each in outcome.sample_probabilities.tolist()]
     return Prediction(
         id=f"pred-{uuid.uuid4().hex}",
         prediction=choices[index],
@@ -284,7 +285,7 @@ def _prediction(outcome: Predictive, choices: Sequence[str], draws: Draws, retur
         num_samples=draws.num_samples,
         method="monte_carlo",
         abstain=None,
-        samples=samples,
+        **optional,
     )
 
 

@@ -1,0 +1,21 @@
+"""Fixtures that more than one package's tests use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before transformers is imported: no test looks up a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Public data sets and the authors' checkpoint, kept beside the repository and not part of it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED.name}/ with the public data sets and the authors' checkpoint is not beside the repository")
+    return SHARED
