@@ -36,7 +36,7 @@ def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_
     except FileNotFoundError:
         raise AdapterError(f"{checkpoint} does not exist") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise AdapterError(f"{checkpoint} is not a state dict of tensors: {str(error).splitlines()[0]}") from None
+        raise AdapterError(f"{checkpoint} is not a state dict of tensors ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise AdapterError(f"{checkpoint} holds a {type(state).__name__}, not a state dict")
     modules: dict[str, dict[str, Tensor]] = {}
