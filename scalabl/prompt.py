@@ -31,6 +31,9 @@ class Prompter:
         self._tokenizer = tokenizer
         if task.chat and not tokenizer.chat_template:
             raise PromptError("task.chat is true and the tokenizer has no chat template; set chat to false")
+        plain, framed = (tokenizer(PROBE, add_special_tokens=framed)["input_ids"] for framed in (False, True))
+        # An end-of-sequence token after the prompt would stand where the answer belongs.
+        self._appends_eos = not task.chat and framed[-1] != plain[-1] and framed[-1] == tokenizer.eos_token_id
         natural, self._suffix = self._resolve_choices()
         self.choice_tokens: tuple[int, ...] = task.choice_tokens or natural
         self.mismatched = [c for c, a, b in zip(task.choices, self.choice_tokens, natural, strict=True) if a != b]
@@ -97,16 +100,16 @@ class Prompter:
     def _ids(self, rendered: str) -> list[int]:
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, say).
         ids: list[int] = self._tokenizer(rendered, add_special_tokens=not self.task.chat)["input_ids"]
-        return ids
+        return ids[:-1] if self._appends_eos else ids
 
     def _resolve_choices(self) -> tuple[tuple[int, ...], list[int]]:
         """(the token of each choice, the tokens that all choices start with)."""
         choices = self.task.choices
         prompt = self.render(PROBE, choices if self.task.kind == "multiple_choice" else None)
-        ids = _without_eos(self._ids(prompt), self._tokenizer)
+        ids = self._ids(prompt)
         tails = []
         for choice in choices:
-            whole = _without_eos(self._ids(prompt + self.task.choice_prefix + choice), self._tokenizer)
+            whole = self._ids(prompt + self.task.choice_prefix + choice)
             if whole[: len(ids)] != ids:
                 raise PromptError(
                     f"the template's last characters merge with the choice {choice!r} into one token; "
@@ -128,10 +131,6 @@ class Prompter:
                 )
             tokens[token] = choice
         return tuple(tokens), tails[0][:shared]
-
-
-def _without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def check_text(field: str, text: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -70,6 +72,37 @@ def _rows(encoded: EncodedSet) -> list[dict[str, Any]]:
     ]
 
 
+class LengthGroupedSampler(Sampler[int]):
+    """Every index once an epoch, batches of similar length in random order: a pure function of (seed, epoch).
+
+    transformers' own sampler draws from the global generator, so that a run resumed within an epoch sees other batches.
+    """
+
+    WINDOW = 50  # batches whose examples are sorted together
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self._seed, self._epoch))
+        order = generator.permutation(len(self._lengths))
+        window = self.WINDOW * self._batch_size
+        grouped = np.concatenate(
+            [sorted(order[i : i + window], key=self._lengths.__getitem__) for i in range(0, len(order), window)]
+        )
+        full = len(grouped) // self._batch_size * self._batch_size
+        batches = grouped[:full].reshape(-1, self._batch_size)
+        yield from generator.permutation(batches).flatten().tolist()
+        yield from grouped[full:].tolist()  # an incomplete batch can only be the last
+
+
 class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """transformers' Trainer, with checkpoints that are adapter directories and a validation by the predictive itself."""
 
@@ -85,6 +118,11 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         output: dict[str, Tensor] = model(**inputs)
         self.terms = {"nll": output["nll"].item(), "kl": output["kl"].item()}
         return output["loss"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, batch_size, self.args.seed)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -167,7 +205,6 @@ def train_adapter(
         max_grad_norm=recipe.max_grad_norm,
         bf16=base.device.type == "cuda",
         seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
         logging_steps=10,
         eval_strategy="steps",
         eval_steps=recipe.eval_steps,

@@ -1,0 +1,163 @@
+"""Prompts and choice tokens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from scalabl.config import Task
+from scalabl.errors import InputTooLongError, PromptError
+from scalabl.prompt import Prompter
+from tests import tiny
+
+
+def _classification(*choices: str, **fields: object) -> Task:
+    return tiny.CLASSIFICATION.model_copy(update={"choices": choices, **fields})
+
+
+def _decode(ids: list[int]) -> str:
+    return str(tiny.tokenizer().decode(ids))
+
+
+def test_the_prompt_ends_right_before_the_token_that_tells_the_choices_apart() -> None:
+    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    assert _decode(prompter.encode("grass")) == "grass\nLabel: "
+    assert [_decode([token]) for token in prompter.choice_tokens] == ["r", "g", "b"]
+
+
+def test_what_all_choices_begin_with_is_part_of_the_prompt() -> None:
+    prompter = Prompter(_classification("dark red", "dark blue"), tiny.tokenizer())
+    assert _decode(prompter.encode("grass")) == "grass\nLabel: dark "
+    assert [_decode([token]) for token in prompter.choice_tokens] == ["r", "b"]
+
+
+def test_choices_that_collide_are_named_with_their_token() -> None:
+    with pytest.raises(PromptError, match=r"choices 'red' and 'rose' both start with the token \d+ \('r'\); rename one"):
+        Prompter(_classification("red", "blue", "rose"), tiny.tokenizer())
+
+
+def test_a_choice_that_is_the_beginning_of_every_other_is_named() -> None:
+    with pytest.raises(PromptError, match="the choice 'red' is the beginning of every other choice; rename it"):
+        Prompter(_classification("red", "redder", "reddest"), tiny.tokenizer())
+
+
+def _word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<bos>", "<eos>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_a_template_whose_end_merges_with_a_choice_is_refused() -> None:
+    words = _word_tokenizer("x", "Label:red", "Label:blue", "Label:")
+    task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix="")
+    with pytest.raises(PromptError, match="last characters merge with the choice 'red' into one token"):
+        Prompter(task, words)
+
+
+def test_special_tokens_of_the_tokenizer_frame_the_prompt_and_an_eos_does_not_hide_the_choices() -> None:
+    words = _word_tokenizer("x", "red", "blue", "Label:")
+    prompter = Prompter(Task(kind="classification", template="{input} Label:", choices=("red", "blue")), words)
+    assert prompter.choice_tokens == (4, 5)
+    assert prompter.encode("x") == [1, 3, 6], "a BOS in front, and no EOS before the answer"
+
+
+def test_choice_tokens_of_the_adapter_win_and_a_difference_is_reported() -> None:
+    natural = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    assert natural.mismatched == []
+    assert natural.resolved_task.choice_tokens == natural.choice_tokens
+    other = tiny.CLASSIFICATION.model_copy(update={"choice_tokens": (*natural.choice_tokens[:2], 9)})
+    prompter = Prompter(other, tiny.tokenizer())
+    assert prompter.choice_tokens[2] == 9
+    assert prompter.mismatched == ["blue"]
+
+
+def test_multiple_choice_letters_the_choices() -> None:
+    prompter = Prompter(tiny.MULTIPLE_CHOICE, tiny.tokenizer())
+    prompt = _decode(prompter.encode("2 + 2?", ["three", "four"]))
+    assert prompt == "2 + 2?\nChoices:\nA) three\nB) four\nAnswer: "
+    assert [_decode([token]) for token in prompter.choice_tokens] == ["A", "B", "C", "D"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (None, "choices: this adapter's task is multiple_choice; send the choices with each input"),
+        (["one"], "choices: 1 were given; this adapter takes 2 to 4"),
+        (list("abcde"), "choices: 5 were given; this adapter takes 2 to 4"),
+        (["a", "b", "a"], "choices: 'a' appears twice; choices must be distinct"),
+        (["a", " "], "choices: the text is empty"),
+        (["a", "\udfff"], "choices: the text is not valid Unicode"),
+    ],
+)
+def test_choices_of_a_request_that_do_not_fit_are_refused(choices: list[str] | None, message: str) -> None:
+    with pytest.raises(PromptError, match=message) as caught:
+        Prompter(tiny.MULTIPLE_CHOICE, tiny.tokenizer()).encode("why", choices)
+    assert caught.value.field == "choices"
+
+
+def test_choices_for_a_classification_are_refused() -> None:
+    with pytest.raises(PromptError, match=r"choices: .* fixed choices; leave the field out"):
+        Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode("why", ["a", "b"])
+
+
+def test_a_chat_template_wraps_the_prompt_and_the_answer_follows_without_a_space() -> None:
+    task = tiny.CLASSIFICATION.model_copy(update={"chat": True, "choice_prefix": ""})
+    prompter = Prompter(task, tiny.tokenizer(chat=True))
+    assert _decode(prompter.encode("grass")) == "[user]grass\nLabel:[end][assistant]"
+
+
+def test_chat_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(PromptError, match="the tokenizer has no chat template; set chat to false"):
+        Prompter(tiny.CLASSIFICATION.model_copy(update={"chat": True}), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+def test_an_empty_text_is_refused(text: str) -> None:
+    with pytest.raises(PromptError, match="inputs: the text is empty; send at least one visible character"):
+        Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode(text)
+
+
+def test_a_lone_surrogate_is_refused_with_its_place() -> None:
+    with pytest.raises(PromptError, match=r"inputs: .* \(a lone surrogate at character 2\)"):
+        Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode("ab\ud83d")
+
+
+def test_a_text_with_braces_is_taken_as_it_is() -> None:
+    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    assert _decode(prompter.encode("{input} {choices} {0}")) == "{input} {choices} {0}\nLabel: "
+
+
+def test_too_many_tokens_are_refused_with_the_count_and_the_limit() -> None:
+    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    with pytest.raises(InputTooLongError, match=r"the prompt has 18 tokens and the limit is 17; .*truncate: true") as caught:
+        prompter.encode("0123456789", max_tokens=17)
+    assert (caught.value.tokens, caught.value.limit) == (18, 17)
+    assert len(prompter.encode("0123456789", max_tokens=18)) == 18
+
+
+def test_truncation_cuts_the_text_and_keeps_the_template() -> None:
+    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    assert _decode(prompter.encode("0123456789", max_tokens=12, truncate=True)) == "0123\nLabel: "
+
+
+def test_a_template_that_is_too_long_by_itself_is_refused_even_with_truncate() -> None:
+    with pytest.raises(InputTooLongError, match="the limit is 8"):
+        Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode("0123456789", max_tokens=8, truncate=True)
+
+
+@given(text=st.text(min_size=1, max_size=40), limit=st.integers(9, 60))
+def test_truncation_never_exceeds_the_limit_nor_loses_the_end_of_the_prompt(text: str, limit: int) -> None:
+    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
+    try:
+        ids = prompter.encode(text, max_tokens=limit, truncate=True)
+    except PromptError:
+        return
+    assert len(ids) <= limit
+    assert _decode(ids).endswith("\nLabel: ")
