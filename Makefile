@@ -11,16 +11,17 @@ BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
 .PHONY: serve test lint integration clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+# One environment; what serving needs comes first, what testing needs on top when it is asked for.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[$*]'
 	@touch $@
 
-serve: $(VENV)/.installed
+serve: $(VENV)/.installed-gguf
 	@base=$(BASE) && $(OFFLINE) exec $(BIN)/scalabl serve --model "$$base" --adapter examples/intent_router/adapter \
 		--adapter-name intent-router $(ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,7 +30,7 @@ test: lint
 	$(OFFLINE) $(BIN)/pytest -m 'not integration' $(ARGS)
 
 # The real model and a real server process: minutes, and 98 MB on the first run.
-integration: $(VENV)/.installed
+integration: $(VENV)/.installed-dev
 	@base=$(BASE) && $(OFFLINE) SCALABL_EXAMPLE_BASE="$$base" $(BIN)/pytest -m integration $(ARGS)
 
 clean:

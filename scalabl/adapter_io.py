@@ -43,7 +43,7 @@ def read_config(folder: Path) -> AdapterConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise AdapterError(f"{path}: {where}: {first['msg']}") from None
+        raise AdapterError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from scalabl import __version__
 from scalabl.config import TaskKind
 from scalabl.errors import ScalaBLError
 from scalabl.recipe import TrainingConfig
-from server.options import command_for
+from server.options import command_for, usage_errors
 from server.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -125,18 +125,22 @@ def _train(
         from scalabl.training import train_adapter
 
         training_rows, validation_rows = read_examples(train), read_examples(validation)
-        task = _task(kind, template, chat, choice_prefix, [row.choices for row in training_rows])
+        choices = training_rows[0].choices
+        if kind == "multiple_choice":
+            choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in training_rows)])
+        with usage_errors():
+            config = AdapterConfig(
+                base_model_name_or_path=base_model_name or model,
+                r=r,
+                lora_alpha=lora_alpha,
+                target_modules=_split(target_modules),
+                layers_to_transform=_split(layers_to_transform) if layers_to_transform else None,
+                prior_std=prior_std,
+                task=_task(kind, template, chat, choice_prefix, choices),
+            )
         pretrained = load_pretrained(model, device=device, dtype="float32")
-        prompter = Prompter(task, pretrained.tokenizer)
-        config = AdapterConfig(
-            base_model_name_or_path=base_model_name or model,
-            r=r,
-            lora_alpha=lora_alpha,
-            target_modules=tuple(_split(target_modules)),
-            layers_to_transform=tuple(map(int, _split(layers_to_transform))) if layers_to_transform else None,
-            prior_std=prior_std,
-            task=prompter.resolved_task,
-        )
+        prompter = Prompter(config.task, pretrained.tokenizer)
+        config = config.model_copy(update={"task": prompter.resolved_task})
         metrics = train_adapter(
             pretrained.model,
             config,
@@ -152,21 +156,29 @@ app.command("train")(command_for(TrainingConfig, _train))
 
 
 def _task(
-    kind: TaskKind, template: str | None, chat: bool, choice_prefix: str | None, choices: list[tuple[str, ...]]
+    kind: TaskKind,
+    template: str | None,
+    chat: bool,
+    choice_prefix: str | None,
+    choices: tuple[str, ...],
+    choice_tokens: tuple[str, ...] | None = None,
 ) -> Task:
     from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task
 
-    prefix = choice_prefix if choice_prefix is not None else ("" if chat else " ")
-    if kind == "multiple_choice":
-        letters = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(map(len, choices))])
-        return Task(
-            kind=kind, template=template or MULTIPLE_CHOICE_TEMPLATE, choices=letters, chat=chat, choice_prefix=prefix
-        )
-    return Task(kind=kind, template=template or CLASSIFICATION_TEMPLATE, choices=choices[0], chat=chat, choice_prefix=prefix)
+    fields = {
+        "kind": kind,
+        "template": template or (MULTIPLE_CHOICE_TEMPLATE if kind == "multiple_choice" else CLASSIFICATION_TEMPLATE),
+        "choices": choices,
+        "choice_tokens": choice_tokens,
+        "chat": chat,
+        "choice_prefix": choice_prefix if choice_prefix is not None else ("" if chat else " "),
+    }
+    return Task.model_validate(fields)
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split(text: str) -> tuple[Any, ...]:
+    """The parts of a comma-separated option, for a pydantic field to parse."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command()
@@ -259,18 +271,10 @@ def convert_bayesadapt_command(
 ) -> None:
     """Convert a ScalaBL checkpoint of the authors' code (BayesAdapt)."""
     with _errors_as_messages():
-        from pydantic import ValidationError
-
         from scalabl.convert import convert_bayesadapt
 
-        names = tuple(_split(choices))
-        task = _task(kind, template, chat, choice_prefix, [names])
-        try:
-            task = type(task).model_validate(
-                task.model_dump() | {"choices": names, "choice_tokens": tuple(map(int, _split(choice_tokens)))}
-            )
-        except (ValidationError, ValueError) as error:
-            raise typer.BadParameter(str(error), param_hint="--choices / --choice-tokens") from None
+        with usage_errors():
+            task = _task(kind, template, chat, choice_prefix, _split(choices), _split(choice_tokens))
         config = convert_bayesadapt(checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task)
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What a pydantic model refuses is a usage error of the option that its field is named after, exit status 2."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The field's own name stands last but for indices: task.choices.0 is --choices.
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        given = f" (got {first['input']!r})" if names else ""
+        option = "--" + names[-1].replace("_", "-") if names else None
+        raise typer.BadParameter(first["msg"].removeprefix("Value error, ") + given, param_hint=option) from None
 
 
 def command_for(model: type[BaseModel], run: Callable[..., None], env_prefix: str = "") -> Callable[..., None]:
@@ -26,12 +41,8 @@ def command_for(model: type[BaseModel], run: Callable[..., None], env_prefix: st
     def command(**values: Any) -> None:
         chosen = {name: value for name, value in values.items() if name in fields and value is not None}
         others = {name: value for name, value in values.items() if name not in fields}
-        try:
+        with usage_errors():
             settings = model(**chosen)
-        except ValidationError as error:
-            first = error.errors()[0]
-            option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-            raise typer.BadParameter(f"{first['msg']} (got {first['input']!r})", param_hint=option) from None
         run(settings, **others)
 
     generated = [
