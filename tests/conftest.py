@@ -8,7 +8,12 @@ from pathlib import Path
 # Before transformers is imported: no test looks up a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
+
+# The time of one example says nothing on a shared machine.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("project")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
