@@ -10,19 +10,25 @@ from fastapi import FastAPI
 from scalabl import __version__
 from server import problems
 from server.auth import KeyRing
+from server.engine import Engine, load_engine
 from server.middleware import BodyLimit, RequestMetrics
 from server.routes import build_router
 from server.service import Service
 from server.settings import ServeSettings
 
 
-def create_app(settings: ServeSettings, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
+def create_app(
+    settings: ServeSettings,
+    on_failure: Callable[[Exception], None] | None = None,
+    load: Callable[[ServeSettings], Engine] = load_engine,
+) -> FastAPI:
     """The application of one server. Its `state.service` is the `Service`; loading begins with the lifespan.
 
     Args:
         on_failure: told the error when the model cannot be loaded.
+        load: makes the engine; called once, on the model's thread.
     """
-    service = Service(settings, on_failure=on_failure)
+    service = Service(settings, load, on_failure)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -25,7 +25,7 @@ logger = logging.getLogger("scalabl")
 CPU_TARGET_BATCH_TOKENS = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Engine:
     """A base model with its adapter: token ids in, logits over the choices out."""
 

@@ -17,7 +17,7 @@ from scalabl.errors import InputTooLongError, PromptError, ScalaBLError
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from server.batcher import Batcher
-from server.engine import Engine, load_engine
+from server.engine import Engine
 from server.metrics import Metrics
 from server.problems import ProblemError
 from server.schemas import (
@@ -55,7 +55,7 @@ class Service:
     def __init__(
         self,
         settings: ServeSettings,
-        load: Callable[[ServeSettings], Engine] = load_engine,
+        load: Callable[[ServeSettings], Engine],
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self.settings, self._load, self._on_failure = settings, load, on_failure
