@@ -27,7 +27,7 @@ class KeyRing:
         if not self._hashes:
             return
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
         if not key:
             raise ProblemError("unauthorized", "send a key as 'Authorization: Bearer <key>' or 'X-API-Key: <key>'")
         offered = _hash(key)

@@ -53,6 +53,7 @@ class ProblemError(Exception):
 
 
 UNION_TAGS = ("str", "list[")
+NOT_AN_OBJECT = ("missing", "model_attributes_type")
 
 
 def _field_errors(errors: Sequence[Any]) -> str:
@@ -61,7 +62,7 @@ def _field_errors(errors: Sequence[Any]) -> str:
     for error in errors:
         if error["type"] == "json_invalid":
             return f"body: not valid JSON at byte {error['loc'][-1]}: {error['ctx']['error']}"
-        if error["loc"] == ("body",):
+        if error["loc"] == ("body",) and error["type"] in NOT_AN_OBJECT:
             return "body: send a JSON object, with the header 'Content-Type: application/json'"
         parts = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith(UNION_TAGS)]
         said = messages.setdefault(".".join(parts) or "body", [])
@@ -90,6 +91,8 @@ def install(app: FastAPI) -> None:
             response = ProblemError("method-not-allowed", f"{request.url.path} takes {allowed}").response()
             response.headers["allow"] = allowed
             return response
+        if isinstance(error.__cause__, ProblemError):  # raised while FastAPI read the body
+            return error.__cause__.response()
         if error.status_code == 400:  # a body that the JSON parser gave up on
             return ProblemError("invalid-field", "body: not a JSON document that can be read").response()
         return ProblemError("bad-request", str(error.detail)).response()

@@ -1,0 +1,44 @@
+"""What the server says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi.testclient import TestClient
+
+from scalabl import __version__
+from tests import tiny
+
+
+def test_info_names_what_is_loaded_and_what_may_be_asked(colours: TestClient) -> None:
+    info = colours.get("/info").json()
+    assert info["version"] == __version__
+    assert info["model"] == {"name": "base", "architecture": "LlamaForCausalLM", "dtype": "float32", "device": "cpu"}
+    adapter = info["adapter"]
+    assert (adapter["name"], adapter["r"], adapter["task"]) == ("colours", 4, "classification")
+    assert (adapter["adapted_layers"], adapter["stochastic_parameters"]) == (5, 20)
+    assert adapter["additional_parameters"] == sum(p.numel() for p in tiny.adapted().adapter_parameters().values())
+    assert adapter["choices"] == list(tiny.CLASSIFICATION.choices)
+    assert info["defaults"] == {"num_samples": 16, "seed": 0, "draw_scheme": "antithetic"}
+    assert info["limits"]["max_input_tokens"] == 120
+
+
+def test_the_limits_are_the_settings(serve: Callable[..., TestClient]) -> None:
+    limits = serve(max_samples=9, max_queue=7, request_timeout=2.5).get("/info").json()["limits"]
+    assert (limits["max_samples"], limits["max_queue"], limits["request_timeout"]) == (9, 7, 2.5)
+
+
+def test_health(colours: TestClient) -> None:
+    for path in ("/health/live", "/health/ready"):
+        response = colours.get(path)
+        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_the_interface_is_documented_with_its_errors(colours: TestClient) -> None:
+    assert colours.get("/docs").status_code == 200
+    document = colours.get("/openapi.json").json()
+    assert {"/predict", "/info", "/health/live", "/health/ready", "/metrics"} <= document["paths"].keys()
+    responses = document["paths"]["/predict"]["post"]["responses"]
+    assert {"200", "401", "404", "413", "422", "429", "503", "504"} <= responses.keys()
+    for status in ("401", "413", "422", "429", "504"):
+        assert list(responses[status]["content"]) == ["application/problem+json"], status

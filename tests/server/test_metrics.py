@@ -1,0 +1,69 @@
+"""`/metrics` counts what happened, with few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def _samples(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+@pytest.fixture
+def client(serve: Callable[..., TestClient]) -> TestClient:
+    return serve()
+
+
+def test_every_metric_is_ours_and_explained(client: TestClient) -> None:
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    families = list(text_string_to_metric_families(response.text))
+    assert len(families) >= 10
+    for family in families:
+        assert family.name.startswith("scalabl_")
+        assert family.documentation
+
+
+def test_requests_are_counted_by_route_method_and_code(client: TestClient) -> None:
+    client.post("/predict", json={"inputs": "a"})
+    client.post("/predict", json={"inputs": "a"})
+    client.post("/predict", json={"inputs": ""})
+    client.get("/predict")
+    counts = _samples(client)
+    for code, method, count in (("200", "POST", 2), ("422", "POST", 1), ("405", "GET", 1)):
+        labels = (("code", code), ("method", method), ("route", "/predict"))
+        assert counts["scalabl_requests_total", labels] == count
+    assert counts["scalabl_request_duration_seconds_count", (("route", "/predict"),)] == 4
+
+
+def test_unknown_paths_and_odd_methods_share_a_label(client: TestClient) -> None:
+    for path in ("/a", "/b", "/predict/c"):
+        client.get(path)
+    client.request("BREW", "/predict")
+    counts = _samples(client)
+    assert counts["scalabl_requests_total", (("code", "404"), ("method", "GET"), ("route", "unmatched"))] == 3
+    assert counts["scalabl_requests_total", (("code", "405"), ("method", "other"), ("route", "/predict"))] == 1
+
+
+def test_predictions_and_their_uncertainty_are_counted(client: TestClient) -> None:
+    client.post("/predict", json={"inputs": ["a", "bb", "ccc"], "num_samples": 4})
+    counts = _samples(client)
+    adapter = (("adapter", "colours"),)
+    assert counts["scalabl_predictions_total", adapter] == 3
+    for name in ("confidence", "entropy_nats", "mutual_information_nats"):
+        assert counts[f"scalabl_prediction_{name}_count", adapter] == 3
+    assert counts["scalabl_batch_rows_sum", ()] == 12
+    assert counts["scalabl_batch_tokens_sum", ()] >= 12 * 10
+    assert counts["scalabl_queue_duration_seconds_count", ()] == 3
+    assert counts["scalabl_queue_inputs", ()] == 0
+    assert counts["scalabl_ready", ()] == 1
+
+
+def test_refused_inputs_are_no_predictions(client: TestClient) -> None:
+    client.post("/predict", json={"inputs": ["a", ""]})
+    assert ("scalabl_predictions_total", (("adapter", "colours"),)) not in _samples(client)
