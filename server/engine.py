@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from scalabl.adapter_io import load_adapter, read_config
 from scalabl.errors import AdapterError
@@ -54,6 +55,7 @@ def load_engine(settings: ServeSettings) -> Engine:
         AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
     """
     started = time.perf_counter()
+    disable_progress_bar()  # a log has no use for it
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     config = read_config(settings.adapter)  # cheap checks before the expensive load
