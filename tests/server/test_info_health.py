@@ -19,7 +19,7 @@ def test_info_names_what_is_loaded_and_what_may_be_asked(colours: TestClient) ->
     assert (adapter["adapted_layers"], adapter["stochastic_parameters"]) == (5, 20)
     assert adapter["additional_parameters"] == sum(p.numel() for p in tiny.adapted().adapter_parameters().values())
     assert adapter["choices"] == list(tiny.CLASSIFICATION.choices)
-    assert info["defaults"] == {"num_samples": 16, "seed": 0, "draw_scheme": "antithetic"}
+    assert info["defaults"] == {"num_samples": 16, "seed": 0, "draw_scheme": "sobol"}
     assert info["limits"]["max_input_tokens"] == 120
 
 
