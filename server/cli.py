@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,9 @@ def _serve(settings: ServeSettings) -> None:
             timeout_graceful_shutdown=settings.shutdown_timeout,
         )
     )
+    # uvicorn raises the signal again once it has shut down cleanly; a drained server ends with status 0 all the same.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     with _errors_as_messages():
         server.run()
         if failures:
