@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve test lint integration clean
+.PHONY: serve test lint kernel-report check-kernel integration clean
 
 # One environment; what serving needs comes first, what testing needs on top when it is asked for.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -26,8 +26,22 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Twice: as it runs on a CPU, and the Triton kernel in Triton's interpreter, which must be set before it is imported.
 test: lint
-	$(OFFLINE) $(BIN)/pytest -m 'not integration' $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m 'fused and not integration' $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -m 'not fused and not integration' $(ARGS)
+
+# Compiles the Triton kernel for GPUs that are not here; fails on a spill, a missing matrix instruction or a ceiling.
+kernel-report: $(VENV)/.installed-dev
+	$(BIN)/python -m kernels.report --check
+
+# The kernel's tests under a checker of memory: reads and writes out of bounds, and races. A young tool: pinned, and a job
+# of its own. It asks for Python 3.12 and runs on 3.11.
+check-kernel: $(VENV)/.installed-dev
+	@test -d $(VENV)/ttsem || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--ignore-requires-python --target $(VENV)/ttsem ttsem==0.1.0
+	SCALABL_FUSED_ON_CPU=1 TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=$(VENV)/ttsem \
+		$(BIN)/python -m ttsem.sanitize pytest tests/kernels/test_fused.py $(ARGS)
 
 # The real model and a real server process: minutes, and 98 MB on the first run.
 integration: $(VENV)/.installed-dev

@@ -121,6 +121,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)
     model.requires_grad_(False).eval()
+    model.find_shared_inputs()
     check_effect(model)
     return model
 

@@ -19,10 +19,12 @@ class RowSamples:
     Attributes:
         s: [S, P], sampled subspace scalars; P is the total over the adapted layers, each owning R columns.
         sample: [M] int64, the row of `s` for each row of the batch.
+        fan_out: consecutive rows of the batch that are samples of one input; 1 where their numbers differ.
     """
 
     s: Tensor
     sample: Tensor
+    fan_out: int = 1
 
 
 class SampleContext:
@@ -57,6 +59,9 @@ class SubspaceLinear(nn.Module):
         columns: where this layer's scalars stand in the model-wide table of samples.
         context: shared by every adapted layer of one model.
 
+    Attributes:
+        shared_input: no stochastic layer stands before this one, so that all samples of an input bring the same x.
+
     Parameters (float32 when made): lora_A [R, d_in], lora_B [d_out, R], s_mean [R], s_log_std [R].
     """
 
@@ -66,6 +71,7 @@ class SubspaceLinear(nn.Module):
         self.d_in, self.d_out = _features(base)
         self.rank, self.scaling = rank, scaling
         self._columns, self._context = columns, context
+        self.shared_input = False
         weight = next(base.parameters(), None)
         device = weight.device if weight is not None else torch.device("cpu")
         self.lora_A = nn.Parameter(torch.empty(rank, self.d_in, device=device))
@@ -92,10 +98,16 @@ class SubspaceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, ..., d_in] -> [M, ..., d_out], each row with the posterior sample that the context gives it."""
-        y: Tensor = self.base(x)
         rows = self._context.rows
         if rows is None:
-            return y
+            plain: Tensor = self.base(x)
+            return plain
+        if self.shared_input and rows.fan_out > 1:
+            # The same x for every sample of an input: multiply it once, by the base layer and by A.
+            x = x[:: rows.fan_out].contiguous()
+            y = self.base(x).repeat_interleave(rows.fan_out, dim=0)
+        else:
+            y = self.base(x)
         return subspace_projection(
             y,
             x.to(y.dtype),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernels.launch import WARM_UP_ROWS
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
@@ -172,6 +173,34 @@ class ScalaBLModel(nn.Module):
         mean, log_std = self.posterior()
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
 
+    @torch.no_grad()
+    def find_shared_inputs(self) -> None:
+        """Tell the adapted layers before which nothing is random that they are, so that they multiply each input once.
+
+        The first adapted layer of a pass is one, and so is every other that is given the very same tensor (q, k and v of
+        one attention). Found by running a pass, so that it holds for any architecture.
+        """
+        calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, arguments: calls.append((name, arguments[0], arguments[0]._version))
+
+        hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in self.adapted.items()]
+        try:
+            length = torch.ones(1, dtype=torch.int64, device=self.device)
+            self.run_rows(torch.zeros(1, 1, dtype=torch.int64, device=self.device), length, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _, first, version = calls[0]
+        for name, layer in self.adapted.items():
+            layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
+
+    def warm_up(self) -> None:
+        """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
+        for rows in WARM_UP_ROWS:
+            self.logits(TokenBatch.of([[0]] * rows), self.mean_draw())
+
     def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None) -> Tensor:
         """One forward pass over M right-padded rows: logits [M, C] float32 at each row's last position.
 
@@ -214,7 +243,7 @@ class ScalaBLModel(nn.Module):
         sample = torch.cat([torch.arange(each.num_samples) + tables[id(each)][0] for each in draws])
         expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         try:
-            rows = RowSamples(s, sample.to(self.device))
+            rows = RowSamples(s, sample.to(self.device), fan_out=counts[0] if len(set(counts)) == 1 else 1)
             return list(torch.split(self.run_rows(ids[expand], lengths[expand], rows), counts))
         finally:
             self._context.rows = None

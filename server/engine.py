@@ -83,6 +83,7 @@ def load_engine(settings: ServeSettings) -> Engine:
         target_batch_tokens=min(target, settings.max_batch_tokens),
         settings=settings,
     )
+    model.warm_up()
     engine.run([[0] * min(16, limit)], [engine.draws(settings.num_samples, settings.seed)])
     logger.info(
         "%s with adapter %s ready in %.1f s: %d adapted layers, %d stochastic parameters, %s on %s",

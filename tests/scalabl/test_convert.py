@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from scalabl.adapter_io import load_adapter, read_weights
+from scalabl.adapter_io import read_weights
 from scalabl.config import Task
 from scalabl.convert import convert_bayesadapt
 from scalabl.errors import AdapterError
-from scalabl.model import ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
+from scalabl.model import TokenBatch
+from tests.published import Published, load_published
 
 LETTERS = Task(kind="multiple_choice", template="{input}\n{choices}\nAnswer:", choices=("A", "B"), choice_tokens=(4, 5))
 
 
-@dataclass(frozen=True)
-class Published:
-    """The converted adapter on its base model, and what the authors' code computed with it."""
-
-    model: ScalaBLModel
-    batch: TokenBatch
-    draws: Draws
-    logits: Tensor  # [B, K, C]
-    mean_logits: Tensor  # [B, C]
-
-
 @pytest.fixture(scope="module")
 def published(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
-    folder = shared / "fixtures" / "bayesadapt_qwen2_r8"
-    meta = json.loads((folder / "meta.json").read_text())
-    expected = load_file(folder / "expected.safetensors")
-    tokens = meta["class_token_ids"]
-    task = Task(
-        kind="multiple_choice",
-        template="{input}\n{choices}\nAnswer:",
-        choices=tuple("ABCDEFGHIJ"[: len(tokens)]),
-        choice_tokens=tuple(tokens),
-    )
-    adapter = tmp_path_factory.mktemp("converted")
-    convert_bayesadapt(folder / "state_dict.pt", adapter, base_model="tiny-qwen2", lora_alpha=meta["lora_alpha"], task=task)
-    model = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), adapter)
-    noise = torch.cat([expected[f"noise.{name}"] for name in model.adapted], dim=1)  # [K, P], in the model's order
-    return Published(
-        model,
-        TokenBatch(expected["input_ids"], expected["attention_mask"]),
-        Draws(0, "gaussian", noise),
-        expected["logits"],
-        expected["mean_logits"],
-    )
+    return load_published(shared, tmp_path_factory.mktemp("converted"))
 
 
 def test_every_sample_of_the_authors_checkpoint_is_reproduced_in_one_pass(published: Published) -> None:

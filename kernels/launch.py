@@ -1,0 +1,132 @@
+"""Launch shapes of the Triton kernel: a small table per architecture, and the rule that picks a row of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["ieee", "tf32x3"]
+
+# At most this many rows are "few": the tile is as small as the matrix instruction allows and the output's columns are
+# split over a second grid axis, so that the chip is not left idle.
+FEW_ROWS = 256
+# Above this padded rank the many-row tiles do not fit the registers.
+WIDE_RANK = 64
+# Above this rank no tile was found that fits: `subspace_projection` runs in plain torch.
+MAX_RANK = 128
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """One way to launch the kernel.
+
+    Attributes:
+        block_m: rows of x in a program. block_k: columns of x a step of the shrink. block_n: columns of y a step of the
+            expand.
+        num_warps, num_stages: as Triton means them.
+    """
+
+    block_m: int
+    block_k: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the kernel is compiled for.
+
+    Attributes:
+        name: as Triton's compiler knows it: sm_80, sm_90, sm_100, gfx942.
+        processors: streaming multiprocessors or compute units of the chip in `roofline.CHIPS`.
+        fp32: how float32 products are made: three TF32 products on NVIDIA, native on AMD.
+        few, many, wide: the launch shapes for few rows, many rows, and many rows of a padded rank above WIDE_RANK, each by
+            bytes per element.
+    """
+
+    name: str
+    processors: int
+    fp32: Precision
+    few: dict[int, LaunchShape]
+    many: dict[int, LaunchShape]
+    wide: dict[int, LaunchShape]
+
+
+_FEW_NVIDIA = {2: LaunchShape(16, 128, 128, 4, 3), 4: LaunchShape(16, 64, 64, 4, 2)}
+_FEW_AMD = {2: LaunchShape(16, 128, 128, 4, 2), 4: LaunchShape(16, 64, 64, 4, 2)}
+# At a rank of 128 a many-row tile of float32 spills everywhere, and one of two bytes on AMD: few-row tiles there.
+_WIDE_NVIDIA = {2: LaunchShape(64, 64, 64, 8, 3), 4: _FEW_NVIDIA[4]}
+
+TABLE: dict[str, Architecture] = {
+    "sm_80": Architecture(
+        "sm_80",
+        108,
+        "tf32x3",
+        few=_FEW_NVIDIA,
+        many={2: LaunchShape(64, 64, 64, 4, 3), 4: LaunchShape(32, 32, 64, 4, 2)},
+        wide=_WIDE_NVIDIA,
+    ),
+    "sm_90": Architecture(
+        "sm_90",
+        132,
+        "tf32x3",
+        few=_FEW_NVIDIA,
+        many={2: LaunchShape(64, 64, 64, 4, 3), 4: LaunchShape(32, 32, 64, 4, 2)},
+        wide=_WIDE_NVIDIA,
+    ),
+    "sm_100": Architecture(
+        "sm_100",
+        148,
+        "tf32x3",
+        few=_FEW_NVIDIA,
+        many={2: LaunchShape(64, 64, 64, 8, 3), 4: LaunchShape(32, 32, 64, 4, 2)},
+        wide=_WIDE_NVIDIA,
+    ),
+    "gfx942": Architecture(
+        "gfx942",
+        304,
+        "ieee",
+        few=_FEW_AMD,
+        many={2: LaunchShape(64, 64, 64, 4, 2), 4: LaunchShape(32, 32, 64, 4, 2)},
+        wide=_FEW_AMD,
+    ),
+}
+
+
+def nearest(name: str) -> Architecture:
+    """The table's row for a device: its own, or that of the closest older one; AMD devices share theirs."""
+    if name in TABLE:
+        return TABLE[name]
+    if not name.startswith("sm_"):
+        return TABLE["gfx942"]
+    known = sorted(int(row.removeprefix("sm_")) for row in TABLE if row.startswith("sm_"))
+    older = [number for number in known if number <= int(name.removeprefix("sm_"))]
+    return TABLE[f"sm_{older[-1] if older else known[0]}"]
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as the matrix instructions want it: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def choose(architecture: Architecture, rows: int, rank: int, bytes_per_element: int) -> LaunchShape:
+    """The launch shape for a number of rows of x, a rank and an element size."""
+    if rows <= FEW_ROWS:
+        return architecture.few[bytes_per_element]
+    return (architecture.wide if padded_rank(rank) > WIDE_RANK else architecture.many)[bytes_per_element]
+
+
+def blocks_per_program(architecture: Architecture, shape: LaunchShape, rows: int, d_out: int) -> int:
+    """How many blocks of y's columns a program does: all of them, unless there are too few row blocks to fill the chip.
+
+    Each program along the columns recomputes its rows' shrink, which is cheap for few rows and not done for many.
+    """
+    row_blocks = -(-rows // shape.block_m)
+    column_blocks = -(-d_out // shape.block_n)
+    splits = min(column_blocks, max(1, architecture.processors // row_blocks))
+    return -(-column_blocks // splits)
+
+
+# One number of rows for each launch shape that a model with one rank and one dtype can meet.
+WARM_UP_ROWS = (1, FEW_ROWS + 1)
