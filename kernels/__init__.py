@@ -3,6 +3,6 @@
 Nothing here knows of language models, adapters on disk or HTTP.
 """
 
-from kernels.projection import subspace_projection
+from kernels.projection import runs_fused, subspace_projection
 
-__all__ = ["subspace_projection"]
+__all__ = ["runs_fused", "subspace_projection"]

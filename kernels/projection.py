@@ -47,6 +47,11 @@ torch.library.impl(OPERATOR, ("mps", "xpu"), _plain)
 torch.library.register_fake(OPERATOR, lambda *operands: None)
 
 
+def runs_fused(device: torch.device) -> bool:
+    """Whether `subspace_projection` launches the Triton kernel on a device, rather than its plain form."""
+    return device.type == "cuda" or FUSED_ON_CPU
+
+
 def subspace_projection(
     y: Tensor,
     x: Tensor,
@@ -109,6 +114,6 @@ def subspace_projection(
     if torch.compiler.is_compiling():
         torch.ops.scalabl.subspace_projection_(into, x, lora_a, lora_b, s, sample, scaling, adapter)
     else:  # past the operator's dispatch, which costs more than a small projection
-        form = _fused if y.device.type == "cuda" or FUSED_ON_CPU else _plain
+        form = _fused if runs_fused(y.device) else _plain
         form(into, x, lora_a, lora_b, s, sample, scaling, adapter)
     return into

@@ -107,20 +107,32 @@ def check_effect(model: ScalaBLModel) -> None:
         raise AdapterError("the adapter changes no logit of the base model; it was saved before training, or scaled to zero")
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
-    """Put the adapter of a directory onto a base model, ready to serve.
+def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
+    """The adapter of a directory over a base model, not attached yet and its effect not checked.
 
+    Runs nothing and changes nothing of the base, so that another thread may be using it meanwhile.
     Adapter matrices are held in the base model's dtype, mu and sigma in float32.
 
     Raises:
-        AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
+        AdapterError: the adapter is malformed or does not fit the base model.
     """
-    model = ScalaBLModel(base, read_config(folder))
+    model = ScalaBLModel(base, read_config(folder), attach=False)
     load_weights(model, read_weights(folder))
     for layer in model.adapted.values():
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)
-    model.requires_grad_(False).eval()
+        layer.requires_grad_(False)
+    return model
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
+    """Put the adapter of a directory onto a base model, ready to serve.
+
+    Raises:
+        AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
+    """
+    model = read_adapter(base, folder)
+    model.eval()
     model.find_shared_inputs()
     check_effect(model)
     return model

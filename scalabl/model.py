@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernels import runs_fused
 from kernels.launch import WARM_UP_ROWS
+from scalabl.attachment import Attachment, Host
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
@@ -57,16 +59,16 @@ def _layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _select(base: PreTrainedModel, config: AdapterConfig, head_name: str) -> list[str]:
+def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
     """Names of the modules to adapt, in the base model's own order; an unmatched target is an error."""
     layers = config.layers_to_transform
     chosen, matched, seen_layers = [], set(), set()
-    for name, module in base.named_modules():
+    for name, module in host.modules.items():
         targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
         if not targets or not is_adaptable(module):
             continue
         index = _layer_index(name)
-        if name != head_name and layers is not None:
+        if name != host.head_name and layers is not None:
             if index not in layers:
                 continue
             seen_layers.add(index)
@@ -74,9 +76,9 @@ def _select(base: PreTrainedModel, config: AdapterConfig, head_name: str) -> lis
         chosen.append(name)
     missing = [t for t in config.target_modules if t not in matched]
     if missing:
-        raise AdapterError(f"target module {missing[0]!r} matches no linear layer of the base model {type(base).__name__}")
+        raise AdapterError(f"target module {missing[0]!r} matches no linear layer of the base model {architecture}")
     absent = [i for i in layers or () if i not in seen_layers]
-    if absent and chosen != [head_name]:
+    if absent and chosen != [host.head_name]:
         raise AdapterError(f"layers_to_transform names layer {absent[0]}, in which the base model has no target module")
     return chosen
 
@@ -84,44 +86,56 @@ def _select(base: PreTrainedModel, config: AdapterConfig, head_name: str) -> lis
 class ScalaBLModel(nn.Module):
     """A transformers causal language model whose target modules carry a ScalaBL adapter.
 
-    The base model is frozen and changed in place: its target modules become `SubspaceLinear` and its head is cut to the
-    task's choice tokens, so that the vocabulary is never multiplied out. Embeddings tied to the head keep their own weights.
+    The base model is frozen and changed in place while the adapter is attached: its target modules become `SubspaceLinear`
+    and its head is cut to the task's choice tokens, so that the vocabulary is never multiplied out. Embeddings tied to the
+    head keep their own weights. Any number of adapters share one base model, whose weights exist once; a pass attaches the
+    adapter that it needs.
 
-    Not re-entrant: one thread runs a model at a time.
+    Not re-entrant and not locked: one thread at a time runs, attaches or detaches the adapters of one base model.
+
+    Args:
+        attach: False leaves the base as it is until the first pass, so that another thread may be running it meanwhile.
 
     Raises:
         AdapterError: the configuration does not fit the base model; the message names the module, layer or token.
     """
 
-    def __init__(self, base: PreTrainedModel, config: AdapterConfig) -> None:
+    def __init__(self, base: PreTrainedModel, config: AdapterConfig, *, attach: bool = True) -> None:
         super().__init__()
         if config.task.choice_tokens is None:
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
-        self.base = base.requires_grad_(False)
+        self.base = base
         self._context = SampleContext()
         self.adapted: dict[str, SubspaceLinear] = {}
 
-        head = base.get_output_embeddings()
-        head_name = next((name for name, module in base.named_modules() if module is head), None)
-        if head is None or head_name is None:
+        host = Host.of(base)
+        if host.head is None or host.head_name is None:
             raise AdapterError(f"{type(base).__name__} has no output head; a causal language model is needed")
-        names = _select(base, config, head_name)
+        names = _select(host, config, type(base).__name__)
         try:
-            cut: nn.Module = cut_head(head, config.task.choice_tokens)
+            cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
         for name in names:
-            inner = cut if name == head_name else base.get_submodule(name)
+            inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
             layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), self._context)
             self.adapted[name] = layer
-            if name == head_name:
+            if name == host.head_name:
                 cut = layer
-            else:
-                base.set_submodule(name, layer)
         self._head = ChoiceHead(cut)
-        base.set_submodule(head_name, self._head)
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self._head})
+        if attach:
+            self.attach()
+
+    def attach(self) -> None:
+        """Put this adapter into the base model, in the place of whichever was there."""
+        self._attachment.attach()
+
+    def detach(self) -> None:
+        """Take this adapter out of the base model, if it is in; its own modules are back then."""
+        self._attachment.detach()
 
     @property
     def num_stochastic_parameters(self) -> int:
@@ -198,6 +212,8 @@ class ScalaBLModel(nn.Module):
 
     def warm_up(self) -> None:
         """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
+        if not runs_fused(self.device):
+            return
         for rows in WARM_UP_ROWS:
             self.logits(TokenBatch.of([[0]] * rows), self.mean_draw())
 
@@ -211,6 +227,7 @@ class ScalaBLModel(nn.Module):
         Args:
             input_ids: [M, T] int64. lengths: [M] int64, 1 <= lengths <= T.
         """
+        self.attach()
         self._context.rows = rows
         self._head.last = lengths - 1
         output = self.base(input_ids=input_ids, use_cache=False)

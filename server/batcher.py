@@ -1,6 +1,7 @@
 """Admission and batching: a bounded first-come queue of inputs, joined into forward passes by a token budget.
 
-There is no waiting window: while one pass runs on the worker's thread the next inputs gather, so that load makes batches.
+Inputs of one adapter share a pass, those of two never do. There is no waiting window: while one pass runs on the worker's
+thread the next inputs gather, so that load makes batches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -18,13 +20,15 @@ from scalabl.posterior import Draws
 from server.metrics import Metrics
 from server.problems import ProblemError
 
-RunBatch = Callable[[Sequence[Sequence[int]], Sequence[Draws]], list[Tensor]]
+Target = TypeVar("Target")  # what a pass runs on: an adapter
+RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Draws]], list[Tensor]]
 
 
 @dataclass(eq=False)
-class QueuedInput:
+class QueuedInput(Generic[Target]):
     """One prompt that waits for its pass. `logits` resolves to [K, C]; cancelling it drops the work."""
 
+    target: Target
     token_ids: list[int]
     draws: Draws
     logits: asyncio.Future[Tensor]
@@ -35,7 +39,7 @@ class QueuedInput:
         return self.draws.num_samples
 
 
-class Batcher:
+class Batcher(Generic[Target]):
     """Feeds one worker thread.
 
     Args:
@@ -47,7 +51,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: RunBatch,
+        run: RunBatch[Target],
         executor: Executor,
         metrics: Metrics,
         *,
@@ -57,7 +61,7 @@ class Batcher:
     ) -> None:
         self._run, self._executor, self._metrics = run, executor, metrics
         self._target_tokens, self._max_tokens, self._max_queue = target_tokens, max_tokens, max_queue
-        self._queue: deque[QueuedInput] = deque()
+        self._queue: deque[QueuedInput[Target]] = deque()
         self._arrived = asyncio.Event()
         self._seconds_per_input = 0.1  # running mean, for Retry-After
         self._task: asyncio.Task[None] | None = None
@@ -75,7 +79,7 @@ class Batcher:
             if not queued.logits.done():
                 queued.logits.set_exception(ProblemError("draining", "the server is shutting down; try another replica"))
 
-    def submit(self, sequences: Sequence[list[int]], draws: Draws) -> list[asyncio.Future[Tensor]]:
+    def submit(self, target: Target, sequences: Sequence[list[int]], draws: Draws) -> list[asyncio.Future[Tensor]]:
         """Queue a request's inputs, all of them or none.
 
         Raises:
@@ -99,7 +103,7 @@ class Batcher:
                 retry_after=self._seconds_per_input * max(1, len(self._queue)),
             )
         loop = asyncio.get_running_loop()
-        queued = [QueuedInput(ids, draws, loop.create_future()) for ids in sequences]
+        queued = [QueuedInput(target, ids, draws, loop.create_future()) for ids in sequences]
         self._queue.extend(queued)
         self._metrics.queue_inputs.set(len(self._queue))
         self._arrived.set()
@@ -109,21 +113,26 @@ class Batcher:
         if any(queued.logits.done() for queued in self._queue):
             self._queue = deque(queued for queued in self._queue if not queued.logits.done())
 
-    def _next_batch(self) -> list[QueuedInput]:
-        """From the head of the queue, first come first served, as many as the budget holds."""
-        batch: list[QueuedInput] = []
+    def _next_batch(self) -> list[QueuedInput[Target]]:
+        """The head of the queue and, in order, those for the same adapter behind it, as many as the budget holds."""
+        self._drop_abandoned()
+        batch: list[QueuedInput[Target]] = []
+        kept: deque[QueuedInput[Target]] = deque()
         rows = longest = 0
         while self._queue:
-            head = self._queue[0]
-            if head.logits.done():  # its request has gone
-                self._queue.popleft()
+            queued = self._queue.popleft()
+            if batch and queued.target is not batch[0].target:
+                kept.append(queued)
                 continue
-            longest = max(longest, len(head.token_ids))
-            if batch and (rows + head.rows) * longest > self._target_tokens:
+            longest = max(longest, len(queued.token_ids))
+            if batch and (rows + queued.rows) * longest > self._target_tokens:
+                kept.append(queued)
                 break
-            rows += head.rows
-            batch.append(self._queue.popleft())
-        self._metrics.queue_inputs.set(len(self._queue))
+            rows += queued.rows
+            batch.append(queued)
+        kept.extend(self._queue)
+        self._queue = kept
+        self._metrics.queue_inputs.set(len(kept))
         return batch
 
     async def _loop(self) -> None:
@@ -139,7 +148,7 @@ class Batcher:
                 self._metrics.queue_duration.observe(started - queued.queued_at)
             try:
                 results = await loop.run_in_executor(
-                    self._executor, self._run, [q.token_ids for q in batch], [q.draws for q in batch]
+                    self._executor, self._run, batch[0].target, [q.token_ids for q in batch], [q.draws for q in batch]
                 )
             except asyncio.CancelledError:
                 self._queue.extendleft(reversed(batch))

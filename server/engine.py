@@ -1,24 +1,25 @@
-"""What the server asks of the method: one loaded model with its prompts and draws. Runs on the worker's thread."""
+"""What the server asks of the method: one base model, the adapters over it, their prompts and draws."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from scalabl.adapter_io import load_adapter, read_config
+from scalabl.adapter_io import check_effect, read_adapter, read_config
 from scalabl.errors import AdapterError
 from scalabl.model import ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
-from scalabl.pretrained import load_pretrained
+from scalabl.posterior import Draws, Scheme
+from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
+from server.problems import ProblemError
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -26,26 +27,93 @@ logger = logging.getLogger("scalabl")
 CPU_TARGET_BATCH_TOKENS = 2048
 
 
-@dataclass(frozen=True, eq=False)
-class Engine:
-    """A base model with its adapter: token ids in, logits over the choices out."""
+@dataclass(eq=False)
+class Served:
+    """One adapter, ready to answer.
 
+    Attributes:
+        draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
+            once. Any thread may ask.
+    """
+
+    name: str
     model: ScalaBLModel
     prompter: Prompter
+    scheme: Scheme
+    draws: Callable[[int, int], Draws] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A cache of its own, so that it goes when the adapter goes.
+        self.draws = functools.lru_cache(maxsize=64)(
+            lambda num_samples, seed: self.model.draws(num_samples, seed, self.scheme)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A base model with its adapters: token ids in, logits over an adapter's choices out.
+
+    `run` and `check` belong to the model's thread; `read` may run on any other meanwhile.
+    """
+
+    pretrained: Pretrained
+    adapters: dict[str, Served]
+    default_adapter: str
     model_name: str
-    adapter_name: str
     max_input_tokens: int
     target_batch_tokens: int
     settings: ServeSettings
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  (one engine lives as long as the process)
-    def draws(self, num_samples: int, seed: int) -> Draws:
-        """The draws of a seed; the same object for the same arguments, so that a batch holds each table once."""
-        return self.model.draws(num_samples, seed, self.settings.draw_scheme)
+    def adapter(self, name: str | None) -> Served:
+        """The adapter of this name; None is the default one.
 
-    def run(self, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
-        """One forward pass: B prompts, each with its draws -> B tensors [K, C] float32 on the CPU."""
-        return [logits.cpu() for logits in self.model.logits_each(TokenBatch.of(sequences), draws)]
+        Raises:
+            ProblemError: `unknown-adapter`, with the names that there are.
+        """
+        served = self.adapters.get(self.default_adapter if name is None else name)
+        if served is None:
+            names = ", ".join(map(repr, sorted(self.adapters))) or "no adapter"
+            wanted = "the default adapter" if name is None else repr(name)
+            raise ProblemError("unknown-adapter", f"adapter: {wanted} is not loaded; this server has {names}")
+        return served
+
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+        """One forward pass: B prompts of one adapter, each with its draws -> B tensors [K, C] float32 on the CPU."""
+        return [logits.cpu() for logits in served.model.logits_each(TokenBatch.of(sequences), draws)]
+
+    def read(self, name: str, folder: Path) -> Served:
+        """Read an adapter and check all of it that can be checked without a pass.
+
+        Raises:
+            AdapterError, PromptError: what is wrong, and with which file, module or field.
+        """
+        return read_served(name, folder, self.pretrained, self.settings.draw_scheme)
+
+    def check(self, served: Served) -> None:
+        """The first passes of an adapter that was read: what its layers see, its effect, and every launch shape.
+
+        Raises:
+            AdapterError: it changes no logit.
+        """
+        try:
+            served.model.find_shared_inputs()
+            check_effect(served.model)
+            served.model.warm_up()
+        except AdapterError:
+            served.model.detach()
+            raise
+
+
+def read_served(name: str, folder: Path, pretrained: Pretrained, scheme: Scheme) -> Served:
+    """See `Engine.read`."""
+    config = read_config(folder)
+    prompter = Prompter(config.task, pretrained.tokenizer)
+    if prompter.mismatched:
+        raise AdapterError(
+            f"the adapter was trained with another token for the choice {prompter.mismatched[0]!r} than this base model's "
+            f"tokenizer gives; serve it with the base model it was trained on ({config.base_model_name_or_path})"
+        )
+    return Served(name, read_adapter(pretrained.model, folder), prompter, scheme)
 
 
 def load_engine(settings: ServeSettings) -> Engine:
@@ -58,41 +126,43 @@ def load_engine(settings: ServeSettings) -> Engine:
     disable_progress_bar()  # a log has no use for it
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    config = read_config(settings.adapter)  # cheap checks before the expensive load
-    name = settings.model or config.base_model_name_or_path
+    folders = settings.adapter_folders()
+    configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
+    name = settings.model or configs[0].base_model_name_or_path
     pretrained = load_pretrained(
         name, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
-    prompter = Prompter(config.task, pretrained.tokenizer)
-    if prompter.mismatched:
-        raise AdapterError(
-            f"the adapter was trained with another token for the choice {prompter.mismatched[0]!r} than this base model's "
-            f"tokenizer gives; serve it with the base model it was trained on ({config.base_model_name_or_path})"
-        )
-    model = load_adapter(pretrained.model, settings.adapter)
     limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
     target = settings.target_batch_tokens
     if target is None:
-        target = CPU_TARGET_BATCH_TOKENS if model.device.type == "cpu" else settings.max_batch_tokens
+        target = CPU_TARGET_BATCH_TOKENS if pretrained.model.device.type == "cpu" else settings.max_batch_tokens
     engine = Engine(
-        model=model,
-        prompter=prompter,
+        pretrained=pretrained,
+        adapters={},
+        default_adapter=settings.default_adapter,
         model_name=Path(name).name if Path(name).is_dir() else name,
-        adapter_name=settings.adapter_name or settings.adapter.resolve().name,
         max_input_tokens=limit,
         target_batch_tokens=min(target, settings.max_batch_tokens),
         settings=settings,
     )
-    model.warm_up()
-    engine.run([[0] * min(16, limit)], [engine.draws(settings.num_samples, settings.seed)])
+    for each, folder in folders.items():
+        served = engine.read(each, folder)
+        engine.check(served)
+        engine.adapters[each] = served
+        logger.info(
+            "adapter %s: %d adapted layers, %d stochastic parameters",
+            each,
+            len(served.model.adapted),
+            served.model.num_stochastic_parameters,
+        )
+    served = engine.adapter(None)
+    engine.run(served, [[0] * min(16, limit)], [served.draws(settings.num_samples, settings.seed)])
     logger.info(
-        "%s with adapter %s ready in %.1f s: %d adapted layers, %d stochastic parameters, %s on %s",
+        "%s with %s ready in %.1f s: %s on %s",
         engine.model_name,
-        engine.adapter_name,
+        ", ".join(engine.adapters),
         time.perf_counter() - started,
-        len(model.adapted),
-        model.num_stochastic_parameters,
-        str(model.base.dtype).removeprefix("torch."),
-        model.device,
+        str(pretrained.model.dtype).removeprefix("torch."),
+        pretrained.model.device,
     )
     return engine

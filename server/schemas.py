@@ -29,7 +29,7 @@ class PredictRequest(BaseModel):
     method: Literal["monte_carlo"] = Field(default="monte_carlo", description="How the predictive is computed.")
     return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
     truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
-    adapter: str | None = Field(default=None, description="Name of the adapter (default: the one that is served).")
+    adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default one).")
 
 
 class StandardError(BaseModel):
@@ -122,6 +122,7 @@ class Info(BaseModel):
 
     version: str
     model: ModelInfo
-    adapter: AdapterInfo
+    adapter: AdapterInfo | None = Field(description="The default adapter; null when it was unloaded.")
+    adapters: list[AdapterInfo] = Field(description="Every adapter that is loaded, by name.")
     defaults: dict[str, int | str]
     limits: dict[str, int | float]

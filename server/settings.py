@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scalabl.posterior import DEFAULT_SCHEME, Scheme
+
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class ServeSettings(BaseSettings):
@@ -18,6 +21,9 @@ class ServeSettings(BaseSettings):
 
     adapter: Path = Field(description="The adapter directory to serve.")
     adapter_name: str | None = Field(default=None, description="Its name in the API (default: the folder's name).")
+    adapters: str | None = Field(
+        default=None, description="More adapters for the same base model: name=folder, comma-separated."
+    )
     model: str | None = Field(
         default=None, description="Base model: a hub id or a folder (default: the one that the adapter names)."
     )
@@ -56,3 +62,37 @@ class ServeSettings(BaseSettings):
     )
     trust_remote_code: bool = Field(default=False, description="Run model code that comes with the base model.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="How much to log.")
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_have_names(cls, adapters: str | None) -> str | None:
+        names = [name for name, _ in _pairs(adapters)]
+        for name, folder in _pairs(adapters):
+            if not re.fullmatch(ADAPTER_NAME, name):
+                raise ValueError(f"{name!r} is no adapter name; write name=folder, a name of letters, digits, '.', '_', '-'")
+            if not folder:
+                raise ValueError(f"{name!r} has no folder; write name=folder")
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is given twice")
+        return adapters
+
+    @model_validator(mode="after")
+    def _adapters_are_told_apart(self) -> Self:
+        if self.default_adapter in dict(_pairs(self.adapters)):
+            raise ValueError(f"--adapters: {self.default_adapter!r} is the name of --adapter already; choose another")
+        return self
+
+    @property
+    def default_adapter(self) -> str:
+        """The name of the adapter that answers when a request names none."""
+        return self.adapter_name or self.adapter.resolve().name
+
+    def adapter_folders(self) -> dict[str, Path]:
+        """Every adapter to load at the start by its name, the default one first."""
+        return {self.default_adapter: self.adapter} | {name: Path(folder) for name, folder in _pairs(self.adapters)}
+
+
+def _pairs(adapters: str | None) -> list[tuple[str, str]]:
+    """`name=folder` pairs; a part without a sign has no folder."""
+    parts = [part.strip() for part in (adapters or "").split(",") if part.strip()]
+    return [(name.strip(), folder.strip()) for name, _, folder in (part.partition("=") for part in parts)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scalabl.posterior import Draws
 from server.app import create_app
-from server.engine import Engine, load_engine
+from server.engine import Engine, Served, load_engine
 from server.settings import ServeSettings
 from tests import tiny
 
@@ -93,12 +93,12 @@ class GatedEngine(Engine):
     broken: threading.Event
     entered: threading.Event
 
-    def run(self, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
         self.entered.set()
         assert self.gate.wait(30)
         if self.broken.is_set():
             raise RuntimeError("secret detail of /a/path")
-        return super().run(sequences, draws)
+        return super().run(served, sequences, draws)
 
 
 @dataclasses.dataclass

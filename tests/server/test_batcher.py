@@ -23,11 +23,13 @@ class Passes:
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
         self.firsts: list[list[int]] = []
+        self.targets: list[str | None] = []
         self.entered, self.gate = threading.Event(), threading.Event()
         self.gate.set()
 
-    def __call__(self, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
         self.lengths.append([len(ids) for ids in sequences])
+        self.targets.append(target)
         self.firsts.append([ids[0] for ids in sequences])
         self.entered.set()
         assert self.gate.wait(30)
@@ -41,7 +43,7 @@ def draws(num_samples: int = 2) -> Draws:
 
 
 def with_batcher(
-    scenario: Callable[[Batcher, Passes], Awaitable[None]],
+    scenario: Callable[[Batcher[str | None], Passes], Awaitable[None]],
     *,
     target_tokens: int = 100,
     max_tokens: int = 1000,
@@ -64,20 +66,20 @@ def with_batcher(
     return passes
 
 
-async def hold(batcher: Batcher, passes: Passes) -> asyncio.Future[Tensor]:
+async def hold(batcher: Batcher[str | None], passes: Passes) -> asyncio.Future[Tensor]:
     """Occupy the worker with one input of its own, so that what follows has to wait."""
     passes.gate.clear()
-    (held,) = batcher.submit([[1]], draws())
+    (held,) = batcher.submit(None, [[1]], draws())
     assert await asyncio.to_thread(passes.entered.wait, 30)
     return held
 
 
 def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
         waiting = []
         for first in (2, 3, 4, 5, 6):
-            waiting += batcher.submit([[first] * 10], draws(num_samples=2))
+            waiting += batcher.submit(None, [[first] * 10], draws(num_samples=2))
         passes.gate.set()
         answers = await asyncio.gather(*waiting)
         assert [float(logits[0, 0]) for logits in answers] == [2, 3, 4, 5, 6]
@@ -87,9 +89,9 @@ def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
 
 
 def test_the_target_counts_padding() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit([[2] * 20, [3], [4]], draws(num_samples=2))
+        waiting = batcher.submit(None, [[2] * 20, [3], [4]], draws(num_samples=2))
         passes.gate.set()
         await asyncio.gather(*waiting)
 
@@ -98,9 +100,9 @@ def test_the_target_counts_padding() -> None:
 
 
 def test_an_input_above_the_target_runs_alone() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit([[2], [3] * 200, [4]], draws(num_samples=2))
+        waiting = batcher.submit(None, [[2], [3] * 200, [4]], draws(num_samples=2))
         passes.gate.set()
         await asyncio.gather(*waiting)
 
@@ -108,9 +110,9 @@ def test_an_input_above_the_target_runs_alone() -> None:
 
 
 def test_inputs_with_different_draws_share_a_pass() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit([[2]], draws(3)) + batcher.submit([[3]], draws(5))
+        waiting = batcher.submit(None, [[2]], draws(3)) + batcher.submit(None, [[3]], draws(5))
         passes.gate.set()
         answers = await asyncio.gather(*waiting)
         assert [tuple(logits.shape) for logits in answers] == [(3, 2), (5, 2)]
@@ -118,25 +120,40 @@ def test_inputs_with_different_draws_share_a_pass() -> None:
     assert with_batcher(scenario).firsts == [[1], [2, 3]]
 
 
+def test_two_adapters_never_share_a_pass_and_keep_their_order() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = []
+        for first, adapter in ((2, "x"), (3, "y"), (4, "x"), (5, "y"), (6, "x"), (7, "z")):
+            waiting += batcher.submit(adapter, [[first] * 10], draws(num_samples=2))
+        passes.gate.set()
+        answers = await asyncio.gather(*waiting)
+        assert [float(logits[0, 0]) for logits in answers] == [2, 3, 4, 5, 6, 7]
+
+    passes = with_batcher(scenario, target_tokens=40)
+    assert passes.firsts == [[1], [2, 4], [3, 5], [6], [7]], "2 inputs fill a pass"
+    assert passes.targets == [None, "x", "y", "x", "z"]
+
+
 def test_an_input_that_no_pass_can_hold_is_refused_and_nothing_of_its_request_queued() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         with pytest.raises(ProblemError, match=r"inputs\.1: 501 tokens x 2 samples = 1002, above the limit of 1000"):
-            batcher.submit([[2], [3] * 501], draws(2))
-        (answer,) = batcher.submit([[4] * 500], draws(2))
+            batcher.submit(None, [[2], [3] * 501], draws(2))
+        (answer,) = batcher.submit(None, [[4] * 500], draws(2))
         await answer
 
     assert with_batcher(scenario).firsts == [[4]]
 
 
 def test_a_request_is_admitted_whole_or_not_at_all() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        kept = batcher.submit([[2], [3]], draws())
+        kept = batcher.submit(None, [[2], [3]], draws())
         with pytest.raises(ProblemError, match="2 inputs wait and the queue holds 3; this request has 2") as caught:
-            batcher.submit([[4], [5]], draws())
+            batcher.submit(None, [[4], [5]], draws())
         assert caught.value.slug == "queue-full"
         assert caught.value.retry_after is not None
-        kept += batcher.submit([[6]], draws())
+        kept += batcher.submit(None, [[6]], draws())
         passes.gate.set()
         await asyncio.gather(*kept)
 
@@ -144,11 +161,11 @@ def test_a_request_is_admitted_whole_or_not_at_all() -> None:
 
 
 def test_abandoned_inputs_free_their_place_and_are_not_run() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        for future in batcher.submit([[2], [3]], draws()):
+        for future in batcher.submit(None, [[2], [3]], draws()):
             future.cancel()
-        kept = batcher.submit([[4], [5]], draws())
+        kept = batcher.submit(None, [[4], [5]], draws())
         kept[0].cancel()
         passes.gate.set()
         await kept[1]
@@ -157,23 +174,23 @@ def test_abandoned_inputs_free_their_place_and_are_not_run() -> None:
 
 
 def test_a_failing_pass_reaches_its_inputs_and_the_next_one_runs() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        unlucky = batcher.submit([[13], [2]], draws(20))
+        unlucky = batcher.submit(None, [[13], [2]], draws(20))
         passes.gate.set()
         for future in unlucky:
             with pytest.raises(RuntimeError, match="unlucky"):
                 await future
-        (answer,) = batcher.submit([[3]], draws())
+        (answer,) = batcher.submit(None, [[3]], draws())
         assert float((await answer)[0, 0]) == 3
 
     assert with_batcher(scenario).firsts == [[1], [13, 2], [3]]
 
 
 def test_stopping_answers_what_still_waits() -> None:
-    async def scenario(batcher: Batcher, passes: Passes) -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         held = await hold(batcher, passes)
-        waiting = batcher.submit([[2], [3]], draws())
+        waiting = batcher.submit(None, [[2], [3]], draws())
         await batcher.stop()
         for future in [held, *waiting]:
             with pytest.raises(ProblemError, match="the server is shutting down; try another replica") as caught:

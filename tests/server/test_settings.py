@@ -43,6 +43,10 @@ def test_the_environment_sets_and_arguments_win(monkeypatch: pytest.MonkeyPatch)
         (["--num-samples", "0"], {}, "Invalid value for --num-samples"),
         (["--num-samples", "many"], {}, "Invalid value for '--num-samples'"),
         ([], {"SCALABL_MAX_QUEUE": "0"}, "Invalid value for --max-queue"),
+        (["--adapters", "a=x,b"], {}, "Invalid value for --adapters: 'b' has no folder; write name=folder"),
+        (["--adapters", "a/b=x"], {}, "Invalid value for --adapters: 'a/b' is no adapter name"),
+        ([], {"SCALABL_ADAPTERS": "a=x,a=y"}, "Invalid value for --adapters: the name 'a' is given twice"),
+        (["--adapters", "x=y"], {}, "--adapters: 'x' is the name of --adapter already"),
         (["--nonsense"], {}, "No such option: --nonsense"),
     ],
 )

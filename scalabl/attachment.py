@@ -1,0 +1,73 @@
+"""Several adapters over one base model: which of them sits in it now, and the exchange. What is put in is `model`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Host:
+    """A base model's own modules, as they were before any adapter, and the adapter that is in their place now.
+
+    There is one host for each base model, made (and the base frozen) when its first adapter is; it keeps the whole head,
+    which later adapters cut theirs from. Nothing is locked: passes, `attach` and `detach` belong to one thread. Building
+    an adapter reads only `modules`, which never changes, so that any thread may do it while passes run.
+
+    Attributes:
+        modules: every module of the base by its path.
+        head_name, head: the output head, None where the model has none.
+        attached: the adapter in place.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        base.requires_grad_(False)
+        self.modules: dict[str, nn.Module] = dict(base.named_modules())
+        self.head = base.get_output_embeddings()
+        self.head_name = next((name for name, module in self.modules.items() if module is self.head), None)
+        self.attached: Attachment | None = None
+
+    @classmethod
+    def of(cls, base: PreTrainedModel) -> Host:
+        """The host of a base model, kept on the model itself so that it lives exactly as long."""
+        host: Host | None = base.__dict__.get("_scalabl_host")
+        if host is None:
+            host = cls(base)
+            base._scalabl_host = host
+        return host
+
+
+class Attachment:
+    """The modules that one adapter puts in the place of the base's own.
+
+    Args:
+        replacements: path in the base -> the module to put there.
+    """
+
+    def __init__(self, host: Host, replacements: Mapping[str, nn.Module]) -> None:
+        self._host = host
+        # The parents' own tables: an exchange is one assignment per module, microseconds for a whole model.
+        self._slots: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
+        for path, replacement in replacements.items():
+            parent, _, leaf = path.rpartition(".")
+            self._slots.append((host.modules[parent]._modules, leaf, replacement, host.modules[path]))
+
+    def attach(self) -> None:
+        """Put the adapter in, whichever was there before; nothing happens when it is this one."""
+        if self._host.attached is self:
+            return
+        if self._host.attached is not None:
+            self._host.attached.detach()
+        for table, leaf, replacement, _ in self._slots:
+            table[leaf] = replacement
+        self._host.attached = self
+
+    def detach(self) -> None:
+        """Give the base its own modules back; nothing happens when another adapter is in place."""
+        if self._host.attached is not self:
+            return
+        for table, leaf, _, original in self._slots:
+            table[leaf] = original
+        self._host.attached = None

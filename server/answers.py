@@ -1,0 +1,46 @@
+"""From what the posterior samples say of an input to the JSON that answers it."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from scalabl.posterior import Draws
+from scalabl.predictive import Predictive
+from server.schemas import Prediction, StandardError
+
+
+def prediction_of(outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool) -> Prediction:
+    """The answer to one input, with an id of its own."""
+    probabilities = outcome.probabilities.tolist()
+    index = max(range(len(probabilities)), key=probabilities.__getitem__)
+    error = outcome.standard_error
+    optional: dict[str, Any] = {}  # left out of the JSON unless asked for
+    if return_samples:
+        optional["samples"] = [dict(zip(choices, each, strict=True)) for each in outcome.sample_probabilities.tolist()]
+    return Prediction(
+        id=f"pred-{uuid.uuid4().hex}",
+        prediction=choices[index],
+        index=index,
+        confidence=probabilities[index],
+        probabilities=dict(zip(choices, probabilities, strict=True)),
+        entropy=float(outcome.entropy),
+        expected_entropy=float(outcome.expected_entropy),
+        mutual_information=float(outcome.mutual_information),
+        standard_error=StandardError(
+            probabilities=dict(zip(choices, map(_known, error.probabilities.tolist()), strict=True)),
+            entropy=_known(float(error.entropy)),
+            expected_entropy=_known(float(error.expected_entropy)),
+            mutual_information=_known(float(error.mutual_information)),
+        ),
+        num_samples=draws.num_samples,
+        method="monte_carlo",
+        abstain=None,
+        **optional,
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,51 @@
+"""What the server says of itself: the base model, the adapters, the defaults and the limits."""
+
+from __future__ import annotations
+
+from scalabl import __version__
+from server.engine import Engine, Served
+from server.schemas import AdapterInfo, Info, ModelInfo
+
+
+def describe(engine: Engine) -> Info:
+    """`/info` of a loaded engine."""
+    settings, base = engine.settings, engine.pretrained.model
+    default = engine.adapters.get(engine.default_adapter)
+    return Info(
+        version=__version__,
+        model=ModelInfo(
+            name=engine.model_name,
+            architecture=type(base).__name__,
+            dtype=str(base.dtype).removeprefix("torch."),
+            device=str(base.device),
+        ),
+        adapter=describe_adapter(default) if default is not None else None,
+        adapters=[describe_adapter(served) for _, served in sorted(engine.adapters.items())],
+        defaults={"num_samples": settings.num_samples, "seed": settings.seed, "draw_scheme": settings.draw_scheme},
+        limits={
+            "max_samples": settings.max_samples,
+            "max_inputs": settings.max_inputs,
+            "max_input_tokens": engine.max_input_tokens,
+            "max_batch_tokens": settings.max_batch_tokens,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_queue": settings.max_queue,
+            "request_timeout": settings.request_timeout,
+        },
+    )
+
+
+def describe_adapter(served: Served) -> AdapterInfo:
+    """One adapter's entry."""
+    model, config = served.model, served.model.config
+    return AdapterInfo(
+        name=served.name,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        adapted_layers=len(model.adapted),
+        stochastic_parameters=model.num_stochastic_parameters,
+        additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
+        posterior_scale=config.posterior_scale,
+        temperature=config.temperature,
+        task=config.task.kind,
+        choices=list(config.task.choices),
+    )
