@@ -6,8 +6,6 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +15,8 @@ from scalabl import __version__
 from scalabl.config import TaskKind
 from scalabl.errors import ScalaBLError
 from scalabl.recipe import TrainingConfig
-from server.options import command_for, usage_errors
+from server.measuring import calibrate, evaluate
+from server.options import command_for, errors_as_messages, split, usage_errors
 from server.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -30,16 +29,6 @@ app = typer.Typer(
 )
 convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """What the method refuses is a message and exit status 1, not a stack trace."""
-    try:
-        yield
-    except ScalaBLError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
 
 
 def _version(wanted: bool) -> None:
@@ -88,7 +77,7 @@ def _serve(settings: ServeSettings) -> None:
     # uvicorn raises the signal again once it has shut down cleanly; a drained server ends with status 0 all the same.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    with _errors_as_messages():
+    with errors_as_messages():
         server.run()
         if failures:
             if isinstance(failures[0], ScalaBLError):
@@ -120,7 +109,7 @@ def _train(
     device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
 ) -> None:
     """Train an adapter with stochastic variational inference."""
-    with _errors_as_messages():
+    with errors_as_messages():
         from scalabl.config import AdapterConfig
         from scalabl.dataset import read_examples
         from scalabl.evaluation import encode_examples
@@ -137,8 +126,8 @@ def _train(
                 base_model_name_or_path=base_model_name or model,
                 r=r,
                 lora_alpha=lora_alpha,
-                target_modules=_split(target_modules),
-                layers_to_transform=_split(layers_to_transform) if layers_to_transform else None,
+                target_modules=split(target_modules),
+                layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
                 prior_std=prior_std,
                 task=_task(kind, template, chat, choice_prefix, choices),
             )
@@ -180,73 +169,14 @@ def _task(
     return Task.model_validate(fields)
 
 
-def _split(text: str) -> tuple[Any, ...]:
-    """The parts of a comma-separated option, for a pydantic field to parse."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-@app.command()
-def evaluate(
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
-    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL.")],
-    model: Annotated[str | None, typer.Option(help="Base model (default: the one that the adapter names).")] = None,
-    ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples per input.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
-) -> None:
-    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs."""
-    with _errors_as_messages():
-        from tqdm import tqdm
-
-        from scalabl.adapter_io import load_adapter, read_config
-        from scalabl.dataset import read_examples
-        from scalabl.evaluation import encode_examples, logits_of, ood_scores, predictive_of, scores
-        from scalabl.predictive import Predictive
-        from scalabl.pretrained import load_pretrained
-        from scalabl.prompt import Prompter
-
-        config = read_config(adapter)
-        examples = read_examples(data)
-        outside = {path: read_examples(path, labelled=False) for path in ood or []}
-        pretrained = load_pretrained(model or config.base_model_name_or_path, device=device)
-        prompter = Prompter(config.task, pretrained.tokenizer)
-        loaded = load_adapter(pretrained.model, adapter)
-        draws = loaded.draws(num_samples, seed)
-
-        def outcome_of(rows: list[Any], name: str) -> tuple[Predictive, Any]:
-            encoded = encode_examples(prompter, rows, pretrained.max_tokens)
-            with tqdm(total=len(rows), desc=name, unit="input") as bar:
-                logits = logits_of(loaded, encoded.sequences, draws, on_progress=bar.update)
-            return predictive_of(logits, encoded.num_choices, loaded, draws), encoded.answers
-
-        inside, answers = outcome_of(examples, data.name)
-        report: dict[str, Any] = {
-            "adapter": adapter.name,
-            "num_samples": num_samples,
-            "seed": seed,
-            "draw_scheme": draws.scheme,
-            "data": {"name": f"{data.parent.name}/{data.name}", "inputs": len(examples), **scores(inside, answers)},
-            "ood": [
-                {
-                    "name": f"{path.parent.name}/{path.name}",
-                    "inputs": len(rows),
-                    **ood_scores(inside, outcome_of(rows, path.name)[0]),
-                }
-                for path, rows in outside.items()
-            ],
-        }
-        text = json.dumps(report, indent=2)
-        typer.echo(text)
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
+app.command("evaluate")(evaluate)
+app.command("calibrate")(calibrate)
 
 
 @app.command()
 def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
     """Print an adapter's configuration and size, without its base model."""
-    with _errors_as_messages():
+    with errors_as_messages():
         from scalabl.adapter_io import read_config, read_weights
 
         config, weights = read_config(adapter), read_weights(adapter)
@@ -274,11 +204,11 @@ def convert_bayesadapt_command(
     choice_prefix: Annotated[str | None, typer.Option(help="Text between prompt and choice.")] = None,
 ) -> None:
     """Convert a ScalaBL checkpoint of the authors' code (BayesAdapt)."""
-    with _errors_as_messages():
+    with errors_as_messages():
         from scalabl.convert import convert_bayesadapt
 
         with usage_errors():
-            task = _task(kind, template, chat, choice_prefix, _split(choices), _split(choice_tokens))
+            task = _task(kind, template, chat, choice_prefix, split(choices), split(choice_tokens))
         config = convert_bayesadapt(checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task)
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 

@@ -1,4 +1,6 @@
-"""Command-line options made from pydantic models, so that a field's name, default, limits and help stand in one place."""
+"""What commands share: options made from pydantic models, so that a field's name, default, limits and help stand in one
+place, and errors as messages.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,23 @@ import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from scalabl.errors import ScalaBLError
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What the method refuses is a message and exit status 1, not a stack trace."""
+    try:
+        yield
+    except ScalaBLError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def split(text: str) -> tuple[Any, ...]:
+    """The parts of a comma-separated option, for a pydantic field to parse."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @contextmanager

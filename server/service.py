@@ -17,6 +17,7 @@ from scalabl.errors import InputTooLongError, PromptError, ScalaBLError
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from server.batcher import Batcher
+from server.decisions import decisions, level_for
 from server.engine import Engine
 from server.metrics import Metrics
 from server.problems import ProblemError
@@ -145,6 +146,8 @@ class Service:
             )
         seed = settings.seed if request.seed is None else request.seed
         choices = _choices_per_input(engine, request, len(texts))
+        calibration = engine.model.config.calibration
+        level = level_for(calibration, request.coverage)
         loop = asyncio.get_running_loop()
         pending: list[asyncio.Future[Tensor]] = []
         try:
@@ -174,7 +177,7 @@ class Service:
             model=engine.model_name,
             adapter=engine.adapter_name,
             predictions=[
-                _prediction(outcome, names, draws, request.return_samples)
+                _prediction(outcome, names, draws, request.return_samples, decisions(outcome, names, calibration, level))
                 for outcome, names in zip(outcomes, choices, strict=True)
             ],
             usage=Usage(tokens=sum(map(len, sequences)), rows=len(sequences) * num_samples),
@@ -208,6 +211,7 @@ class Service:
                 temperature=config.temperature,
                 task=config.task.kind,
                 choices=list(config.task.choices),
+                calibration=config.calibration,
             ),
             defaults={"num_samples": settings.num_samples, "seed": settings.seed, "draw_scheme": settings.draw_scheme},
             limits={
@@ -260,7 +264,9 @@ def _encode(engine: Engine, texts: Sequence[str], choices: Sequence[Sequence[str
     return sequences
 
 
-def _prediction(outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool) -> Prediction:
+def _prediction(
+    outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool, decided: dict[str, Any]
+) -> Prediction:
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
     error = outcome.standard_error
@@ -284,7 +290,7 @@ def _prediction(outcome: Predictive, choices: Sequence[str], draws: Draws, retur
         ),
         num_samples=draws.num_samples,
         method="monte_carlo",
-        abstain=None,
+        **decided,
         **optional,
     )
 
