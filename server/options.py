@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task, TaskKind
 from scalabl.errors import ScalaBLError
 
 
@@ -105,3 +106,27 @@ def _cli_type(field: FieldInfo) -> Any:
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     plain = str if isinstance(kinds[0], str) or kinds[0] is SecretStr else kinds[0]
     return plain | None
+
+
+def task_of(
+    kind: TaskKind,
+    template: str | None,
+    chat: bool,
+    choice_prefix: str | None,
+    choices: tuple[str, ...],
+    choice_tokens: tuple[str, ...] | None = None,
+) -> Task:
+    """The task that options describe, with the defaults of its kind.
+
+    Raises:
+        ValidationError: see `Task`.
+    """
+    fields = {
+        "kind": kind,
+        "template": template or (MULTIPLE_CHOICE_TEMPLATE if kind == "multiple_choice" else CLASSIFICATION_TEMPLATE),
+        "choices": choices,
+        "choice_tokens": choice_tokens,
+        "chat": chat,
+        "choice_prefix": choice_prefix if choice_prefix is not None else ("" if chat else " "),
+    }
+    return Task.model_validate(fields)
