@@ -142,9 +142,15 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
     """Write an adapter directory. Each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
+        os.replace(Path(scratch) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    save_config(folder, config)
+
+
+def save_config(folder: Path, config: AdapterConfig) -> None:
+    """Write `adapter_config.json` of an adapter directory, whole or not at all."""
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(scratch) / name, folder / name)
+        os.replace(Path(scratch) / CONFIG_FILE, folder / CONFIG_FILE)

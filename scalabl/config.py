@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 FORMAT_VERSION = 1
 
 TaskKind = Literal["classification", "multiple_choice"]
+SetMethod = Literal["lac", "aps"]
+DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
 # The prompt of the authors' published code (BayesAdapt) for its multiple-choice sets.
@@ -74,12 +76,89 @@ def _first_repeated(items: tuple[str, ...]) -> str:
     return next(item for index, item in enumerate(items) if item in items[:index])
 
 
+class CalibrationData(BaseModel):
+    """The held-out file: `fit_rows` chose posterior scale and temperature, `threshold_rows` the thresholds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    sha256: str
+    rows: int
+    fit_rows: int
+    threshold_rows: int
+
+
+class Abstention(BaseModel):
+    """No answer where the doubt `score` is above `threshold` (`confidence` stands for one minus it).
+
+    On the threshold rows `coverage` of the inputs were answered, `achieved_risk` of these wrongly; with `confidence` the
+    true share of wrong answers is at most `risk_bound`, which is at most `target_risk`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    score: DoubtName
+    threshold: float
+    target_risk: float
+    confidence: float
+    achieved_risk: float
+    risk_bound: float
+    coverage: float
+
+
+class Fit(BaseModel):
+    """NLL (nats) and ECE (15 bins) on the threshold rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    nll: float
+    ece: float
+
+
+class Calibration(BaseModel):
+    """What `scalabl calibrate` found, beside `posterior_scale` and `temperature`.
+
+    It holds for the draws it was made with: `num_samples`, `seed`, `draw_scheme`. `thresholds` are by method and level
+    ("0.9"); `quantiles` of mutual information and entropy by probability, as a reference to tell drift by; `before` is with
+    scale and temperature 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    data: CalibrationData
+    num_samples: int = Field(ge=1)
+    seed: int
+    draw_scheme: str
+    method: SetMethod
+    thresholds: dict[SetMethod, dict[str, float]]
+    abstain: Abstention | None = None
+    quantiles: dict[Literal["mutual_information", "entropy"], dict[str, float]]
+    before: Fit
+    after: Fit
+
+    @model_validator(mode="after")
+    def _method_has_levels(self) -> Self:
+        if not self.thresholds.get(self.method):
+            raise ValueError(f"calibration has no thresholds for its method {self.method!r}")
+        return self
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """The thresholds of the chosen method, by level."""
+        return self.thresholds[self.method]
+
+    @property
+    def default_level(self) -> str:
+        """0.9 where it was calibrated, else the first one."""
+        return "0.9" if "0.9" in self.levels else next(iter(self.levels))
+
+
 class AdapterConfig(BaseModel):
     """The contents of `adapter_config.json`: PEFT's field names where PEFT has one.
 
     `prior_std` is the standard deviation of p(s); `posterior_scale` (tau) multiplies sigma and `temperature` divides the
-    logits, both set by calibration. `layers_to_transform` limits the adapted decoder layers (None: all of them); it does
-    not concern the head, which is adapted when `target_modules` names it.
+    logits, both set by calibration, whose thresholds are under `calibration`. `layers_to_transform` limits the adapted
+    decoder layers (None: all of them); it does not concern the head, which is adapted when `target_modules` names it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +174,7 @@ class AdapterConfig(BaseModel):
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     task: Task
+    calibration: Calibration | None = None
 
     @field_validator("format_version")
     @classmethod

@@ -38,3 +38,7 @@ class DatasetError(ScalaBLError, ValueError):
 
 class BaseModelError(ScalaBLError):
     """A base model that cannot be loaded: not found, not a causal language model, or in an unsafe format."""
+
+
+class CalibrationError(ScalaBLError):
+    """Held-out data that cannot give what was asked of it: too few rows for a level, or no threshold for a risk."""

@@ -15,6 +15,7 @@ from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from scalabl.prompt import Prompter
+from scalabl.selective import doubts
 
 ECE_BINS = 15
 
@@ -82,10 +83,24 @@ def logits_of(
     return result
 
 
-def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
-    """The predictive of N inputs, with the logits of choices that an input does not have put out of reach."""
+def without_absent(logits: Tensor, num_choices: Tensor) -> Tensor:
+    """[N, K, C], with the logits of choices that an input does not have put out of reach, at any usual temperature."""
     absent = torch.arange(logits.shape[-1]) >= num_choices.unsqueeze(1)  # [N, C]
-    return predictive(logits.masked_fill(absent.unsqueeze(1), -1e4), model.config.temperature, draws.scheme)
+    return logits.masked_fill(absent.unsqueeze(1), -1e6)
+
+
+def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
+    """The predictive of N inputs, each over the choices that it has."""
+    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
+
+
+def calibration_error(probabilities: Tensor, answers: Tensor) -> float:
+    """ECE of the top choice's probability, 15 equal-width bins: probabilities [N, C], answers [N]."""
+    return float(
+        multiclass_calibration_error(
+            probabilities.float(), answers, num_classes=probabilities.shape[-1], n_bins=ECE_BINS, norm="l1"
+        )
+    )
 
 
 def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
@@ -100,36 +115,26 @@ def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
     result = {
         "accuracy": 1 - wrong.double().mean().item(),
         "nll": -probabilities.gather(1, answers.unsqueeze(1)).clamp_min(1e-300).log().mean().item(),
-        "ece": multiclass_calibration_error(
-            probabilities.float(), answers, num_classes=probabilities.shape[-1], n_bins=ECE_BINS, norm="l1"
-        ).item(),
+        "ece": calibration_error(probabilities, answers),
         "brier": (probabilities - truth).square().sum(-1).mean().item(),
         "entropy": outcome.entropy.mean().item(),
         "mutual_information": outcome.mutual_information.mean().item(),
     }
     if 0 < int(wrong.sum()) < len(wrong):
-        result |= {f"auroc_wrong_{name}": _auroc(score, wrong) for name, score in _doubts(outcome).items()}
+        result |= {f"auroc_wrong_{name}": _auroc(score, wrong) for name, score in doubts(outcome).items()}
     return result
 
 
 def ood_scores(inside: Predictive, outside: Predictive) -> dict[str, float]:
     """AUROC with which each doubt score ranks the inputs of `outside` above those of `inside`, and the means outside."""
     label = torch.cat([torch.zeros(len(inside.entropy)), torch.ones(len(outside.entropy))]).int()
-    doubts = _doubts(outside)
+    elsewhere = doubts(outside)
     result = {
-        f"auroc_ood_{name}": _auroc(torch.cat([score, doubts[name]]), label) for name, score in _doubts(inside).items()
+        f"auroc_ood_{name}": _auroc(torch.cat([score, elsewhere[name]]), label) for name, score in doubts(inside).items()
     }
     result["ood_entropy"] = outside.entropy.mean().item()
     result["ood_mutual_information"] = outside.mutual_information.mean().item()
     return result
-
-
-def _doubts(outcome: Predictive) -> dict[str, Tensor]:
-    return {
-        "mutual_information": outcome.mutual_information,
-        "entropy": outcome.entropy,
-        "confidence": 1 - outcome.probabilities.max(-1).values,
-    }
 
 
 def _auroc(score: Tensor, label: Tensor) -> float:

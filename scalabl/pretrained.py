@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,30 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model's modules and shapes without its weights (on the meta device), and its tokenizer.
+
+    Raises:
+        BaseModelError: as `load_pretrained`, but for the weights.
+    """
+    with _load_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
+        raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
+
+
 def load_pretrained(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
     """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors.
 
@@ -53,7 +79,7 @@ def load_pretrained(name: str, *, device: str = "auto", dtype: str = "auto", tru
         BaseModelError: the name leads nowhere, is not a causal language model, or has no safetensors weights.
     """
     where = resolve_device(device)
-    try:
+    with _load_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -62,10 +88,6 @@ def load_pretrained(name: str, *, device: str = "auto", dtype: str = "auto", tru
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
-        raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
     model.to(where).requires_grad_(False).eval()
     text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]

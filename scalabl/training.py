@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from scalabl.config import AdapterConfig
 from scalabl.evaluation import EncodedSet, logits_of, predictive_of, scores
 from scalabl.layer import RowSamples
 from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.peft_lora import relative_log_std
 from scalabl.posterior import kl_divergence
 from scalabl.recipe import TrainingConfig
 
@@ -174,6 +175,16 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+@torch.no_grad()
+def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.adapter_parameters().items():
+        if name in start:
+            parameter.copy_(start[name])
+        else:
+            mean = start[name.replace(".s_log_std", ".s_mean")].to(parameter.device)
+            parameter.copy_(relative_log_std(mean, parameter.exp()))
+
+
 def train_adapter(
     base: PreTrainedModel,
     config: AdapterConfig,
@@ -181,10 +192,14 @@ def train_adapter(
     train: EncodedSet,
     validation: EncodedSet,
     output: Path,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Train a fresh adapter and write it to `output`; resumes from `output/checkpoints` when a run was cut short.
 
     The adapter that is kept is the one of the validation with the lowest NLL.
+
+    Args:
+        start: A, B and mu of every layer to begin with (`peft_lora.adapter_of`); sigma then begins as a share of mu.
 
     Returns:
         The last validation's scores, with the counts of stochastic and of additional parameters.
@@ -192,6 +207,8 @@ def train_adapter(
     set_seed(recipe.seed)
     model = ScalaBLModel(base, config)
     model.reset_adapter(recipe.seed, recipe.std_init)
+    if start is not None:
+        _start_from(model, start)
     checkpoints = output / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),

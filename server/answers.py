@@ -12,7 +12,9 @@ from scalabl.predictive import Predictive
 from server.schemas import Prediction, StandardError
 
 
-def prediction_of(outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool) -> Prediction:
+def prediction_of(
+    outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool, decided: dict[str, Any]
+) -> Prediction:
     """The answer to one input, with an id of its own."""
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -37,7 +39,7 @@ def prediction_of(outcome: Predictive, choices: Sequence[str], draws: Draws, ret
         ),
         num_samples=draws.num_samples,
         method="monte_carlo",
-        abstain=None,
+        **decided,
         **optional,
     )
 

@@ -6,10 +6,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,29 +15,18 @@ from scalabl import __version__
 from scalabl.config import TaskKind
 from scalabl.errors import ScalaBLError
 from scalabl.recipe import TrainingConfig
-from server.options import command_for, usage_errors
+from server.converting import convert, export
+from server.measuring import calibrate, evaluate
+from server.options import command_for, errors_as_messages, split, task_of, usage_errors
 from server.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from scalabl.config import Task
 
 app = typer.Typer(
     help="Inference server and tools for ScalaBL, Bayesian low-rank adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """What the method refuses is a message and exit status 1, not a stack trace."""
-    try:
-        yield
-    except ScalaBLError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+app.add_typer(export, name="export")
 
 
 def _version(wanted: bool) -> None:
@@ -88,7 +75,7 @@ def _serve(settings: ServeSettings) -> None:
     # uvicorn raises the signal again once it has shut down cleanly; a drained server ends with status 0 all the same.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    with _errors_as_messages():
+    with errors_as_messages():
         server.run()
         if failures:
             if isinstance(failures[0], ScalaBLError):
@@ -111,20 +98,35 @@ def _train(
     choice_prefix: Annotated[
         str | None, typer.Option(help="Text between prompt and choice (a space; none in a chat).")
     ] = None,
-    r: Annotated[int, typer.Option(help="Rank: stochastic scalars per adapted layer.")] = 8,
-    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha; the scaling is alpha / r.")] = 16.0,
-    target_modules: Annotated[str, typer.Option(help="Comma-separated module names.")] = "q_proj,v_proj,lm_head",
+    r: Annotated[int | None, typer.Option(help="Rank: stochastic scalars per adapted layer.  \\[default: 8]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha; the scaling is alpha / r.  \\[default: 16]")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated module names.  \\[default: q_proj,v_proj,lm_head]")
+    ] = None,
     layers_to_transform: Annotated[str | None, typer.Option(help="Comma-separated layer indices (default: all).")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Start from a finished PEFT LoRA directory; sigma starts at up to --std-init times each mu."),
+    ] = None,
     prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior p(s).")] = 1.0,
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
 ) -> None:
     """Train an adapter with stochastic variational inference."""
-    with _errors_as_messages():
+    for name, given in (
+        ("--r", r),
+        ("--lora-alpha", lora_alpha),
+        ("--target-modules", target_modules),
+        ("--layers-to-transform", layers_to_transform),
+    ):
+        if init_from is not None and given is not None:
+            raise typer.BadParameter("the LoRA of --init-from decides this; leave it out", param_hint=name)
+    with errors_as_messages():
         from scalabl.config import AdapterConfig
         from scalabl.dataset import read_examples
         from scalabl.evaluation import encode_examples
-        from scalabl.pretrained import load_pretrained
+        from scalabl.peft_lora import adapter_of, read_peft
+        from scalabl.pretrained import load_pretrained, load_skeleton
         from scalabl.prompt import Prompter
         from scalabl.training import train_adapter
 
@@ -132,19 +134,23 @@ def _train(
         choices = training_rows[0].choices
         if kind == "multiple_choice":
             choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in training_rows)])
+        lora = read_peft(init_from) if init_from is not None else None
         with usage_errors():
             config = AdapterConfig(
                 base_model_name_or_path=base_model_name or model,
-                r=r,
-                lora_alpha=lora_alpha,
-                target_modules=_split(target_modules),
-                layers_to_transform=_split(layers_to_transform) if layers_to_transform else None,
+                r=8 if r is None else r,
+                lora_alpha=16.0 if lora_alpha is None else lora_alpha,
+                target_modules=split(target_modules or "q_proj,v_proj,lm_head"),
+                layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
                 prior_std=prior_std,
-                task=_task(kind, template, chat, choice_prefix, choices),
+                task=task_of(kind, template, chat, choice_prefix, choices),
             )
         pretrained = load_pretrained(model, device=device, dtype="float32")
         prompter = Prompter(config.task, pretrained.tokenizer)
-        config = config.model_copy(update={"task": prompter.resolved_task})
+        config, start = config.model_copy(update={"task": prompter.resolved_task}), None
+        if lora is not None:
+            kept = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
+            config, start = adapter_of(lora, load_skeleton(model)[0], config.task, **kept)
         metrics = train_adapter(
             pretrained.model,
             config,
@@ -152,6 +158,7 @@ def _train(
             encode_examples(prompter, training_rows, pretrained.max_tokens),
             encode_examples(prompter, validation_rows, pretrained.max_tokens),
             output,
+            start,
         )
         typer.echo(json.dumps(metrics))
 
@@ -159,94 +166,14 @@ def _train(
 app.command("train")(command_for(TrainingConfig, _train))
 
 
-def _task(
-    kind: TaskKind,
-    template: str | None,
-    chat: bool,
-    choice_prefix: str | None,
-    choices: tuple[str, ...],
-    choice_tokens: tuple[str, ...] | None = None,
-) -> Task:
-    from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task
-
-    fields = {
-        "kind": kind,
-        "template": template or (MULTIPLE_CHOICE_TEMPLATE if kind == "multiple_choice" else CLASSIFICATION_TEMPLATE),
-        "choices": choices,
-        "choice_tokens": choice_tokens,
-        "chat": chat,
-        "choice_prefix": choice_prefix if choice_prefix is not None else ("" if chat else " "),
-    }
-    return Task.model_validate(fields)
-
-
-def _split(text: str) -> tuple[Any, ...]:
-    """The parts of a comma-separated option, for a pydantic field to parse."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-@app.command()
-def evaluate(
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
-    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL.")],
-    model: Annotated[str | None, typer.Option(help="Base model (default: the one that the adapter names).")] = None,
-    ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples per input.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
-) -> None:
-    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs."""
-    with _errors_as_messages():
-        from tqdm import tqdm
-
-        from scalabl.adapter_io import load_adapter, read_config
-        from scalabl.dataset import read_examples
-        from scalabl.evaluation import encode_examples, logits_of, ood_scores, predictive_of, scores
-        from scalabl.predictive import Predictive
-        from scalabl.pretrained import load_pretrained
-        from scalabl.prompt import Prompter
-
-        config = read_config(adapter)
-        examples = read_examples(data)
-        outside = {path: read_examples(path, labelled=False) for path in ood or []}
-        pretrained = load_pretrained(model or config.base_model_name_or_path, device=device)
-        prompter = Prompter(config.task, pretrained.tokenizer)
-        loaded = load_adapter(pretrained.model, adapter)
-        draws = loaded.draws(num_samples, seed)
-
-        def outcome_of(rows: list[Any], name: str) -> tuple[Predictive, Any]:
-            encoded = encode_examples(prompter, rows, pretrained.max_tokens)
-            with tqdm(total=len(rows), desc=name, unit="input") as bar:
-                logits = logits_of(loaded, encoded.sequences, draws, on_progress=bar.update)
-            return predictive_of(logits, encoded.num_choices, loaded, draws), encoded.answers
-
-        inside, answers = outcome_of(examples, data.name)
-        report: dict[str, Any] = {
-            "adapter": adapter.name,
-            "num_samples": num_samples,
-            "seed": seed,
-            "draw_scheme": draws.scheme,
-            "data": {"name": f"{data.parent.name}/{data.name}", "inputs": len(examples), **scores(inside, answers)},
-            "ood": [
-                {
-                    "name": f"{path.parent.name}/{path.name}",
-                    "inputs": len(rows),
-                    **ood_scores(inside, outcome_of(rows, path.name)[0]),
-                }
-                for path, rows in outside.items()
-            ],
-        }
-        text = json.dumps(report, indent=2)
-        typer.echo(text)
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
+app.command("evaluate")(evaluate)
+app.command("calibrate")(calibrate)
 
 
 @app.command()
 def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
     """Print an adapter's configuration and size, without its base model."""
-    with _errors_as_messages():
+    with errors_as_messages():
         from scalabl.adapter_io import read_config, read_weights
 
         config, weights = read_config(adapter), read_weights(adapter)
@@ -258,29 +185,6 @@ def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]
             "additional_parameters": sum(tensor.numel() for tensor in weights.values()),
         }
         typer.echo(json.dumps(summary, indent=2))
-
-
-@convert.command("bayesadapt")
-def convert_bayesadapt_command(
-    checkpoint: Annotated[Path, typer.Option(help="The authors' state_dict.pt; read without unpickling code.")],
-    base_model: Annotated[str, typer.Option(help="Name of the base model to record.")],
-    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of their run.")],
-    choices: Annotated[str, typer.Option(help="Comma-separated choices, in their order.")],
-    choice_tokens: Annotated[str, typer.Option(help="Comma-separated token ids, one per choice.")],
-    output: Annotated[Path, typer.Option(help="The adapter directory to write.")],
-    kind: Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")] = "multiple_choice",
-    template: Annotated[str | None, typer.Option(help="Prompt (default: their multiple-choice prompt).")] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
-    choice_prefix: Annotated[str | None, typer.Option(help="Text between prompt and choice.")] = None,
-) -> None:
-    """Convert a ScalaBL checkpoint of the authors' code (BayesAdapt)."""
-    with _errors_as_messages():
-        from scalabl.convert import convert_bayesadapt
-
-        with usage_errors():
-            task = _task(kind, template, chat, choice_prefix, _split(choices), _split(choice_tokens))
-        config = convert_bayesadapt(checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task)
-        typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 
 
 if __name__ == "__main__":

@@ -48,4 +48,5 @@ def describe_adapter(served: Served) -> AdapterInfo:
         temperature=config.temperature,
         task=config.task.kind,
         choices=list(config.task.choices),
+        calibration=config.calibration,
     )

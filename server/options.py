@@ -1,4 +1,6 @@
-"""Command-line options made from pydantic models, so that a field's name, default, limits and help stand in one place."""
+"""What commands share: options made from pydantic models, so that a field's name, default, limits and help stand in one
+place, and errors as messages.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,24 @@ import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task, TaskKind
+from scalabl.errors import ScalaBLError
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What the method refuses is a message and exit status 1, not a stack trace."""
+    try:
+        yield
+    except ScalaBLError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def split(text: str) -> tuple[Any, ...]:
+    """The parts of a comma-separated option, for a pydantic field to parse."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @contextmanager
@@ -86,3 +106,27 @@ def _cli_type(field: FieldInfo) -> Any:
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     plain = str if isinstance(kinds[0], str) or kinds[0] is SecretStr else kinds[0]
     return plain | None
+
+
+def task_of(
+    kind: TaskKind,
+    template: str | None,
+    chat: bool,
+    choice_prefix: str | None,
+    choices: tuple[str, ...],
+    choice_tokens: tuple[str, ...] | None = None,
+) -> Task:
+    """The task that options describe, with the defaults of its kind.
+
+    Raises:
+        ValidationError: see `Task`.
+    """
+    fields = {
+        "kind": kind,
+        "template": template or (MULTIPLE_CHOICE_TEMPLATE if kind == "multiple_choice" else CLASSIFICATION_TEMPLATE),
+        "choices": choices,
+        "choice_tokens": choice_tokens,
+        "chat": chat,
+        "choice_prefix": choice_prefix if choice_prefix is not None else ("" if chat else " "),
+    }
+    return Task.model_validate(fields)

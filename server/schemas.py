@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from scalabl.config import Calibration, SetMethod
+
 Choices = Annotated[list[str], Field(min_length=2)]
 
 
@@ -26,6 +28,9 @@ class PredictRequest(BaseModel):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = Field(
         default=None, description="Seed of the draws (default: the server's)."
     )
+    coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Coverage of the prediction set, among those calibrated (default: 0.9 or the first)."
+    )
     method: Literal["monte_carlo"] = Field(default="monte_carlo", description="How the predictive is computed.")
     return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
     truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
@@ -39,6 +44,17 @@ class StandardError(BaseModel):
     entropy: float | None
     expected_entropy: float | None
     mutual_information: float | None
+
+
+class PredictionSet(BaseModel):
+    """Choices among which the true one is with probability `coverage`, most probable first; the top choice is always in.
+
+    It holds on average over inputs like those that the adapter was calibrated with, for as many samples and such draws.
+    """
+
+    labels: list[str]
+    coverage: float
+    method: SetMethod
 
 
 class Prediction(BaseModel):
@@ -55,7 +71,10 @@ class Prediction(BaseModel):
     standard_error: StandardError
     num_samples: int
     method: str
-    abstain: bool | None = Field(description="Null while the adapter has no abstention threshold.")
+    prediction_set: PredictionSet | None = Field(description="Null while the adapter is not calibrated.")
+    abstain: bool | None = Field(
+        description="True: too doubtful to be acted on, for the calibrated risk. Null while the adapter has no threshold."
+    )
     samples: list[dict[str, float]] | None = Field(
         default=None, description="Each posterior sample's probabilities, when return_samples was set."
     )
@@ -115,6 +134,7 @@ class AdapterInfo(BaseModel):
     temperature: float
     task: str
     choices: list[str]
+    calibration: Calibration | None = Field(description="What `scalabl calibrate` found, and with which draws.")
 
 
 class Info(BaseModel):

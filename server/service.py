@@ -15,6 +15,7 @@ from scalabl.errors import ScalaBLError
 from scalabl.predictive import predictive
 from server.answers import prediction_of
 from server.batcher import Batcher
+from server.decisions import decisions, level_for
 from server.description import describe
 from server.engine import Engine, Served
 from server.metrics import Metrics
@@ -132,6 +133,8 @@ class Service:
             )
         seed = settings.seed if request.seed is None else request.seed
         choices = choices_per_input(served.prompter.task, request, len(texts))
+        calibration = served.model.config.calibration
+        level = level_for(calibration, request.coverage)
         loop = asyncio.get_running_loop()
         pending: list[asyncio.Future[Tensor]] = []
         try:
@@ -161,7 +164,7 @@ class Service:
             model=engine.model_name,
             adapter=served.name,
             predictions=[
-                prediction_of(outcome, names, draws, request.return_samples)
+                prediction_of(outcome, names, draws, request.return_samples, decisions(outcome, names, calibration, level))
                 for outcome, names in zip(outcomes, choices, strict=True)
             ],
             usage=Usage(tokens=sum(map(len, sequences)), rows=len(sequences) * num_samples),

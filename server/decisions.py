@@ -1,0 +1,52 @@
+"""What a calibrated adapter adds to a prediction: a set with its coverage, and whether to abstain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scalabl.config import Calibration
+from scalabl.conformal import prediction_sets
+from scalabl.predictive import Predictive
+from scalabl.selective import doubts
+from server.problems import ProblemError
+from server.schemas import PredictionSet
+
+
+def level_for(calibration: Calibration | None, coverage: float | None) -> str | None:
+    """The calibrated level that a request's `coverage` names, or the default one; None without a calibration.
+
+    Raises:
+        ProblemError: `invalid-field`, for a coverage that was not calibrated.
+    """
+    if calibration is None:
+        if coverage is not None:
+            raise ProblemError(
+                "invalid-field",
+                "coverage: this adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
+            )
+        return None
+    if coverage is None:
+        return calibration.default_level
+    level = f"{coverage:g}"
+    if level not in calibration.levels:
+        raise ProblemError(
+            "invalid-field", f"coverage: {level} was not calibrated; this adapter has {', '.join(calibration.levels)}"
+        )
+    return level
+
+
+def decisions(
+    outcome: Predictive, choices: Sequence[str], calibration: Calibration | None, level: str | None
+) -> dict[str, Any]:
+    """`prediction_set` and `abstain` of one input: tensors without leading dimensions. Both None without a calibration."""
+    if calibration is None or level is None:
+        return {"prediction_set": None, "abstain": None}
+    members = prediction_sets(outcome.probabilities, calibration.method, calibration.levels[level])
+    order = outcome.probabilities.argsort(dim=-1, descending=True, stable=True).tolist()
+    labels = [choices[index] for index in order if members[index]]
+    rule = calibration.abstain
+    return {
+        "prediction_set": PredictionSet(labels=labels, coverage=float(level), method=calibration.method),
+        "abstain": None if rule is None else float(doubts(outcome)[rule.score]) > rule.threshold,
+    }
