@@ -19,6 +19,7 @@ from scalabl.predictive import Predictive, predictive
 from server.batcher import Batcher
 from server.engine import Engine
 from server.metrics import Metrics
+from server.outcomes.store import OutcomeStore
 from server.problems import ProblemError
 from server.schemas import (
     AdapterInfo,
@@ -60,6 +61,7 @@ class Service:
     ) -> None:
         self.settings, self._load, self._on_failure = settings, load, on_failure
         self.metrics = Metrics()
+        self.outcomes = OutcomeStore(settings, self.metrics)
         self.state: State = "starting"
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
@@ -75,6 +77,7 @@ class Service:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         try:
+            await self.outcomes.start()
             engine = await loop.run_in_executor(self._model_thread, self._load, self.settings)
         except Exception as error:
             self.state = "failed"
@@ -83,6 +86,7 @@ class Service:
             if self._on_failure is not None:
                 self._on_failure(error)
             return
+        self.outcomes.show(engine.adapter_name)
         self._engine = engine
         self._batcher = Batcher(
             engine.run,
@@ -111,6 +115,7 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._batcher is not None:
             await self._batcher.stop()
+        await self.outcomes.stop()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
         self._prompt_thread.shutdown(wait=False, cancel_futures=True)
 
@@ -169,14 +174,16 @@ class Service:
         ]
         for outcome in outcomes:
             self.metrics.observe_prediction(engine.adapter_name, outcome)
+        predictions = [
+            _prediction(outcome, names, draws, request.return_samples)
+            for outcome, names in zip(outcomes, choices, strict=True)
+        ]
+        predictions = await self.outcomes.record(engine.adapter_name, engine.model_name, texts, predictions)
         return PredictResponse(
             id=f"req-{uuid.uuid4().hex}",
             model=engine.model_name,
             adapter=engine.adapter_name,
-            predictions=[
-                _prediction(outcome, names, draws, request.return_samples)
-                for outcome, names in zip(outcomes, choices, strict=True)
-            ],
+            predictions=predictions,
             usage=Usage(tokens=sum(map(len, sequences)), rows=len(sequences) * num_samples),
         )
 
@@ -269,6 +276,7 @@ def _prediction(outcome: Predictive, choices: Sequence[str], draws: Draws, retur
         optional["samples"] = [dict(zip(choices, each, strict=True)) for each in outcome.sample_probabilities.tolist()]
     return Prediction(
         id=f"pred-{uuid.uuid4().hex}",
+        recorded=True,
         prediction=choices[index],
         index=index,
         confidence=probabilities[index],
