@@ -39,6 +39,7 @@ def prediction_of(
         ),
         num_samples=draws.num_samples,
         method="monte_carlo",
+        recorded=True,
         **decided,
         **optional,
     )

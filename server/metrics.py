@@ -9,6 +9,7 @@ from scalabl.predictive import Predictive
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
+DELAYS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400, 90 * 86400)
 POWERS = tuple(2.0**n for n in range(17))
 
 
@@ -40,6 +41,26 @@ class Metrics:
         self.entropy = self._histogram("scalabl_prediction_entropy_nats", "Total uncertainty.", NATS, ["adapter"])
         self.mutual_information = self._histogram(
             "scalabl_prediction_mutual_information_nats", "Epistemic uncertainty.", NATS, ["adapter"]
+        )
+        self.label_delay = self._histogram(
+            "scalabl_label_delay_seconds", "Time from a prediction to its first label.", DELAYS, ["adapter"]
+        )
+        self.feedback = Counter(
+            "scalabl_feedback_labels", "Labels taken: recorded, unchanged or corrected.", ["status"], registry=self.registry
+        )
+        self.unrecorded = Counter(
+            "scalabl_predictions_unrecorded", "Answered, but not stored, or refused for that.", ["adapter"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.outcomes_up = Gauge("scalabl_outcomes_up", "1 while the outcomes database works.", registry=self.registry)
+        self.outcomes_errors = Counter(
+            "scalabl_outcomes_errors", "Failures of the outcomes database.", registry=self.registry
+        )
+        self.outcomes_deleted = Counter(
+            "scalabl_outcomes_deleted", "Stored predictions deleted by age or number.", registry=self.registry
+        )
+        self.outcomes_commit_duration = self._histogram(
+            "scalabl_outcomes_commit_duration_seconds", "Time of a commit to the outcomes database.", SECONDS
         )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: list[str] | None = None) -> Histogram:

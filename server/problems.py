@@ -20,6 +20,8 @@ TITLES: dict[str, tuple[int, str]] = {
     "unauthorized": (401, "A valid API key is needed"),
     "not-found": (404, "No such resource"),
     "unknown-adapter": (404, "No such adapter"),
+    "unknown-prediction": (404, "No such prediction"),
+    "outcomes-off": (404, "Predictions are not stored"),
     "method-not-allowed": (405, "The route has no such method"),
     "body-too-large": (413, "The request body is too large"),
     "input-too-large": (413, "An input is too large"),
@@ -29,6 +31,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "starting": (503, "The server is starting"),
     "draining": (503, "The server is shutting down"),
     "failed": (503, "The server could not load its model"),
+    "outcomes-unavailable": (503, "The outcomes database is down"),
     "deadline-exceeded": (504, "The deadline has passed"),
 }
 
@@ -52,7 +55,7 @@ class ProblemError(Exception):
         return Response(json.dumps(body), status, headers, media_type="application/problem+json")
 
 
-UNION_TAGS = ("str", "list[")
+UNION_TAGS = ("str", "list[", "object[")
 NOT_AN_OBJECT = ("missing", "model_attributes_type")
 
 

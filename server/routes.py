@@ -9,7 +9,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.auth import KeyRing
 from server.problems import TITLES, ProblemError
-from server.schemas import Health, Info, PredictRequest, PredictResponse, Problem
+from server.schemas import (
+    FeedbackRequest,
+    FeedbackResponse,
+    Health,
+    Info,
+    PredictRequest,
+    PredictResponse,
+    Problem,
+    StoredPrediction,
+)
 from server.service import UNAVAILABLE, Service
 
 
@@ -36,13 +45,33 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
         response_model_exclude_unset=True,
         responses=_problems(
             "unauthorized", "unknown-adapter", "body-too-large", "invalid-field", "queue-full", "internal-error",
-            "starting", "deadline-exceeded",
+            "starting", "outcomes-unavailable", "deadline-exceeded",
         ),
         summary="Choose, and say how sure",
     )  # fmt: skip
     async def predict(request: PredictRequest) -> PredictResponse:
         """Probabilities over the choices with their uncertainty, averaged over K posterior samples."""
         return await service.predict(request)
+
+    @router.post(
+        "/feedback",
+        dependencies=guarded,
+        responses=_problems("unauthorized", "unknown-prediction", "body-too-large", "invalid-field", "outcomes-unavailable"),
+        summary="Say what was true",
+    )
+    async def feedback(request: FeedbackRequest) -> FeedbackResponse:
+        """The true answers to predictions, stored when this returns, all or none. Sending one again changes nothing; another
+        label for the same prediction corrects it."""
+        return await service.outcomes.feedback(request if isinstance(request, list) else [request])
+
+    @router.get(
+        "/predictions/{id}",
+        dependencies=guarded,
+        responses=_problems("unauthorized", "unknown-prediction", "outcomes-unavailable"),
+    )
+    async def prediction(id: str) -> StoredPrediction:
+        """A stored prediction with its labels."""
+        return await service.outcomes.look_up(id)
 
     @router.get("/info", dependencies=guarded, responses=_problems("unauthorized", "starting"))
     async def info() -> Info:

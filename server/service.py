@@ -19,6 +19,7 @@ from server.decisions import decisions, level_for
 from server.description import describe
 from server.engine import Engine, Served
 from server.metrics import Metrics
+from server.outcomes.store import OutcomeStore
 from server.problems import ProblemError
 from server.prompts import choices_per_input, encode
 from server.schemas import Info, PredictRequest, PredictResponse, Usage
@@ -52,6 +53,7 @@ class Service:
     ) -> None:
         self.settings, self._load, self._on_failure = settings, load, on_failure
         self.metrics = Metrics()
+        self.outcomes = OutcomeStore(settings, self.metrics)
         self.state: State = "starting"
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
@@ -67,6 +69,7 @@ class Service:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         try:
+            await self.outcomes.start()
             engine = await loop.run_in_executor(self._model_thread, self._load, self.settings)
         except Exception as error:
             self.state = "failed"
@@ -75,6 +78,8 @@ class Service:
             if self._on_failure is not None:
                 self._on_failure(error)
             return
+        for name in engine.adapters:
+            self.outcomes.show(name)
         self._engine = engine
         self._batcher = Batcher(
             engine.run,
@@ -103,6 +108,7 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._batcher is not None:
             await self._batcher.stop()
+        await self.outcomes.stop()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
         self._prompt_thread.shutdown(wait=False, cancel_futures=True)
 
@@ -159,14 +165,16 @@ class Service:
         ]
         for outcome in outcomes:
             self.metrics.observe_prediction(served.name, outcome)
+        predictions = [
+            prediction_of(outcome, names, draws, request.return_samples, decisions(outcome, names, calibration, level))
+            for outcome, names in zip(outcomes, choices, strict=True)
+        ]
+        predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions)
         return PredictResponse(
             id=f"req-{uuid.uuid4().hex}",
             model=engine.model_name,
             adapter=served.name,
-            predictions=[
-                prediction_of(outcome, names, draws, request.return_samples, decisions(outcome, names, calibration, level))
-                for outcome, names in zip(outcomes, choices, strict=True)
-            ],
+            predictions=predictions,
             usage=Usage(tokens=sum(map(len, sequences)), rows=len(sequences) * num_samples),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -60,6 +61,32 @@ class ServeSettings(BaseSettings):
     api_keys: SecretStr | None = Field(
         default=None, description="Comma-separated keys; with any, every route but health and metrics wants one."
     )
+    data_dir: Path | None = Field(
+        default=None, description="Folder of what the server keeps (default: scalabl in $XDG_DATA_HOME or ~/.local/share)."
+    )
+    outcomes_url: SecretStr | None = Field(
+        default=None,
+        description="Database of predictions and their labels: sqlite:////file, postgresql://user@host/name, or none to "
+        "store nothing (default: SQLite in outcomes.db in the data folder).",
+    )
+    outcomes_required: bool = Field(
+        default=False, description="Refuse predictions that cannot be stored with a 503 (else: answered, recorded false)."
+    )
+    outcomes_timeout: float = Field(
+        default=2.0, gt=0, description="Seconds that a request waits for the outcomes database before it counts as down."
+    )
+    outcomes_retention_days: float = Field(default=90.0, gt=0, description="Days until a prediction is deleted.")
+    outcomes_max_rows: int = Field(
+        default=1_000_000, ge=1, description="The most predictions to keep; the oldest make room for new ones."
+    )
+    store_inputs: bool = Field(default=False, description="Store the inputs' text too, not only its hash.")
+    input_hash_key: SecretStr | None = Field(
+        default=None,
+        description="Key of the inputs' hash, HMAC-SHA-256 (default: plain SHA-256, against which guesses can be tried).",
+    )
+    replica_id: str | None = Field(
+        default=None, min_length=1, description="Name of this replica's totals, kept over restarts (default: host:port)."
+    )
     trust_remote_code: bool = Field(default=False, description="Run model code that comes with the base model.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="How much to log.")
 
@@ -90,6 +117,14 @@ class ServeSettings(BaseSettings):
     def adapter_folders(self) -> dict[str, Path]:
         """Every adapter to load at the start by its name, the default one first."""
         return {self.default_adapter: self.adapter} | {name: Path(folder) for name, folder in _pairs(self.adapters)}
+
+    def resolved_outcomes_url(self) -> str | None:
+        """The database's URL, None when nothing is stored."""
+        if self.outcomes_url is not None:
+            url = self.outcomes_url.get_secret_value()
+            return None if url == "none" else url
+        folder = self.data_dir or Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "scalabl"
+        return f"sqlite:///{folder.absolute() / 'outcomes.db'}"
 
 
 def _pairs(adapters: str | None) -> list[tuple[str, str]]:

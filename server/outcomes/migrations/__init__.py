@@ -1,0 +1,1 @@
+"""The versions of the outcomes database, applied in order at start."""

@@ -1,0 +1,104 @@
+"""What one prediction, and one label of it, add to the totals. Pure functions of the stored answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+BINS = 15  # as in `scalabl evaluate`
+UPPER_EDGES = tuple(f"{n / BINS:.3f}" for n in range(1, BINS + 1))
+
+Answer = Mapping[str, Any]
+Amounts = dict[tuple[str, str], float]  # (name of a family, bin or level) -> what is added
+
+
+@dataclass(frozen=True)
+class Family:
+    """A counter: `metric` is its name in Prometheus without `_total`; a correction retracts from those `of_labels`."""
+
+    metric: str
+    text: str
+    label: Literal["bin", "level"] = "bin"
+    of_labels: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "predictions": Family("scalabl_recorded_predictions", "Predictions stored."),
+    "confidence": Family("scalabl_recorded_confidence", "Summed confidence of stored predictions."),
+    "abstentions": Family("scalabl_recorded_abstentions", "Stored predictions that abstained."),
+    "sets": Family("scalabl_recorded_sets", "Stored predictions with a prediction set of this level.", "level"),
+    "set_choices": Family("scalabl_recorded_set_choices", "Summed size of their prediction sets.", "level"),
+    "outcomes": Family("scalabl_outcomes", "Labels given.", of_labels=True),
+    "correct": Family("scalabl_outcomes_correct", "Labels that were the prediction.", of_labels=True),
+    "labelled_confidence": Family(
+        "scalabl_outcomes_confidence", "Summed confidence of labelled predictions.", of_labels=True
+    ),
+    "brier": Family("scalabl_outcomes_brier", "Summed Brier score, over all choices.", of_labels=True),
+    "log_loss": Family("scalabl_outcomes_log_loss_nats", "Summed log loss.", of_labels=True),
+    "abstained": Family("scalabl_outcomes_abstained", "Labels of predictions that abstained.", of_labels=True),
+    "abstained_correct": Family(
+        "scalabl_outcomes_abstained_correct", "Labels that were the prediction that abstained.", of_labels=True
+    ),
+    "labelled_sets": Family("scalabl_outcomes_sets", "Labels of predictions with a set of this level.", "level", True),
+    "covered": Family("scalabl_outcomes_covered", "Labels that were in the prediction set.", "level", True),
+}
+RETRACTED = "_retracted"
+
+
+def bin_of(confidence: float) -> str:
+    """The upper edge of the bin [(n-1)/15, n/15) that holds a confidence; 1 belongs to the last."""
+    return UPPER_EDGES[min(int(confidence * BINS), BINS - 1)]
+
+
+def choices_of(answer: Answer) -> list[str]:
+    """The names that a label may have."""
+    return list(answer["probabilities"])
+
+
+def sets_of(answer: Answer) -> dict[str, list[str]]:
+    """Nominal coverage -> the choices in the prediction set of that level."""
+    found = answer.get("prediction_set")
+    return {} if found is None else {f"{found['coverage']:g}": list(found["labels"])}
+
+
+def of_prediction(answer: Answer) -> Amounts:
+    """What a stored prediction adds."""
+    edge = bin_of(answer["confidence"])
+    amounts: Amounts = {("predictions", edge): 1.0, ("confidence", edge): answer["confidence"]}
+    if answer.get("abstain"):
+        amounts["abstentions", edge] = 1.0
+    for level, members in sets_of(answer).items():
+        amounts["sets", level] = 1.0
+        amounts["set_choices", level] = float(len(members))
+    return amounts
+
+
+def of_label(answer: Answer, label: int) -> Amounts:
+    """What a label adds, and its correction retracts. `label` is an index among the choices."""
+    edge = bin_of(answer["confidence"])
+    probabilities = list(answer["probabilities"].values())
+    correct = label == answer["index"]
+    amounts: Amounts = {
+        ("outcomes", edge): 1.0,
+        ("labelled_confidence", edge): answer["confidence"],
+        ("brier", edge): math.fsum((p - (index == label)) ** 2 for index, p in enumerate(probabilities)),
+        ("log_loss", edge): max(0.0, -math.log(max(probabilities[label], 1e-300))),  # rounding may leave p above 1
+    }
+    if correct:
+        amounts["correct", edge] = 1.0
+    if answer.get("abstain"):
+        amounts["abstained", edge] = 1.0
+        if correct:
+            amounts["abstained_correct", edge] = 1.0
+    for level, members in sets_of(answer).items():
+        amounts["labelled_sets", level] = 1.0
+        if choices_of(answer)[label] in members:
+            amounts["covered", level] = 1.0
+    return amounts
+
+
+def retraction(amounts: Amounts) -> Amounts:
+    """The same amounts on the counters that PromQL subtracts."""
+    return {(name + RETRACTED, key): amount for (name, key), amount in amounts.items()}

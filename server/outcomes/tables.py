@@ -1,0 +1,57 @@
+"""The tables of the outcomes database as they are now; `migrations` says how they came about.
+
+Times are seconds since 1970 (UTC). A request's text is kept as ASCII JSON, since PostgreSQL's text knows no NUL.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Double, ForeignKey, Identity, Integer, MetaData, String, Table, Text
+
+METADATA = MetaData()
+VERSION_TABLE = "scalabl_version"
+
+ROW = BigInteger().with_variant(Integer, "sqlite")
+
+PREDICTIONS = Table(
+    "scalabl_predictions",
+    METADATA,
+    Column("seq", ROW, Identity(), primary_key=True),  # the order of insertion, by which the oldest make room
+    Column("id", String(64), nullable=False, unique=True),
+    Column("created_at", Double, nullable=False, index=True),
+    Column("adapter", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("answer", Text, nullable=False),  # the `Prediction` that the client got, without its samples
+    Column("input_hash", String(64), nullable=False),
+    Column("input", Text),  # only with --store-inputs
+    Column("label", Integer),  # index of the latest label among the answer's choices
+)
+
+LABELS = Table(
+    "scalabl_labels",
+    METADATA,
+    Column("seq", ROW, Identity(), primary_key=True),
+    Column("prediction", ROW, ForeignKey(PREDICTIONS.c.seq, ondelete="CASCADE"), nullable=False, index=True),
+    Column("label", Integer, nullable=False),
+    Column("labelled_at", Double, nullable=False),
+    Column("replica", Text, nullable=False),
+)
+
+# What each replica has counted, one number per row, so that a new count needs no migration.
+TOTALS = Table(
+    "scalabl_totals",
+    METADATA,
+    Column("replica", Text, primary_key=True),
+    Column("adapter", Text, primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("key", String(32), primary_key=True),
+    Column("value", Double, nullable=False),
+)
+
+# Who writes the totals of a replica: two processes under one name would be counted twice.
+REPLICAS = Table(
+    "scalabl_replicas",
+    METADATA,
+    Column("replica", Text, primary_key=True),
+    Column("incarnation", String(32), nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
