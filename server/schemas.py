@@ -17,7 +17,9 @@ class PredictRequest(BaseModel):
     """One text or a list of them; `choices` only for a multiple-choice adapter: one list for all inputs, or one each."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"inputs": "how do i move money to my savings account"}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"inputs": "how do i move money to my savings account"}]},
     )
 
     inputs: str | Texts = Field(description="One text, or a list of texts.")
