@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,28 +67,44 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTra
 def _load_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
         raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
 
 
-def load_pretrained(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
-    """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors.
+def load_pretrained(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    allow_pickle: bool = False,
+) -> Pretrained:
+    """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
+
+    Args:
+        gguf_file: a file of the model; its weights are de-quantised to `dtype`.
+        allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
 
     Raises:
         BaseModelError: the name leads nowhere, is not a causal language model, or has no safetensors weights.
     """
     where = resolve_device(device)
     with _load_errors(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        source = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+        config = AutoConfig.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=resolve_dtype(dtype, where),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **source,
         )
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers and a warning
+        raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
     model.to(where).requires_grad_(False).eval()
     text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from scalabl import __version__
-from server import problems
+from server import open_inference, problems
 from server.auth import KeyRing
 from server.engine import Engine, load_engine
-from server.middleware import BodyLimit, RequestMetrics
-from server.routes import build_router
+from server.middleware import ArrivalLimits, Observe
+from server.routes import build_router, health_routes, metrics_route
 from server.service import Service
 from server.settings import ServeSettings
+from server.spans import make_spans
+
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["authorization", "content-type", "x-api-key", "x-request-id", "traceparent"],
+    "expose_headers": ["x-request-id", "traceparent", "retry-after", "x-total-time", "x-queue-time", "x-inference-time"],
+    "max_age": 600,
+}
 
 
 def create_app(
@@ -28,6 +39,8 @@ def create_app(
         on_failure: told the error when the model cannot be loaded.
         load: makes the engine; called once, on the model's thread.
     """
+    keys = KeyRing(settings.api_keys, settings.api_keys_file)
+    spans = make_spans(settings.otlp_endpoint)
     service = Service(settings, load, on_failure)
 
     @asynccontextmanager
@@ -37,16 +50,45 @@ def create_app(
             yield
         finally:
             await service.stop()
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="ScalaBL inference server",
         version=__version__,
         summary="Language models that know what they do not know.",
         lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,  # a redirect would repeat the Host header
+        strict_content_type=False,  # `strict_json` decides
     )
     app.state.service = service
     problems.install(app)
-    app.include_router(build_router(service, KeyRing(settings.api_keys)))
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestMetrics, metrics=service.metrics)
+    app.include_router(build_router(service, keys))
+    app.include_router(open_inference.build_router(service, keys))
+    app.include_router(health_routes(service))
+    if settings.admin_port is None:
+        app.include_router(metrics_route(service))
+    app.add_middleware(
+        ArrivalLimits,
+        max_header_bytes=settings.max_header_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout=settings.body_timeout,
+    )
+    origins = [each.strip() for each in settings.cors_origins.split(",") if each.strip()]
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
+    app.add_middleware(Observe, metrics=service.metrics, spans=spans, https=settings.ssl_certfile is not None)
+    return app
+
+
+def create_admin_app(main: FastAPI) -> FastAPI:
+    """Health and metrics of the same server, for a port of their own."""
+    service: Service = main.state.service
+    app = FastAPI(title="ScalaBL inference server: admin port", openapi_url=None, redirect_slashes=False)
+    problems.install(app)
+    app.include_router(health_routes(service))
+    app.include_router(metrics_route(service))
+    app.add_middleware(Observe, metrics=service.metrics)
     return app

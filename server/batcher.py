@@ -19,6 +19,7 @@ from torch import Tensor
 from scalabl.posterior import Draws
 from server.metrics import Metrics
 from server.problems import ProblemError
+from server.trace import Stages
 
 Target = TypeVar("Target")  # what a pass runs on: an adapter
 RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Draws]], list[Tensor]]
@@ -33,6 +34,7 @@ class QueuedInput(Generic[Target]):
     draws: Draws
     logits: asyncio.Future[Tensor]
     queued_at: float = field(default_factory=time.perf_counter)
+    stages: Stages = field(default_factory=Stages)
 
     @property
     def rows(self) -> int:
@@ -79,8 +81,10 @@ class Batcher(Generic[Target]):
             if not queued.logits.done():
                 queued.logits.set_exception(ProblemError("draining", "the server is shutting down; try another replica"))
 
-    def submit(self, target: Target, sequences: Sequence[list[int]], draws: Draws) -> list[asyncio.Future[Tensor]]:
-        """Queue a request's inputs, all of them or none.
+    def submit(
+        self, target: Target, sequences: Sequence[list[int]], draws: Draws, stages: Stages | None = None
+    ) -> list[asyncio.Future[Tensor]]:
+        """Queue a request's inputs, all of them or none; `stages` is told when they are in a pass.
 
         Raises:
             ProblemError: `queue-full` with a time to come back, or `input-too-large` for one that no pass can hold.
@@ -103,7 +107,7 @@ class Batcher(Generic[Target]):
                 retry_after=self._seconds_per_input * max(1, len(self._queue)),
             )
         loop = asyncio.get_running_loop()
-        queued = [QueuedInput(target, ids, draws, loop.create_future()) for ids in sequences]
+        queued = [QueuedInput(target, ids, draws, loop.create_future(), stages=stages or Stages()) for ids in sequences]
         self._queue.extend(queued)
         self._metrics.queue_inputs.set(len(self._queue))
         self._arrived.set()
@@ -159,6 +163,8 @@ class Batcher(Generic[Target]):
                         queued.logits.set_exception(error)
                 continue
             elapsed = time.perf_counter() - started
+            for queued in batch:
+                queued.stages.took(started, started + elapsed)
             self._seconds_per_input += 0.1 * (elapsed / len(batch) - self._seconds_per_input)
             rows = sum(queued.rows for queued in batch)
             self._metrics.observe_batch(rows, rows * max(len(q.token_ids) for q in batch), elapsed)

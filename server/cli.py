@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,43 +42,15 @@ def main(
 
 def _serve(settings: ServeSettings) -> None:
     """Serve an adapter over HTTP. Each option can also be set by the environment variable it names."""
-    import uvicorn
+    from server import listen, logs
 
-    from server.app import create_app
-
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # transformers' look-ups, one line each
-    failures: list[Exception] = []
-
-    def on_failure(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    application = create_app(settings, on_failure)
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            application.state.service.drain()
-            super().handle_exit(sig, frame)
-
-    server = Server(
-        uvicorn.Config(
-            application,
-            host=settings.host,
-            port=settings.port,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=settings.shutdown_timeout,
-        )
-    )
-    # uvicorn raises the signal again once it has shut down cleanly; a drained server ends with status 0 all the same.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    logs.configure(settings.log_level, settings.log_format)
     with errors_as_messages():
-        server.run()
-        if failures:
-            if isinstance(failures[0], ScalaBLError):
-                raise failures[0]
-            raise typer.Exit(1)  # already logged with its traceback
+        failure = listen.run(settings)
+        if isinstance(failure, ScalaBLError):
+            raise failure
+    if failure is not None:
+        raise typer.Exit(1)  # already logged with its traceback
 
 
 app.command("serve")(command_for(ServeSettings, _serve, env_prefix="SCALABL_"))

@@ -130,7 +130,12 @@ def load_engine(settings: ServeSettings) -> Engine:
     configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
     name = settings.model or configs[0].base_model_name_or_path
     pretrained = load_pretrained(
-        name, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+        name,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        gguf_file=settings.gguf_file,
+        allow_pickle=settings.allow_pickle,
     )
     limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
     target = settings.target_batch_tokens

@@ -28,6 +28,9 @@ class Metrics:
         self.request_duration = self._histogram(
             "scalabl_request_duration_seconds", "Time from request to answer.", SECONDS, ["route"]
         )
+        self.key_requests = Counter(
+            "scalabl_key_requests", "HTTP requests by the name of their API key.", ["key"], registry=self.registry
+        )
         self.queue_inputs = Gauge("scalabl_queue_inputs", "Inputs that wait for a pass.", registry=self.registry)
         self.queue_duration = self._histogram("scalabl_queue_duration_seconds", "Time an input waits.", SECONDS)
         self.forward_duration = self._histogram("scalabl_forward_duration_seconds", "Time of a forward pass.", SECONDS)

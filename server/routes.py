@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.auth import KeyRing
-from server.problems import TITLES, ProblemError
+from server.guard import documented, route_class
+from server.problems import ProblemError
 from server.schemas import (
     FeedbackRequest,
     FeedbackResponse,
@@ -16,36 +15,23 @@ from server.schemas import (
     Info,
     PredictRequest,
     PredictResponse,
-    Problem,
     StoredPrediction,
 )
 from server.service import UNAVAILABLE, Service
 
 
-def _problems(*slugs: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the errors that a route can answer with."""
-    documented: dict[int | str, dict[str, Any]] = {}
-    for slug in slugs:
-        status, title = TITLES[slug]
-        documented.setdefault(
-            status,
-            {"description": title, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}},
-        )
-    return documented
-
-
 def build_router(service: Service, keys: KeyRing) -> APIRouter:
-    """All routes of one service."""
-    router = APIRouter()
-    guarded = [Depends(keys.check)]
+    """The routes of one service's own interface."""
+    router = APIRouter(route_class=route_class(keys))
+    guarded = keys.guards
 
     @router.post(
         "/predict",
         dependencies=guarded,
         response_model_exclude_unset=True,
-        responses=_problems(
-            "unauthorized", "unknown-adapter", "body-too-large", "invalid-field", "queue-full", "internal-error",
-            "starting", "outcomes-unavailable", "deadline-exceeded",
+        responses=documented(
+            "unknown-adapter", "invalid-field", "input-too-large", "queue-full", "starting", "outcomes-unavailable",
+            "deadline-exceeded",
         ),
         summary="Choose, and say how sure",
     )  # fmt: skip
@@ -56,7 +42,7 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.post(
         "/feedback",
         dependencies=guarded,
-        responses=_problems("unauthorized", "unknown-prediction", "body-too-large", "invalid-field", "outcomes-unavailable"),
+        responses=documented("unknown-prediction", "invalid-field", "outcomes-unavailable"),
         summary="Say what was true",
     )
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
@@ -67,32 +53,50 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.get(
         "/predictions/{id}",
         dependencies=guarded,
-        responses=_problems("unauthorized", "unknown-prediction", "outcomes-unavailable"),
+        responses=documented("unknown-prediction", "outcomes-unavailable"),
     )
     async def prediction(id: str) -> StoredPrediction:
         """A stored prediction with its labels."""
         return await service.outcomes.look_up(id)
 
-    @router.get("/info", dependencies=guarded, responses=_problems("unauthorized", "starting"))
+    @router.get("/info", dependencies=guarded, responses=documented("starting"))
     async def info() -> Info:
         """What is loaded, the defaults and the limits."""
         return service.info()
 
-    @router.get("/health/live", responses=_problems("failed"))
+    return router
+
+
+def health_routes(service: Service) -> APIRouter:
+    """For probes; they need no key."""
+    router = APIRouter()
+
+    @router.get("/health/live", responses=documented("failed"))
     async def live() -> Health:
         """200 unless the model could not be loaded."""
         if service.state == "failed":
             raise ProblemError("failed", UNAVAILABLE["failed"])
         return Health(status="ok")
 
-    @router.get("/health/ready", responses=_problems("starting"))
+    @router.get("/health/ready", responses=documented("starting"))
     async def ready() -> Health:
         """200 once the model is loaded and warm, until the server drains."""
         if service.state != "ready":
             raise ProblemError(service.state, UNAVAILABLE[service.state])
         return Health(status="ok")
 
-    @router.get("/metrics", response_class=Response)
+    return router
+
+
+def metrics_route(service: Service) -> APIRouter:
+    """For Prometheus; it needs no key."""
+    router = APIRouter()
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"description": "The metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         """Prometheus text format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

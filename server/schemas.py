@@ -9,18 +9,22 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from scalabl.config import Calibration, SetMethod
 
-Choices = Annotated[list[str], Field(min_length=2)]
+# A list ends at its first wrong element, so that a large one cannot make a large answer.
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
 class PredictRequest(BaseModel):
     """One text or a list of them; `choices` only for a multiple-choice adapter: one list for all inputs, or one each."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"inputs": "how do i move money to my savings account"}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"inputs": "how do i move money to my savings account"}]},
     )
 
-    inputs: str | Annotated[list[str], Field(min_length=1)] = Field(description="One text, or a list of texts.")
-    choices: Choices | Annotated[list[Choices], Field(min_length=1)] | None = Field(
+    inputs: str | Texts = Field(description="One text, or a list of texts.")
+    choices: Choices | Annotated[list[Choices], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="Multiple choice only: the choices for all inputs, or one list for each."
     )
     num_samples: Annotated[int, Field(strict=True, ge=1)] | None = Field(

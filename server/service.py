@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from scalabl.errors import ScalaBLError
 from scalabl.predictive import predictive
+from server import trace
 from server.answers import prediction_of
 from server.batcher import Batcher
 from server.decisions import decisions, level_for
@@ -141,15 +143,21 @@ class Service:
         choices = choices_per_input(served.prompter.task, request, len(texts))
         calibration = served.model.config.calibration
         level = level_for(calibration, request.coverage)
+        seen = trace.current()
+        seen.adapter, seen.inputs, seen.characters = served.name, len(texts), sum(map(len, texts))
+        seen.compute_type = served.model.device.type
         loop = asyncio.get_running_loop()
         pending: list[asyncio.Future[Tensor]] = []
         try:
             async with asyncio.timeout(settings.request_timeout):
+                started = time.perf_counter()
                 sequences = await loop.run_in_executor(
                     self._prompt_thread, encode, served.prompter, texts, choices, engine.max_input_tokens, request.truncate
                 )
+                seen.tokens = sum(map(len, sequences))
+                seen.stages.tokenized_in(started)
                 draws = served.draws(num_samples, seed)
-                pending = batcher.submit(served, sequences, draws)
+                pending = batcher.submit(served, sequences, draws, seen.stages)
                 logits = await asyncio.gather(*pending)
         except TimeoutError:
             raise ProblemError(
@@ -175,7 +183,7 @@ class Service:
             model=engine.model_name,
             adapter=served.name,
             predictions=predictions,
-            usage=Usage(tokens=sum(map(len, sequences)), rows=len(sequences) * num_samples),
+            usage=Usage(tokens=seen.tokens, rows=len(sequences) * num_samples),
         )
 
     def info(self) -> Info:

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scalabl.posterior import DEFAULT_SCHEME, Scheme
+from server.logs import LogFormat
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -56,10 +57,37 @@ class ServeSettings(BaseSettings):
     max_inputs: int = Field(default=256, ge=1, description="The most inputs in one request.")
     max_queue: int = Field(default=1024, ge=1, description="The most inputs that may wait; beyond it the answer is 429.")
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="The largest request body.")
+    max_header_bytes: int = Field(default=16_384, ge=256, description="The most bytes of a request's path and headers.")
+    header_timeout: float = Field(default=10.0, gt=0, description="Seconds that a request's headers may take to arrive.")
+    body_timeout: float = Field(default=30.0, gt=0, description="Seconds that a request's body may take to arrive.")
     request_timeout: float = Field(default=60.0, gt=0, description="Seconds until a request is given up with a 504.")
     shutdown_timeout: int = Field(default=30, ge=0, description="Seconds that running requests get after SIGTERM.")
     api_keys: SecretStr | None = Field(
-        default=None, description="Comma-separated keys; with any, every route but health and metrics wants one."
+        default=None,
+        description="Comma-separated keys: name:key, name:sha256:<hex> or key. With any, every route but health, metrics "
+        "and the documentation wants one.",
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="A file with one name:key or name:sha256:<hex> a line; read again when it changes."
+    )
+    cors_origins: str = Field(
+        default="", description="Comma-separated origins whose pages may call this server (default: none; *: any)."
+    )
+    admin_host: str = Field(default="127.0.0.1", description="Address of the admin port.")
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="A second port for /metrics and /health; the main one then has no /metrics (default: none).",
+    )
+    ssl_certfile: Path | None = Field(default=None, description="Certificate chain (PEM); with it the main port speaks TLS.")
+    ssl_keyfile: Path | None = Field(default=None, description="Its private key (PEM), when it is not in the same file.")
+    ssl_ca_certs: Path | None = Field(
+        default=None, description="Authorities (PEM); with it clients must show a certificate from one of them."
+    )
+    gguf_file: str | None = Field(default=None, description="Read the weights from this GGUF file of the base model.")
+    allow_pickle: bool = Field(
+        default=False, description="Accept base models whose weights are PyTorch pickles, read with weights_only."
     )
     data_dir: Path | None = Field(
         default=None, description="Folder of what the server keeps (default: scalabl in $XDG_DATA_HOME or ~/.local/share)."
@@ -88,6 +116,10 @@ class ServeSettings(BaseSettings):
         default=None, min_length=1, description="Name of this replica's totals, kept over restarts (default: host:port)."
     )
     trust_remote_code: bool = Field(default=False, description="Run model code that comes with the base model.")
+    log_format: LogFormat = Field(default="text", description="text or json, one line per record, on standard error.")
+    otlp_endpoint: str | None = Field(
+        default=None, description="Send spans to this OpenTelemetry collector over HTTP, as http://host:4318."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="How much to log.")
 
     @field_validator("adapters")

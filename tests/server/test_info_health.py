@@ -39,6 +39,6 @@ def test_the_interface_is_documented_with_its_errors(colours: TestClient) -> Non
     document = colours.get("/openapi.json").json()
     assert {"/predict", "/info", "/health/live", "/health/ready", "/metrics"} <= document["paths"].keys()
     responses = document["paths"]["/predict"]["post"]["responses"]
-    assert {"200", "401", "404", "413", "422", "429", "503", "504"} <= responses.keys()
-    for status in ("401", "413", "422", "429", "504"):
+    assert {"200", "404", "413", "415", "422", "429", "503", "504"} <= responses.keys()
+    for status in ("404", "413", "422", "429", "504"):
         assert list(responses[status]["content"]) == ["application/problem+json"], status

@@ -85,17 +85,25 @@ def test_wrong_choices_are_named(letters: TestClient, body: dict[str, Any], deta
 @pytest.mark.parametrize(
     ("content", "detail"),
     [
-        (b"{", "body: not valid JSON at byte 1: Expecting property name"),
+        (b"{", "body: not valid JSON at character 1: Expecting property name"),
         (b"", "body: "),
         (b"[]", "body: send a JSON object"),
         (b'"text"', "body: send a JSON object"),
-        (b'{"inputs": "\xff"}', "body: not a JSON document"),
+        (b'{"inputs": "\xff"}', "body: not a JSON document in UTF-8: byte 12 is wrong"),
         (b'{"inputs": "\\ud800 a"}', "inputs: the text is not valid Unicode (a lone surrogate at character 0)"),
         (
             b'{"inputs": "a", "\\ud800": 1}',
-            "body: Input should be a valid string, unable to parse raw data as a unicode string",
+            "body: a field's name is not valid Unicode (a lone surrogate at character 0)",
         ),
-        (b"[" * 100_000, "body: "),
+        (b"[" * 100_000, "body: nested deeper than 64 levels"),
+        (b'{"inputs": ' + b"[" * 64 + b"]" * 64 + b"}", "body: nested deeper than 64 levels"),
+        (b'{"inputs": "a", "inputs": "b"}', "body: the name 'inputs' appears twice in one object"),
+        (b'{"inputs": "a", "seed": NaN}', "body: NaN is not JSON; send a finite number or null"),
+        (b'{"inputs": "a", "seed": -Infinity}', "body: -Infinity is not JSON"),
+        (b'{"inputs": "a", "num_samples": 1e999}', "num_samples: "),
+        (b'{"inputs": "a", "seed": ' + b"9" * 5000 + b"}", "body: a number is too long"),
+        (b'{"inputs": [' + b"1," * 100_000 + b"1]}", "inputs: "),
+        ('{"inputs": "a"}'.encode("utf-16"), "body: not a JSON document in UTF-8"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(colours: TestClient, content: bytes, detail: str) -> None:
@@ -104,7 +112,33 @@ def test_a_body_that_is_no_request_is_refused(colours: TestClient, content: byte
 
 
 def test_a_form_is_told_to_be_json(colours: TestClient) -> None:
-    refused(colours.post("/predict", data={"inputs": "a"}), 422, "invalid-field", "'Content-Type: application/json'")
+    response = colours.post("/predict", data={"inputs": "a"})
+    refused(response, 415, "unsupported-media-type", "'Content-Type: application/json'")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"content-type": "application/json; charset=UTF-8"}, 200),
+        ({"content-type": "APPLICATION/vnd.me+json"}, 200),
+        ({"content-type": "application/json; charset=latin-1"}, 415),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": ""}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+    ],
+)
+def test_a_body_is_json_as_it_is(colours: TestClient, headers: dict[str, str], status: int) -> None:
+    response = colours.post("/predict", content=b'{"inputs": "a"}', headers=headers)
+    if status == 200:
+        assert response.status_code == 200
+    else:
+        refused(response, status, "unsupported-media-type", "send ")
+
+
+def test_a_detail_that_quotes_the_request_is_short(colours: TestClient) -> None:
+    assert len(ask(colours, inputs="a", adapter="x" * 100_000).json()["detail"]) < 2100
+    assert len(ask(colours, inputs="a", **{f"{n:0500}": 1 for n in range(1000)}).json()["detail"]) < 2100
 
 
 json_values = st.recursive(
