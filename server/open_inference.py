@@ -12,9 +12,9 @@ from starlette.datastructures import Headers
 
 from scalabl import __version__
 from server.auth import KeyRing
+from server.engine import Served
 from server.guard import documented, route_class
 from server.problems import ProblemError
-from server.schemas import AdapterInfo
 from server.service import UNAVAILABLE, Service
 from server.tensors import (
     BINARY,
@@ -114,28 +114,25 @@ def _no_binary(headers: Headers) -> None:
         raise ProblemError("unsupported-media-type", BINARY)
 
 
-def _adapter(service: Service, name: str, version: str = VERSION) -> AdapterInfo:
+def _adapter(service: Service, name: str, version: str = VERSION) -> Served:
     """A loaded adapter.
 
     Raises:
         ProblemError: there is no such adapter or version, or none yet.
     """
-    adapters = {adapter.name: adapter for adapter in service.info().adapters}
-    if name not in adapters:
-        names = ", ".join(map(repr, adapters)) or "no adapter"
-        raise ProblemError("unknown-adapter", f"model {name!r} is not loaded; this server has {names}")
+    served = service.adapter(name)
     if version != VERSION:
         raise ProblemError("unknown-adapter", f"model {name!r} has no version {version!r}; its only version is {VERSION!r}")
-    return adapters[name]
+    return served
 
 
 def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetadata:
-    adapter = _adapter(service, name, version)
-    classification = adapter.task == "classification"
+    task = _adapter(service, name, version).prompter.task
+    classification = task.kind == "classification"
     inputs = [TensorMetadata(name="text", datatype="BYTES", shape=[-1])]
     if not classification:
         inputs.append(TensorMetadata(name="choices", datatype="BYTES", shape=[-1, -1]))
-    width = len(adapter.choices) if classification else -1
+    width = len(task.choices) if classification else -1
     return ModelMetadata(
         name=name,
         versions=[VERSION],
@@ -145,7 +142,7 @@ def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetad
             TensorMetadata(name=output, datatype=datatype, shape=[-1, width] if output == "probabilities" else [-1])
             for output, (datatype, _) in OUTPUTS.items()
         ],
-        parameters={"task": adapter.task} | ({"choices": adapter.choices} if classification else {}),
+        parameters={"task": task.kind} | ({"choices": list(task.choices)} if classification else {}),
     )
 
 

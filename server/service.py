@@ -119,6 +119,14 @@ class Service:
             raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
         return self._engine, self._batcher
 
+    def adapter(self, name: str) -> Served:
+        """A loaded adapter.
+
+        Raises:
+            ProblemError: there is none of this name, or the server does not take requests.
+        """
+        return self._serving()[0].adapter(name)
+
     async def predict(self, request: PredictRequest) -> PredictResponse:
         """Answer one request.
 

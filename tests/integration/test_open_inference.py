@@ -116,7 +116,7 @@ def test_triton_is_told_what_is_wrong(colours: Served) -> None:
     raw.set_data_from_numpy(np.array(["a"], dtype=object))
     with pytest.raises(InferenceServerException, match="not the binary-data extension"):
         client.infer("colours", [raw], outputs=WANTED, headers=auth())
-    with pytest.raises(InferenceServerException, match="model 'other' is not loaded"):
+    with pytest.raises(InferenceServerException, match="adapter: 'other' is not loaded"):
         client.infer("other", [tensor], outputs=WANTED, headers=auth())
     with pytest.raises(InferenceServerException, match="the text is empty"):
         client.infer("colours", [strings("text", [""])], outputs=WANTED, headers=auth())

@@ -135,7 +135,7 @@ def test_every_error_below_v2_has_the_protocols_form(colours: TestClient) -> Non
     body = {"inputs": [TEXT]}
     binary = {"inference-header-content-length": "10", "content-type": "application/octet-stream"}
     for response, status, said in (
-        (infer(colours, TEXT, model="other"), 404, "model 'other' is not loaded"),
+        (infer(colours, TEXT, model="other"), 404, "adapter: 'other' is not loaded"),
         (colours.get("/v2/models/other/ready"), 404, "is not loaded"),
         (colours.get("/v2/models/colours/versions/2"), 404, "has no version '2'"),
         (colours.get("/v2/models/..%2f..%2fetc%2fpasswd"), 404, "is not a route"),
