@@ -19,7 +19,7 @@ from torch import Tensor
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit, SetMethod
 from scalabl.conformal import conformal_threshold, set_scores
 from scalabl.errors import CalibrationError
-from scalabl.evaluation import EncodedSet, calibration_error, logits_of, without_absent
+from scalabl.evaluation import EncodedSet, logits_of, scores, without_absent
 from scalabl.model import ScalaBLModel
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
@@ -216,8 +216,8 @@ def calibrate(
         thresholds=thresholds,
         abstain=_abstention(fitted, encoded.answers[chosen], outcome, answers, options),
         quantiles={"mutual_information": _quantiles(outcome.mutual_information), "entropy": _quantiles(outcome.entropy)},
-        before=_fit_of(before, predictive(before, 1.0, draws.scheme), answers, 1.0),
-        after=_fit_of(after, outcome, answers, temperature),
+        before=_fit_of(predictive(before, 1.0, draws.scheme), answers),
+        after=_fit_of(outcome, answers),
     )
     return Outcome(scale, temperature, calibration, found.trials)
 
@@ -231,8 +231,9 @@ def _quantiles(values: Tensor) -> dict[str, float]:
     return dict(zip(map("{:g}".format, REFERENCE_QUANTILES), found, strict=True))
 
 
-def _fit_of(logits: Tensor, outcome: Predictive, answers: Tensor, temperature: float) -> Fit:
-    return Fit(nll=mixture_nll(logits, answers, temperature), ece=calibration_error(outcome.probabilities, answers))
+def _fit_of(outcome: Predictive, answers: Tensor) -> Fit:
+    found = scores(outcome, answers)
+    return Fit(nll=found["nll"], ece=found["ece"])
 
 
 def _abstention(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from scalabl.dataset import Example
 from scalabl.errors import DatasetError, PromptError
@@ -15,9 +15,7 @@ from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from scalabl.prompt import Prompter
-from scalabl.selective import doubts
-
-ECE_BINS = 15
+from scalabl.scoring import labelled_scores, outside_scores
 
 
 @dataclass(frozen=True)
@@ -94,50 +92,12 @@ def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draw
     return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
 
 
-def calibration_error(probabilities: Tensor, answers: Tensor) -> float:
-    """ECE of the top choice's probability, 15 equal-width bins: probabilities [N, C], answers [N]."""
-    return float(
-        multiclass_calibration_error(
-            probabilities.float(), answers, num_classes=probabilities.shape[-1], n_bins=ECE_BINS, norm="l1"
-        )
-    )
-
-
 def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
-    """Accuracy, NLL (nats), ECE (15 equal-width bins), Brier score, mean entropy and MI, and AUROC of wrong answers.
-
-    Args:
-        answers: [N], each an index into the choices.
-    """
-    probabilities = outcome.probabilities  # [N, C]
-    wrong = (probabilities.argmax(-1) != answers).int()
-    truth = torch.nn.functional.one_hot(answers, probabilities.shape[-1])
-    result = {
-        "accuracy": 1 - wrong.double().mean().item(),
-        "nll": -probabilities.gather(1, answers.unsqueeze(1)).clamp_min(1e-300).log().mean().item(),
-        "ece": calibration_error(probabilities, answers),
-        "brier": (probabilities - truth).square().sum(-1).mean().item(),
-        "entropy": outcome.entropy.mean().item(),
-        "mutual_information": outcome.mutual_information.mean().item(),
-    }
-    if 0 < int(wrong.sum()) < len(wrong):
-        result |= {f"auroc_wrong_{name}": _auroc(score, wrong) for name, score in doubts(outcome).items()}
-    return result
+    """Every score of `scoring.labelled_scores` that there is: answers [N], each an index into the choices."""
+    found = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def ood_scores(inside: Predictive, outside: Predictive) -> dict[str, float]:
     """AUROC with which each doubt score ranks the inputs of `outside` above those of `inside`, and the means outside."""
-    label = torch.cat([torch.zeros(len(inside.entropy)), torch.ones(len(outside.entropy))]).int()
-    elsewhere = doubts(outside)
-    result = {
-        f"auroc_ood_{name}": _auroc(torch.cat([score, elsewhere[name]]), label) for name, score in doubts(inside).items()
-    }
-    result["ood_entropy"] = outside.entropy.mean().item()
-    result["ood_mutual_information"] = outside.mutual_information.mean().item()
-    return result
-
-
-def _auroc(score: Tensor, label: Tensor) -> float:
-    # torchmetrics squashes scores outside [0, 1] through a sigmoid, which can tie them; ranks say the same without that.
-    ranks = torch.unique(score, return_inverse=True)[1].double()
-    return float(binary_auroc(ranks / max(1.0, ranks.max().item()), label))
+    return {name: float(value) for name, value in outside_scores(inside, outside).items()}

@@ -25,18 +25,17 @@ def doubts(outcome: Predictive) -> dict[DoubtName, Tensor]:
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> Tensor:
-    """The share of wrong answers among the i + 1 least doubtful inputs, for i = 0 … N - 1: [..., N].
+    """The share of wrong answers among all inputs at most as doubtful as each one, the surest first: [N].
 
-    Inputs of equal doubt share their errors evenly, so that their order does not matter.
+    Inputs of equal doubt are answered together, as any threshold would.
 
     Args:
         doubt, wrong: [N].
     """
-    values, group, counts = torch.unique(doubt, return_inverse=True, return_counts=True)
-    errors = torch.zeros(len(values), dtype=torch.float64).scatter_add_(0, group, wrong.double())
-    each = (errors / counts).repeat_interleave(counts)
-    risk: Tensor = each.cumsum(0) / torch.arange(1, len(doubt) + 1)
-    return risk
+    _, index, counts = torch.unique(doubt, return_inverse=True, return_counts=True)
+    errors = torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, index, wrong.double())
+    risk: Tensor = errors.cumsum(0) / counts.cumsum(0)
+    return risk.repeat_interleave(counts)
 
 
 def aurc(doubt: Tensor, wrong: Tensor) -> float:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scalabl.config import SetMethod
 from scalabl.errors import ScalaBLError
+from scalabl.posterior import DEFAULT_SCHEME
 from server.options import errors_as_messages, split
+from server.tables import print_report
 
 if TYPE_CHECKING:
     from scalabl.dataset import Example
     from scalabl.evaluation import EncodedSet
     from scalabl.model import ScalaBLModel
     from scalabl.prompt import Prompter
+    from scalabl.report import Evaluated
 
 PLOT_FILES = (".png", ".svg", ".pdf")
 
@@ -63,48 +68,59 @@ def evaluate(
     ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind each 95% interval (0: no intervals).")] = 1000,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw reliability, risk-coverage and MI into this folder.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs."""
+    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs.
+
+    A table goes to standard error, the JSON to --output and, unless it is a terminal, to standard output.
+    """
     with errors_as_messages():
-        from tqdm import tqdm
-
         from scalabl.dataset import read_examples
-        from scalabl.evaluation import logits_of, ood_scores, predictive_of, scores
-        from scalabl.predictive import Predictive
+        from scalabl.report import report
 
+        draw = _plots() if plots is not None else None
         examples = read_examples(data)
-        outside = {path: read_examples(path, labelled=False) for path in ood or []}
+        others = {path: read_examples(path, labelled=False) for path in ood or []}
         loaded = _load(adapter, model, device)
-        draws = loaded.model.draws(num_samples, seed)
 
-        def outcome_of(rows: list[Example], name: str) -> tuple[Predictive, Any]:
-            encoded = loaded.encode(rows)
-            with tqdm(total=len(rows), desc=name, unit="input") as bar:
-                logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
-            return predictive_of(logits, encoded.num_choices, loaded.model, draws), encoded.answers
+        def evaluated(rows: list[Example], path: Path) -> Evaluated:
+            return _evaluate(loaded, rows, path, num_samples, seed)
 
-        inside, answers = outcome_of(examples, data.name)
-        report: dict[str, Any] = {
+        inside = evaluated(examples, data)
+        outside = [evaluated(rows, path) for path, rows in others.items()]
+        found = {
             "adapter": adapter.name,
             "num_samples": num_samples,
             "seed": seed,
-            "draw_scheme": draws.scheme,
-            "data": {"name": _name(data), "inputs": len(examples), **scores(inside, answers)},
-            "ood": [
-                {
-                    "name": _name(path),
-                    "inputs": len(rows),
-                    **ood_scores(inside, outcome_of(rows, path.name)[0]),
-                }
-                for path, rows in outside.items()
-            ],
+            "draw_scheme": DEFAULT_SCHEME,
+            **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
         }
-        text = json.dumps(report, indent=2)
-        typer.echo(text)
+        if draw is not None:
+            draw.save_evaluation(inside, outside, plots)
+        print_report(found)
+        text = json.dumps(found, indent=2)
         if output is not None:
             output.write_text(text + "\n", encoding="utf-8")
+        if not sys.stdout.isatty():
+            typer.echo(text)
+
+
+def _evaluate(loaded: Loaded, rows: list[Example], path: Path, num_samples: int, seed: int) -> Evaluated:
+    from tqdm import tqdm
+
+    from scalabl.evaluation import logits_of, predictive_of
+    from scalabl.report import Evaluated
+
+    encoded, draws = loaded.encode(rows), loaded.model.draws(num_samples, seed)
+    started = time.perf_counter()
+    with tqdm(total=len(rows), desc=path.name, unit="input") as bar:
+        logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
+    outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)
+    seconds, tokens = time.perf_counter() - started, sum(map(len, encoded.sequences))
+    return Evaluated(_name(path), outcome, encoded.answers, encoded.num_choices, tokens, seconds)
 
 
 def _plots() -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +55,16 @@ def test_train_then_evaluate(work: Path, tmp_path: Path) -> None:
     assert (config.base_model_name_or_path, config.r, config.task.template) == ("tiny", 4, "{input} is")
 
     data = ("--data", work / "rows.jsonl", "--ood", work / "outside.jsonl", "--output", tmp_path / "report.json")
-    result = run("evaluate", "--adapter", tmp_path / "new", "--model", work / "base", *data)
+    drawn = ("--plots", tmp_path / "plots", "--bootstrap", 50)
+    result = run("evaluate", "--adapter", tmp_path / "new", "--model", work / "base", *data, *drawn)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == json.loads(result.stdout)
     assert (report["num_samples"], report["data"]["inputs"], report["ood"][0]["inputs"]) == (16, 24, 8)
     assert 0 <= report["data"]["accuracy"] <= 1
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    for row in ("accuracy", "ECE, class-wise", "AUROC of wrong answers, entropy", "95% interval", "24 inputs, 16 samples"):
+        assert row in result.stderr
     assert {"auroc_ood_mutual_information", "auroc_ood_entropy", "auroc_ood_confidence"} <= report["ood"][0].keys()
 
 
@@ -79,9 +84,14 @@ def test_train_options_reach_the_recipe_and_the_adapter(work: Path, tmp_path: Pa
 
 
 def test_evaluating_twice_gives_the_same_numbers(work: Path) -> None:
-    arguments = ("evaluate", "--adapter", work / "adapter", "--model", work / "base", "--data", work / "rows.jsonl")
-    assert run(*arguments).stdout == run(*arguments).stdout
-    assert run(*arguments, "--seed", 1).stdout != run(*arguments).stdout
+    def scored(*arguments: object) -> dict[str, Any]:
+        common = ("--adapter", work / "adapter", "--model", work / "base", "--data", work / "rows.jsonl")
+        data = dict(json.loads(run("evaluate", *common, *arguments).stdout)["data"])
+        assert data.pop("cost")["seconds_per_input"] > 0
+        return data
+
+    assert scored() == scored()
+    assert scored()["nll"] != scored("--seed", 1)["nll"]
 
 
 def test_info_needs_no_base_model(work: Path) -> None:

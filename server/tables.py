@@ -1,0 +1,77 @@
+"""Reports as tables on standard error, for people; the JSON is for everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LABELLED = {
+    "accuracy": "accuracy",
+    "nll": "NLL (nats)",
+    "ece": "ECE, 15 equal bins",
+    "ece_adaptive": "ECE, 15 bins of equally many",
+    "ece_classwise": "ECE, class-wise",
+    "brier": "Brier score",
+    "entropy": "mean entropy (nats)",
+    "mutual_information": "mean mutual information (nats)",
+}
+DOUBTS = {"mutual_information": "mutual information", "entropy": "entropy", "confidence": "1 - confidence"}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The tables of `scalabl evaluate`."""
+    console = Console(stderr=True)
+    for table in tables(report):
+        console.print(table)
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """One table of the labelled set and one of each set outside the choices, a score in each row with its interval."""
+    data = report["data"]
+    made = [_table(data, f"{report['adapter']} on {data['name']}", report["num_samples"])]
+    for name, label in LABELLED.items():
+        _add(made[0], label, data, name)
+    for prefix, label in (("auroc_wrong", "AUROC of wrong answers"), ("aurc", "area under risk-coverage")):
+        for name, doubt in DOUBTS.items():
+            _add(made[0], f"{label}, {doubt}", data, f"{prefix}_{name}")
+    _add_decisions(made[0], data)
+    for other in report["ood"]:
+        made.append(_table(other, f"{other['name']} against {data['name']}", report["num_samples"]))
+        for name, doubt in DOUBTS.items():
+            _add(made[-1], f"AUROC, {doubt}", other, f"auroc_ood_{name}")
+        _add(made[-1], "mean entropy (nats)", other, "ood_entropy")
+        _add(made[-1], "mean mutual information (nats)", other, "ood_mutual_information")
+        _add_decisions(made[-1], other)
+    return made
+
+
+def _table(data: dict[str, Any], title: str, num_samples: int) -> Table:
+    cost = f"{data['cost']['seconds_per_input']:.3g} s and {data['cost']['tokens_per_input']:.1f} tokens an input"
+    table = Table(title=title, caption=f"{data['inputs']} inputs, {num_samples} samples, {cost}")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("95% interval", justify="right")
+    return table
+
+
+def _add(table: Table, label: str, data: dict[str, Any], name: str) -> None:
+    if name in data:
+        low, high = data.get("intervals", {}).get(name, (None, None))
+        table.add_row(label, f"{data[name]:.4f}", "" if low is None else f"{low:.4f} … {high:.4f}")
+
+
+def _add_decisions(table: Table, data: dict[str, Any]) -> None:
+    for each in data.get("prediction_sets", ()):
+        label = f"{each['method'].upper()} sets at {each['level']:g}"
+        if "coverage" in each:
+            table.add_row(
+                f"{label}: coverage", f"{each['coverage']:.4f}", f"by the rule alone {each['coverage_of_rule']:.4f}"
+            )
+        table.add_row(f"{label}: mean size", f"{each['mean_size']:.3f}", "")
+    abstention = data.get("abstention")
+    if abstention is not None:
+        table.add_row("answered, not abstained", f"{abstention['answered']:.4f}", "")
+        if "risk" in abstention:
+            table.add_row("wrong among these", f"{abstention['risk']:.4f}", f"target {abstention['target_risk']:g}")
