@@ -265,6 +265,33 @@ class ScalaBLModel(nn.Module):
         finally:
             self._context.rows = None
 
+    @torch.enable_grad()
+    def jacobian(self, batch: TokenBatch, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
+
+        Every row has scalars of its own, so that one reverse pass of the sum of each row's own choice gives all of J.
+
+        Args:
+            active: [B, C] bool, the choices whose derivatives are wanted, at least one for each input.
+
+        Returns:
+            ([B, C], [B, C, P]), zero where not active.
+        """
+        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
+        inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
+        rows = torch.arange(len(inputs), device=self.device)
+        mean = self.posterior()[0].detach()
+        s = mean.expand(len(inputs), -1).clone().requires_grad_()
+        try:
+            logits = self.run_rows(ids[inputs], lengths[inputs], RowSamples(s, rows))  # [M, C]
+            (gradient,) = torch.autograd.grad(logits[rows, choices].sum(), s)
+        finally:
+            self._context.rows = None
+        jacobian = gradient.new_zeros(*active.shape, gradient.shape[1])
+        jacobian[inputs, choices] = gradient
+        first = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
+        return logits.detach()[first], jacobian
+
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
