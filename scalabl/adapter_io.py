@@ -34,7 +34,7 @@ def read_config(folder: Path) -> AdapterConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{folder} has no {CONFIG_FILE}; an adapter is a folder with it and {WEIGHTS_FILE}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(raw, dict) and raw.get("peft_type", "SCALABL") != "SCALABL":
         raise AdapterError(f"{path}: peft_type is {raw['peft_type']!r}; a ScalaBL adapter has 'SCALABL'")
@@ -97,11 +97,16 @@ def check_effect(model: ScalaBLModel) -> None:
     """Refuse an adapter that changes no logit: two draws on a probe equal the base model's logits to the last bit.
 
     Raises:
-        AdapterError: nothing changed.
+        AdapterError: nothing changed, or the logits are not finite.
     """
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     probe = [(7 * i + 3) % vocabulary for i in range(8)]
-    adapted = model.logits(TokenBatch.of([probe]), model.draws(2))
+    # The scheme that reaches any number of scalars.
+    adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
+    if not bool(torch.isfinite(adapted).all()):
+        raise AdapterError(
+            "the adapter gives logits that are not finite; its values are too large for the base model's dtype"
+        )
     # As many rows in both passes: a product of another shape may round otherwise.
     if torch.equal(adapted[0], model.base_logits(TokenBatch.of([probe, probe]))):
         raise AdapterError("the adapter changes no logit of the base model; it was saved before training, or scaled to zero")
@@ -116,8 +121,17 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
     Raises:
         AdapterError: the adapter is malformed or does not fit the base model.
     """
-    model = ScalaBLModel(base, read_config(folder), attach=False)
-    load_weights(model, read_weights(folder))
+    config, weights = read_config(folder), read_weights(folder)
+    # Before anything of that size is made: a wrong rank may be any number.
+    for name, tensor in weights.items():
+        if name.endswith(".s_mean") and list(tensor.shape) != [config.r]:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need [{config.r}]"
+            )
+    if not any(name.endswith(".s_mean") for name in weights):
+        raise AdapterError(f"{folder / WEIGHTS_FILE} holds no tensor named <module>.s_mean")
+    model = ScalaBLModel(base, config, attach=False)
+    load_weights(model, weights)
     for layer in model.adapted.values():
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)

@@ -7,9 +7,38 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from scalabl.config import AdapterConfig
 from scalabl.posterior import Draws
-from scalabl.predictive import Predictive
+from scalabl.predictive import Predictive, predictive
+from server.decisions import decisions
+from server.problems import ProblemError
+from server.prompts import Asked
 from server.schemas import Prediction, StandardError
+
+
+def answers_of(
+    logits: Sequence[Tensor], asked: Asked, config: AdapterConfig, draws: Draws
+) -> tuple[list[Predictive], list[Prediction]]:
+    """What the samples' logits [K, C] of each input come to, and its JSON. Runs off the event loop.
+
+    Raises:
+        ProblemError: `internal-error`, for logits that are not finite.
+    """
+    outcomes = []
+    for position, (z, names) in enumerate(zip(logits, asked.choices, strict=True)):
+        if not bool(z.isfinite().all()):
+            raise ProblemError(
+                "internal-error", f"the model gave inputs.{position} logits that are not finite; its adapter may be damaged"
+            )
+        outcomes.append(predictive(z[:, : len(names)], config.temperature, draws.scheme))
+    return outcomes, [
+        prediction_of(
+            outcome, names, draws, asked.return_samples, decisions(outcome, names, config.calibration, asked.level)
+        )
+        for outcome, names in zip(outcomes, asked.choices, strict=True)
+    ]
 
 
 def prediction_of(

@@ -12,8 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from scalabl import __version__
 from server import open_inference, problems
+from server.adapter_routes import build_adapter_router
 from server.auth import KeyRing
 from server.engine import Engine, load_engine
+from server.lifecycle import CloseWhileDraining
 from server.middleware import ArrivalLimits, Observe
 from server.routes import build_router, health_routes, metrics_route
 from server.service import Service
@@ -22,7 +24,7 @@ from server.spans import make_spans
 
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "POST"],
-    "allow_headers": ["authorization", "content-type", "x-api-key", "x-request-id", "traceparent"],
+    "allow_headers": ["authorization", "content-type", "x-api-key", "x-request-id", "x-request-timeout", "traceparent"],
     "expose_headers": ["x-request-id", "traceparent", "retry-after", "x-total-time", "x-queue-time", "x-inference-time"],
     "max_age": 600,
 }
@@ -66,6 +68,8 @@ def create_app(
     app.state.service = service
     problems.install(app)
     app.include_router(build_router(service, keys))
+    if settings.enable_adapter_loading:
+        app.include_router(build_adapter_router(service, keys))
     app.include_router(open_inference.build_router(service, keys))
     app.include_router(health_routes(service))
     if settings.admin_port is None:
@@ -79,6 +83,7 @@ def create_app(
     origins = [each.strip() for each in settings.cors_origins.split(",") if each.strip()]
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
+    app.add_middleware(CloseWhileDraining, service=service)
     app.add_middleware(Observe, metrics=service.metrics, spans=spans, https=settings.ssl_certfile is not None)
     return app
 

@@ -28,7 +28,12 @@ def describe(engine: Engine) -> Info:
             "max_input_tokens": engine.max_input_tokens,
             "max_batch_tokens": settings.max_batch_tokens,
             "max_body_bytes": settings.max_body_bytes,
+            "max_input_chars": settings.longest_text(engine.max_input_tokens),
+            "max_choices": settings.max_choices,
+            "max_choice_chars": settings.max_choice_chars,
+            "max_sample_values": settings.max_sample_values,
             "max_queue": settings.max_queue,
+            "max_queue_tokens": settings.queue_tokens,
             "request_timeout": settings.request_timeout,
         },
     )

@@ -14,17 +14,22 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from scalabl.adapter_io import check_effect, read_adapter, read_config
-from scalabl.errors import AdapterError
+from scalabl.errors import AdapterError, ScalaBLError
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, Scheme
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
+from server.faults import classify
 from server.problems import ProblemError
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
 
 CPU_TARGET_BATCH_TOKENS = 2048
+
+
+class CapacityError(ScalaBLError):
+    """What the settings allow does not fit in this machine's memory."""
 
 
 @dataclass(eq=False)
@@ -53,7 +58,7 @@ class Served:
 class Engine:
     """A base model with its adapters: token ids in, logits over an adapter's choices out.
 
-    `run` and `check` belong to the model's thread; `read` may run on any other meanwhile.
+    `run`, `check` and `warm_up` belong to the model's thread.
     """
 
     pretrained: Pretrained
@@ -81,39 +86,72 @@ class Engine:
         """One forward pass: B prompts of one adapter, each with its draws -> B tensors [K, C] float32 on the CPU."""
         return [logits.cpu() for logits in served.model.logits_each(TokenBatch.of(sequences), draws)]
 
-    def read(self, name: str, folder: Path) -> Served:
-        """Read an adapter and check all of it that can be checked without a pass.
+    def read(self, folder: Path) -> ScalaBLModel:
+        """Read an adapter's files. Any thread may, while the model's thread runs passes.
 
         Raises:
-            AdapterError, PromptError: what is wrong, and with which file, module or field.
+            AdapterError: what is wrong, and with which file, module or field.
         """
-        return read_served(name, folder, self.pretrained, self.settings.draw_scheme)
+        return read_adapter(self.pretrained.model, folder)
+
+    def serve(self, name: str, model: ScalaBLModel) -> Served:
+        """An adapter with its prompts. Runs on the prompts' thread.
+
+        Raises:
+            AdapterError, PromptError: the adapter's task does not fit the base model's tokenizer.
+        """
+        prompter = Prompter(model.config.task, self.pretrained.tokenizer)
+        if prompter.mismatched:
+            raise AdapterError(
+                f"the adapter was trained with another token for the choice {prompter.mismatched[0]!r} than this base "
+                "model's tokenizer gives; serve it with the base model it was trained on "
+                f"({model.config.base_model_name_or_path})"
+            )
+        return Served(name, model, prompter, self.settings.draw_scheme)
 
     def check(self, served: Served) -> None:
-        """The first passes of an adapter that was read: what its layers see, its effect, and every launch shape.
+        """The first passes of an adapter: what its layers see, its effect, and every launch shape.
 
         Raises:
-            AdapterError: it changes no logit.
+            AdapterError: it changes no logit, or has more stochastic parameters than the draw scheme reaches.
         """
         try:
+            try:
+                served.draws(self.settings.num_samples, self.settings.seed)
+            except ValueError as error:
+                raise AdapterError(str(error)) from None
             served.model.find_shared_inputs()
             check_effect(served.model)
             served.model.warm_up()
-        except AdapterError:
+        except BaseException:
             served.model.detach()
             raise
 
+    def warm_up(self) -> None:
+        """Passes of the default adapter, of the largest shapes when the settings say so.
 
-def read_served(name: str, folder: Path, pretrained: Pretrained, scheme: Scheme) -> Served:
-    """See `Engine.read`."""
-    config = read_config(folder)
-    prompter = Prompter(config.task, pretrained.tokenizer)
-    if prompter.mismatched:
-        raise AdapterError(
-            f"the adapter was trained with another token for the choice {prompter.mismatched[0]!r} than this base model's "
-            f"tokenizer gives; serve it with the base model it was trained on ({config.base_model_name_or_path})"
-        )
-    return Served(name, read_adapter(pretrained.model, folder), prompter, scheme)
+        Raises:
+            CapacityError: a pass that requests may ask for does not fit in memory.
+        """
+        served, settings = self.adapter(None), self.settings
+        shapes = [(1, settings.num_samples, min(16, self.max_input_tokens))]  # inputs, samples, length
+        full = settings.warmup == "full" or (settings.warmup == "auto" and served.model.device.type != "cpu")
+        if full:
+            longest = min(self.max_input_tokens, settings.max_batch_tokens)
+            for tokens, length in ((self.target_batch_tokens, min(16, longest)), (settings.max_batch_tokens, longest)):
+                rows = max(1, tokens // length)
+                samples = min(settings.num_samples, rows)
+                shapes.append((rows // samples, samples, length))
+        for inputs, samples, length in shapes:
+            try:
+                self.run(served, [[0] * length] * inputs, [served.draws(samples, settings.seed)] * inputs)
+            except Exception as error:
+                if classify(error).kind != "out-of-memory":
+                    raise
+                raise CapacityError(
+                    f"a pass over {inputs} inputs x {samples} samples x {length} tokens, which --max-batch-tokens "
+                    f"{settings.max_batch_tokens} allows, does not fit in memory; lower it or --max-input-tokens"
+                ) from None
 
 
 def load_engine(settings: ServeSettings) -> Engine:
@@ -151,7 +189,7 @@ def load_engine(settings: ServeSettings) -> Engine:
         settings=settings,
     )
     for each, folder in folders.items():
-        served = engine.read(each, folder)
+        served = engine.serve(each, engine.read(folder))
         engine.check(served)
         engine.adapters[each] = served
         logger.info(
@@ -160,8 +198,7 @@ def load_engine(settings: ServeSettings) -> Engine:
             len(served.model.adapted),
             served.model.num_stochastic_parameters,
         )
-    served = engine.adapter(None)
-    engine.run(served, [[0] * min(16, limit)], [served.draws(settings.num_samples, settings.seed)])
+    engine.warm_up()
     logger.info(
         "%s with %s ready in %.1f s: %s on %s",
         engine.model_name,

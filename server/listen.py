@@ -7,7 +7,6 @@ import signal
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -15,6 +14,7 @@ from fastapi import FastAPI
 
 from scalabl.errors import ScalaBLError
 from server.app import create_admin_app, create_app
+from server.lifecycle import DrainingServer
 from server.protocol import protocol_class
 from server.settings import ServeSettings
 
@@ -46,12 +46,12 @@ def run(settings: ServeSettings) -> Exception | None:
 
     application = create_app(settings, on_failure)
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            application.state.service.drain()
-            super().handle_exit(sig, frame)
-
-    server = Server(_config(settings, application, settings.host, settings.port, **_tls(settings)))
+    server = DrainingServer(
+        _config(settings, application, settings.host, settings.port, **_tls(settings)),
+        application.state.service,
+        settings.shutdown_timeout,
+        settings.drain_delay,
+    )
     admin = None
     if settings.admin_port is not None:
         admin = AdminServer(
@@ -65,7 +65,10 @@ def run(settings: ServeSettings) -> Exception | None:
     except (OSError, ssl.SSLError) as error:
         raise ListenError(f"the TLS certificate, key or authorities cannot be used: {error}") from None
     asyncio.run(_both(server, admin))
-    return failures[0] if failures else None
+    if failures:
+        return failures[0]
+    server.end()
+    return None
 
 
 async def _both(server: uvicorn.Server, admin: uvicorn.Server | None) -> None:
@@ -93,7 +96,6 @@ def _config(settings: ServeSettings, app: FastAPI, host: str, port: int, **optio
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=settings.max_header_bytes,
-        timeout_graceful_shutdown=settings.shutdown_timeout,
         **options,
     )
 

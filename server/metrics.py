@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 from scalabl import __version__
 from scalabl.predictive import Predictive
@@ -10,6 +12,7 @@ from scalabl.predictive import Predictive
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
 DELAYS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400, 90 * 86400)
+Stage = Literal["tokenise", "queue", "forward", "total"]
 POWERS = tuple(2.0**n for n in range(17))
 
 
@@ -18,6 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         build = Info("scalabl_build", "Version of the server.", registry=self.registry)
         build.info({"version": __version__})
         self.ready = Gauge("scalabl_ready", "1 while the server takes requests.", registry=self.registry)
@@ -32,8 +36,28 @@ class Metrics:
             "scalabl_key_requests", "HTTP requests by the name of their API key.", ["key"], registry=self.registry
         )
         self.queue_inputs = Gauge("scalabl_queue_inputs", "Inputs that wait for a pass.", registry=self.registry)
-        self.queue_duration = self._histogram("scalabl_queue_duration_seconds", "Time an input waits.", SECONDS)
-        self.forward_duration = self._histogram("scalabl_forward_duration_seconds", "Time of a forward pass.", SECONDS)
+        self.queue_tokens = Gauge(
+            "scalabl_queue_tokens", "Tokens (inputs x samples x length) that wait, estimated until an input is tokenised.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.rejected = Counter(
+            "scalabl_rejected_requests", "Requests answered with 429: too many inputs, tokens, or seconds to wait.",
+            ["reason"], registry=self.registry,
+        )  # fmt: skip
+        self.stage_duration = self._histogram(
+            "scalabl_stage_duration_seconds",
+            "Time of a request to tokenise and in total, of an input in the queue, and of a forward pass.",
+            SECONDS,
+            ["stage"],
+        )
+        self.padding_tokens = Counter(
+            "scalabl_padding_tokens", "Tokens of padding that passes computed.", registry=self.registry
+        )
+        self.failed_passes = Counter(
+            "scalabl_failed_passes", "Forward passes that failed.", ["kind"], registry=self.registry
+        )
+        self.batch_splits = Counter("scalabl_batch_splits", "Batches cut in two after they failed.", registry=self.registry)
+        self.adapters = Gauge("scalabl_adapters_loaded", "Adapters that answer.", registry=self.registry)
         self.batch_rows = self._histogram("scalabl_batch_rows", "Rows (inputs x samples) of a pass.", POWERS)
         self.batch_tokens = self._histogram("scalabl_batch_tokens", "Rows x padded length of a pass.", POWERS)
         self.predictions = Counter("scalabl_predictions", "Inputs answered.", ["adapter"], registry=self.registry)
@@ -69,11 +93,16 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: list[str] | None = None) -> Histogram:
         return Histogram(name, text, labels or [], buckets=buckets, registry=self.registry)
 
-    def observe_batch(self, rows: int, tokens: int, seconds: float) -> None:
-        """One forward pass over `rows`, `tokens` of them with padding."""
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """One stage is over."""
+        self.stage_duration.labels(stage).observe(seconds)
+
+    def observe_batch(self, rows: int, padded_tokens: int, tokens: int, seconds: float) -> None:
+        """One forward pass over `rows`, with and without padding."""
         self.batch_rows.observe(rows)
-        self.batch_tokens.observe(tokens)
-        self.forward_duration.observe(seconds)
+        self.batch_tokens.observe(padded_tokens)
+        self.padding_tokens.inc(padded_tokens - tokens)
+        self.stage("forward", seconds)
 
     def observe_prediction(self, adapter: str, outcome: Predictive) -> None:
         """The answer to one input: tensors without leading dimensions."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.datastructures import Headers
 
 from scalabl import __version__
 from server.auth import KeyRing
+from server.disconnect import RequestTimeout, while_connected
 from server.engine import Served
 from server.guard import documented, route_class
 from server.problems import ProblemError
-from server.service import UNAVAILABLE, Service
+from server.service import Service
 from server.tensors import (
     BINARY,
     OUTPUTS,
@@ -53,15 +54,13 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.get("/health/live", responses=errors("failed"))
     async def server_live() -> Live:
         """As /health/live."""
-        if service.state == "failed":
-            raise ProblemError("failed", UNAVAILABLE["failed"])
+        service.check_alive()
         return Live(live=True)
 
     @router.get("/health/ready", responses=errors("starting"))
     async def server_ready() -> Ready:
         """As /health/ready."""
-        if service.state != "ready":
-            raise ProblemError(service.state, UNAVAILABLE[service.state])
+        service.check_ready()
         return Ready(ready=True)
 
     answers: dict[str, Any] = {"dependencies": guarded, "responses": errors("unknown-adapter", "starting")}
@@ -97,14 +96,18 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     }
 
     @router.post("/models/{name}/infer", **inferences)
-    async def infer(name: str, request: InferRequest) -> InferResponse:
+    async def infer(
+        name: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
+    ) -> InferResponse:
         """What /predict answers, as tensors."""
-        return await _infer(service, name, request)
+        return await while_connected(http, _infer(service, name, request, x_request_timeout))
 
     @router.post("/models/{name}/versions/{version}/infer", **inferences)
-    async def infer_version(name: str, version: str, request: InferRequest) -> InferResponse:
+    async def infer_version(
+        name: str, version: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
+    ) -> InferResponse:
         """The same; there is one version."""
-        return await _infer(service, name, request, version)
+        return await while_connected(http, _infer(service, name, request, x_request_timeout, version))
 
     return router
 
@@ -146,10 +149,12 @@ def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetad
     )
 
 
-async def _infer(service: Service, name: str, request: InferRequest, version: str = VERSION) -> InferResponse:
+async def _infer(
+    service: Service, name: str, request: InferRequest, timeout: float | None, version: str = VERSION
+) -> InferResponse:
     _adapter(service, name, version)
     names = wanted(request)
-    response = await service.predict(as_predict(name, request))
+    response = await service.predict(as_predict(name, request), timeout)
     return InferResponse(
         model_name=name,
         model_version=VERSION,

@@ -1,22 +1,101 @@
-"""From a request's texts and choices to token ids, with everything that can be wrong with them."""
+"""From a request to token ids: what it asks for, everything that can be wrong with it, and its prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from scalabl.config import Task
+from scalabl.config import AdapterConfig, Task
 from scalabl.errors import InputTooLongError, PromptError
 from scalabl.prompt import Prompter
+from server.decisions import level_for
 from server.problems import ProblemError
 from server.schemas import PredictRequest
+from server.settings import ServeSettings
+
+CHARACTERS_PER_TOKEN = 4  # of English text; for the estimate before a text is tokenised
+SLICE_CHARACTERS = 20_000  # tokenised at once, so that a large request does not hold up the small ones
 
 
-def choices_per_input(task: Task, request: PredictRequest, count: int) -> list[Sequence[str]]:
-    """The names of each input's choices.
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for, within the limits. `choices` are the names of each text's choices."""
+
+    texts: list[str]
+    choices: list[Sequence[str]]
+    num_samples: int
+    seed: int
+    level: str | None  # the calibrated coverage
+    truncate: bool
+    return_samples: bool
+
+    def estimated_tokens(self, max_tokens: int) -> list[int]:
+        """Rows x length of each input, before it is tokenised."""
+        return [self.num_samples * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
+
+    def slices(self) -> Iterator[range]:
+        """The inputs' positions in runs of few characters."""
+        start = characters = 0
+        for position, text in enumerate(self.texts):
+            if position > start and characters + len(text) > SLICE_CHARACTERS:
+                yield range(start, position)
+                start, characters = position, 0
+            characters += len(text)
+        yield range(start, len(self.texts))
+
+
+def read_request(request: PredictRequest, config: AdapterConfig, settings: ServeSettings, max_tokens: int) -> Asked:
+    """Check a request against the adapter and the limits, without work that grows with its texts.
+
+    Args:
+        max_tokens: of one prompt.
 
     Raises:
-        ProblemError: `invalid-field`, when the request's `choices` fit neither the task nor the inputs.
+        ProblemError: `invalid-field` or `input-too-large`, naming field, value and limit.
     """
+    num_samples = request.num_samples or settings.num_samples
+    if num_samples > settings.max_samples:
+        raise ProblemError(
+            "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
+        )
+    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    if len(texts) > settings.max_inputs:
+        raise ProblemError(
+            "input-too-large", f"inputs: {len(texts)} texts are above the limit of {settings.max_inputs} per request"
+        )
+    limit = settings.longest_text(max_tokens)
+    for position, text in enumerate(texts):
+        if len(text) > limit and not request.truncate:
+            raise ProblemError(
+                "input-too-large",
+                f"inputs{_at(position, len(texts))}: {len(text)} characters are above the limit of {limit}; shorten the "
+                "input or ask for truncate: true",
+            )
+    choices = _choices_per_input(config.task, request, len(texts), settings)
+    if request.return_samples:
+        values = num_samples * sum(map(len, choices))
+        if values > settings.max_sample_values:
+            raise ProblemError(
+                "input-too-large",
+                f"return_samples: {values} probabilities (inputs x samples x choices) are above the limit of "
+                f"{settings.max_sample_values} in one answer; send fewer inputs at once or lower num_samples",
+            )
+    return Asked(
+        texts=[text[:limit] for text in texts] if request.truncate else texts,
+        choices=choices,
+        num_samples=num_samples,
+        seed=settings.seed if request.seed is None else request.seed,
+        level=level_for(config.calibration, request.coverage),
+        truncate=request.truncate,
+        return_samples=request.return_samples,
+    )
+
+
+def _at(position: int, count: int) -> str:
+    return f".{position}" if count > 1 else ""
+
+
+def _choices_per_input(task: Task, request: PredictRequest, count: int, settings: ServeSettings) -> list[Sequence[str]]:
     if task.kind == "classification":
         if request.choices is not None:
             raise ProblemError(
@@ -26,30 +105,40 @@ def choices_per_input(task: Task, request: PredictRequest, count: int) -> list[S
         return [task.choices] * count
     if request.choices is None:
         raise ProblemError("invalid-field", "choices: this adapter's task is multiple_choice; send the choices to rank")
-    per_input: list[Sequence[str]] = [each for each in request.choices if not isinstance(each, str)]
-    if not per_input:
-        return [[each for each in request.choices if isinstance(each, str)]] * count
-    if len(per_input) != count:
-        raise ProblemError("invalid-field", f"choices: {len(per_input)} lists were given for {count} inputs")
-    return per_input
+    lists: list[Sequence[str]] = [each for each in request.choices if not isinstance(each, str)]
+    if lists and len(lists) != count:
+        raise ProblemError("invalid-field", f"choices: {len(lists)} lists were given for {count} inputs")
+    shared = not lists
+    if shared:
+        lists = [[each for each in request.choices if isinstance(each, str)]]
+    for position, names in enumerate(lists):
+        where = "" if shared else _at(position, count)
+        if len(names) > settings.max_choices:
+            raise ProblemError(
+                "invalid-field", f"choices{where}: {len(names)} are above the limit of {settings.max_choices}"
+            )
+        longest = max(map(len, names))
+        if longest > settings.max_choice_chars:
+            raise ProblemError(
+                "invalid-field",
+                f"choices{where}: one of {longest} characters is above the limit of {settings.max_choice_chars}",
+            )
+    return lists * count if shared else lists
 
 
-def encode(
-    prompter: Prompter, texts: Sequence[str], choices: Sequence[Sequence[str]], max_tokens: int, truncate: bool
-) -> list[list[int]]:
-    """Token ids of each text's prompt. Runs on the prompts' thread.
+def encode(prompter: Prompter, asked: Asked, positions: range, max_tokens: int) -> list[list[int]]:
+    """Token ids of some of the inputs. Runs on the prompts' thread.
 
     Raises:
         ProblemError: `input-too-large` or `invalid-field`, naming the input.
     """
     multiple_choice = prompter.task.kind == "multiple_choice"
     sequences = []
-    for position, (text, names) in enumerate(zip(texts, choices, strict=True)):
-        where = f".{position}" if len(texts) > 1 else ""
+    for position in positions:
+        where = _at(position, len(asked.texts))
+        names = asked.choices[position] if multiple_choice else None
         try:
-            sequences.append(
-                prompter.encode(text, names if multiple_choice else None, max_tokens=max_tokens, truncate=truncate)
-            )
+            sequences.append(prompter.encode(asked.texts[position], names, max_tokens=max_tokens, truncate=asked.truncate))
         except InputTooLongError as error:
             raise ProblemError("input-too-large", f"inputs{where}: {error.message}") from None
         except PromptError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.auth import KeyRing
+from server.disconnect import RequestTimeout, while_connected
 from server.guard import documented, route_class
-from server.problems import ProblemError
 from server.schemas import (
     FeedbackRequest,
     FeedbackResponse,
@@ -17,7 +17,7 @@ from server.schemas import (
     PredictResponse,
     StoredPrediction,
 )
-from server.service import UNAVAILABLE, Service
+from server.service import Service
 
 
 def build_router(service: Service, keys: KeyRing) -> APIRouter:
@@ -35,9 +35,9 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
         ),
         summary="Choose, and say how sure",
     )  # fmt: skip
-    async def predict(request: PredictRequest) -> PredictResponse:
+    async def predict(request: PredictRequest, http: Request, x_request_timeout: RequestTimeout = None) -> PredictResponse:
         """Probabilities over the choices with their uncertainty, averaged over K posterior samples."""
-        return await service.predict(request)
+        return await while_connected(http, service.predict(request, x_request_timeout))
 
     @router.post(
         "/feedback",
@@ -73,16 +73,14 @@ def health_routes(service: Service) -> APIRouter:
 
     @router.get("/health/live", responses=documented("failed"))
     async def live() -> Health:
-        """200 unless the model could not be loaded."""
-        if service.state == "failed":
-            raise ProblemError("failed", UNAVAILABLE["failed"])
+        """200 unless the model could not be loaded, or its worker is stuck or dead."""
+        service.check_alive()
         return Health(status="ok")
 
     @router.get("/health/ready", responses=documented("starting"))
     async def ready() -> Health:
         """200 once the model is loaded and warm, until the server drains."""
-        if service.state != "ready":
-            raise ProblemError(service.state, UNAVAILABLE[service.state])
+        service.check_ready()
         return Health(status="ok")
 
     return router

@@ -6,25 +6,25 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from torch import Tensor
-
 from scalabl.errors import ScalaBLError
-from scalabl.predictive import predictive
+from scalabl.posterior import Draws
+from scalabl.predictive import Predictive
 from server import trace
-from server.answers import prediction_of
+from server.adapters import AdapterLoader
+from server.admission import Admission, Place
+from server.answers import answers_of
 from server.batcher import Batcher
-from server.decisions import decisions, level_for
 from server.description import describe
 from server.engine import Engine, Served
 from server.metrics import Metrics
 from server.outcomes.store import OutcomeStore
 from server.problems import ProblemError
-from server.prompts import choices_per_input, encode
-from server.schemas import Info, PredictRequest, PredictResponse, Usage
+from server.prompts import Asked, encode, read_request
+from server.schemas import Info, Prediction, PredictRequest, PredictResponse, Usage
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -60,8 +60,13 @@ class Service:
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer")
+        self.admission = Admission(settings.max_queue, settings.queue_tokens, self.metrics)
+        self._is_loading = False
+        self.in_flight = 0  # requests between admission and answer
         self._engine: Engine | None = None
         self._batcher: Batcher[Served] | None = None
+        self._loader: AdapterLoader | None = None
         self._loading: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -72,7 +77,7 @@ class Service:
         loop = asyncio.get_running_loop()
         try:
             await self.outcomes.start()
-            engine = await loop.run_in_executor(self._model_thread, self._load, self.settings)
+            engine = await loop.run_in_executor(self._model_thread, self._load_model)
         except Exception as error:
             self.state = "failed"
             if not isinstance(error, ScalaBLError):
@@ -86,21 +91,64 @@ class Service:
         self._batcher = Batcher(
             engine.run,
             self._model_thread,
+            self.admission,
             self.metrics,
             target_tokens=engine.target_batch_tokens,
             max_tokens=self.settings.max_batch_tokens,
-            max_queue=self.settings.max_queue,
         )
+        self._loader = AdapterLoader(
+            engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self.outcomes.show
+        )
+        self.metrics.adapters.set(len(engine.adapters))
         self._batcher.start()
         if self.state == "starting":
             self.state = "ready"
             self.metrics.ready.set(1)
+
+    def _load_model(self) -> Engine:
+        self._is_loading = True
+        try:
+            return self._load(self.settings)
+        finally:
+            self._is_loading = False
+
+    def check_alive(self) -> None:
+        """Whether a restart would not help.
+
+        Raises:
+            ProblemError: `failed` or `stuck`.
+        """
+        if self.state == "failed":
+            raise ProblemError("failed", UNAVAILABLE["failed"])
+        fault = self._batcher.fault(self.settings.worker_timeout) if self._batcher is not None else None
+        if fault is not None:
+            raise ProblemError("stuck", fault)
+
+    def check_ready(self) -> None:
+        """Whether requests should come here.
+
+        Raises:
+            ProblemError: `starting`, `draining`, `failed` or `stuck`.
+        """
+        if self.state != "ready":
+            raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
+        self.check_alive()
 
     def drain(self) -> None:
         """Take no new requests; those already taken are answered."""
         if self.state != "failed":
             self.state = "draining"
         self.metrics.ready.set(0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the model's thread is loading or in a pass, waited for or not."""
+        return self._is_loading or (self._batcher is not None and self._batcher.busy)
+
+    async def give_up(self) -> None:
+        """Answer everything that is still waiting with a 503."""
+        if self._batcher is not None:
+            await self._batcher.stop()
 
     async def stop(self) -> None:
         """End the batcher and the threads."""
@@ -111,8 +159,8 @@ class Service:
         if self._batcher is not None:
             await self._batcher.stop()
         await self.outcomes.stop()
-        self._model_thread.shutdown(wait=False, cancel_futures=True)
-        self._prompt_thread.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._model_thread, self._prompt_thread, self._answer_threads):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _serving(self) -> tuple[Engine, Batcher[Served]]:
         if self.state != "ready" or self._engine is None or self._batcher is None:
@@ -127,72 +175,98 @@ class Service:
         """
         return self._serving()[0].adapter(name)
 
-    async def predict(self, request: PredictRequest) -> PredictResponse:
+    async def predict(self, request: PredictRequest, timeout: float | None = None) -> PredictResponse:
         """Answer one request.
+
+        Args:
+            timeout: seconds until its deadline; the setting is the most.
 
         Raises:
             ProblemError: everything that the client can be told.
         """
         engine, batcher = self._serving()
-        settings = self.settings
+        started = time.perf_counter()
         served = engine.adapter(request.adapter)
-        num_samples = request.num_samples or settings.num_samples
-        if num_samples > settings.max_samples:
-            raise ProblemError(
-                "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
-            )
-        texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-        if len(texts) > settings.max_inputs:
-            raise ProblemError(
-                "input-too-large",
-                f"inputs: {len(texts)} texts are above the limit of {settings.max_inputs} per request",
-            )
-        seed = settings.seed if request.seed is None else request.seed
-        choices = choices_per_input(served.prompter.task, request, len(texts))
-        calibration = served.model.config.calibration
-        level = level_for(calibration, request.coverage)
+        asked = read_request(request, served.model.config, self.settings, engine.max_input_tokens)
+        seconds = min(self.settings.request_timeout, timeout or self.settings.request_timeout)
         seen = trace.current()
-        seen.adapter, seen.inputs, seen.characters = served.name, len(texts), sum(map(len, texts))
+        seen.adapter, seen.inputs, seen.characters = served.name, len(asked.texts), sum(map(len, asked.texts))
         seen.compute_type = served.model.device.type
-        loop = asyncio.get_running_loop()
-        pending: list[asyncio.Future[Tensor]] = []
+        places = self.admission.enter(asked.estimated_tokens(engine.max_input_tokens), seconds)
+        self.in_flight += 1
         try:
-            async with asyncio.timeout(settings.request_timeout):
-                started = time.perf_counter()
-                sequences = await loop.run_in_executor(
-                    self._prompt_thread, encode, served.prompter, texts, choices, engine.max_input_tokens, request.truncate
-                )
-                seen.tokens = sum(map(len, sequences))
-                seen.stages.tokenized_in(started)
-                draws = served.draws(num_samples, seed)
-                pending = batcher.submit(served, sequences, draws, seen.stages)
-                logits = await asyncio.gather(*pending)
+            async with asyncio.timeout(seconds):
+                outcomes, predictions = await self._compute(engine, batcher, served, asked, places)
+            for outcome in outcomes:
+                self.metrics.observe_prediction(served.name, outcome)
+            texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+            predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions)
         except TimeoutError:
             raise ProblemError(
                 "deadline-exceeded",
-                f"no answer within {settings.request_timeout:g} s; send fewer inputs or samples, or try again later",
+                f"no answer within {seconds:g} s; send fewer inputs or samples, or try again later",
             ) from None
+        except ProblemError as problem:
+            if problem.__cause__ is not None:
+                logger.error("a pass failed on this request alone", exc_info=problem.__cause__)
+            raise
         finally:
-            for future in pending:
-                future.cancel()
-        outcomes = [
-            predictive(z[:, : len(names)], served.model.config.temperature, draws.scheme)
-            for z, names in zip(logits, choices, strict=True)
-        ]
-        for outcome in outcomes:
-            self.metrics.observe_prediction(served.name, outcome)
-        predictions = [
-            prediction_of(outcome, names, draws, request.return_samples, decisions(outcome, names, calibration, level))
-            for outcome, names in zip(outcomes, choices, strict=True)
-        ]
-        predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions)
+            self.in_flight -= 1
+            for place in places:
+                place.free()
+        self.metrics.stage("total", time.perf_counter() - started)
         return PredictResponse(
             id=f"req-{uuid.uuid4().hex}",
             model=engine.model_name,
             adapter=served.name,
             predictions=predictions,
-            usage=Usage(tokens=seen.tokens, rows=len(sequences) * num_samples),
+            usage=Usage(tokens=seen.tokens, rows=len(predictions) * asked.num_samples),
         )
+
+    async def _compute(
+        self, engine: Engine, batcher: Batcher[Served], served: Served, asked: Asked, places: Sequence[Place]
+    ) -> tuple[list[Predictive], list[Prediction]]:
+        """What the samples come to, and its JSON, of each input."""
+        seen, started = trace.current(), time.perf_counter()
+        sequences, draws = await self._tokenise(served, asked, engine.max_input_tokens)
+        self.metrics.stage("tokenise", time.perf_counter() - started)
+        seen.tokens = sum(map(len, sequences))
+        seen.stages.tokenized_in(started)
+        pending = batcher.submit(served, sequences, draws, places, seen.stages)
+        try:
+            logits = await asyncio.gather(*pending)
+        finally:
+            for future in pending:
+                future.cancel()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._answer_threads, answers_of, logits, asked, served.model.config, draws
+        )
+
+    async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], Draws]:
+        """A slice at a time, so that requests take turns and one that is given up goes no further."""
+        loop = asyncio.get_running_loop()
+        *slices, last = asked.slices()
+        sequences: list[list[int]] = []
+        for positions in slices:
+            sequences += await loop.run_in_executor(
+                self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
+            )
+        ids, draws = await loop.run_in_executor(self._prompt_thread, _prepare, served, asked, last, max_tokens)
+        return sequences + ids, draws
+
+    def loader(self) -> AdapterLoader:
+        """What changes the adapters.
+
+        Raises:
+            ProblemError: not ready yet, or draining.
+        """
+        self._serving()
+        assert self._loader is not None  # made with the engine
+        return self._loader
+
+    def adapter_names(self) -> list[str]:
+        """The adapters that answer."""
+        return sorted(self._serving()[0].adapters)
 
     def info(self) -> Info:
         """What is loaded.
@@ -202,3 +276,8 @@ class Service:
         """
         engine, _ = self._serving()
         return describe(engine)
+
+
+def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], Draws]:
+    """The last inputs' prompts, and the draws, which may have to be made."""
+    return encode(served.prompter, asked, positions, max_tokens), served.draws(asked.num_samples, asked.seed)

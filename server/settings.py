@@ -15,6 +15,8 @@ from server.logs import LogFormat
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
+LONGEST_TOKEN = 16  # characters per token that no ordinary text exceeds; for the limit on characters
+
 
 class ServeSettings(BaseSettings):
     """Read from arguments first, then from the environment, then from the defaults here."""
@@ -55,13 +57,44 @@ class ServeSettings(BaseSettings):
         "(default: max_batch_tokens on a GPU; 2048 on a CPU, where larger batches only add latency).",
     )
     max_inputs: int = Field(default=256, ge=1, description="The most inputs in one request.")
+    max_input_chars: int | None = Field(
+        default=None, ge=1, description="The longest text, in characters (default: 16 for each token of max_input_tokens)."
+    )
+    max_choices: int = Field(default=256, ge=2, description="The most choices that may come with an input.")
+    max_choice_chars: int = Field(default=4000, ge=1, description="The longest such choice, in characters.")
+    max_sample_values: int = Field(
+        default=1_000_000, ge=1, description="The most probabilities that return_samples may add to an answer."
+    )
     max_queue: int = Field(default=1024, ge=1, description="The most inputs that may wait; beyond it the answer is 429.")
+    max_queue_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="The most tokens (inputs x samples x length) that may wait (default: 64 times max_batch_tokens).",
+    )
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="The largest request body.")
     max_header_bytes: int = Field(default=16_384, ge=256, description="The most bytes of a request's path and headers.")
     header_timeout: float = Field(default=10.0, gt=0, description="Seconds that a request's headers may take to arrive.")
     body_timeout: float = Field(default=30.0, gt=0, description="Seconds that a request's body may take to arrive.")
-    request_timeout: float = Field(default=60.0, gt=0, description="Seconds until a request is given up with a 504.")
+    request_timeout: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds until a request is given up with a 504; its header X-Request-Timeout may ask for less.",
+    )
+    worker_timeout: float = Field(
+        default=300.0, gt=0, description="Seconds after which a forward pass counts as stuck and /health/live fails."
+    )
     shutdown_timeout: int = Field(default=30, ge=0, description="Seconds that running requests get after SIGTERM.")
+    drain_delay: float = Field(
+        default=0.0, ge=0, description="Seconds to answer 503 after SIGTERM at least, for load balancers to notice."
+    )
+    warmup: Literal["auto", "full", "quick"] = Field(
+        default="auto",
+        description="full: run the largest passes before being ready; quick: a small one (auto: full on a GPU).",
+    )
+    enable_adapter_loading: bool = Field(default=False, description="Load and unload adapters by request, at /v1.")
+    adapter_root: Path | None = Field(default=None, description="The folder below which such adapters lie.")
+    max_adapters: int = Field(default=32, ge=1, description="The most adapters that are loaded at a time.")
+    max_adapter_bytes: int = Field(default=2**30, ge=1, description="The largest adapter, in bytes of its files.")
     api_keys: SecretStr | None = Field(
         default=None,
         description="Comma-separated keys: name:key, name:sha256:<hex> or key. With any, every route but health, metrics "
@@ -141,10 +174,25 @@ class ServeSettings(BaseSettings):
             raise ValueError(f"--adapters: {self.default_adapter!r} is the name of --adapter already; choose another")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_have_a_root(self) -> Self:
+        if self.enable_adapter_loading and self.adapter_root is None:
+            raise ValueError("--enable-adapter-loading needs --adapter-root, the folder below which adapters may lie")
+        return self
+
     @property
     def default_adapter(self) -> str:
         """The name of the adapter that answers when a request names none."""
         return self.adapter_name or self.adapter.resolve().name
+
+    @property
+    def queue_tokens(self) -> int:
+        """The tokens that may wait."""
+        return self.max_queue_tokens or 64 * self.max_batch_tokens
+
+    def longest_text(self, max_tokens: int) -> int:
+        """Characters of the longest text, for prompts of so many tokens."""
+        return self.max_input_chars or LONGEST_TOKEN * max_tokens
 
     def adapter_folders(self) -> dict[str, Path]:
         """Every adapter to load at the start by its name, the default one first."""

@@ -51,16 +51,19 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, adapter: str = "colours", seconds: float = 120, **settings: object) -> Iterator[Served]:
-    """Serve an adapter of `write_models(folder)` with these settings until the context ends."""
+def served(
+    folder: Path, adapter: str = "colours", seconds: float = 120, module: str = "server.cli", **settings: object
+) -> Iterator[Served]:
+    """Serve an adapter of `write_models(folder)` with these settings until the context ends; True: a flag without value."""
     port = free_port()
     options = {"model": folder / "base", "adapter": folder / adapter, "port": port, "device": "cpu", "threads": 1} | settings
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    arguments = [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
     log = folder / f"server-{port}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SCALABL_")}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", *arguments],
+            [sys.executable, "-m", module, "serve", *arguments],
             stderr=errors,
             env=environment | {"HF_HUB_OFFLINE": "1"},
         )

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from scalabl.posterior import Draws
+from server.admission import Admission
 from server.batcher import Batcher
 from server.metrics import Metrics
 from server.problems import ProblemError
+
+UNLUCKY = 13  # the first token of an input on which a pass fails
 
 
 class Passes:
@@ -26,6 +29,8 @@ class Passes:
         self.targets: list[str | None] = []
         self.entered, self.gate = threading.Event(), threading.Event()
         self.gate.set()
+        self.memory = 10**9  # tokens
+        self.error: BaseException | None = None
 
     def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
         self.lengths.append([len(ids) for ids in sequences])
@@ -33,7 +38,11 @@ class Passes:
         self.firsts.append([ids[0] for ids in sequences])
         self.entered.set()
         assert self.gate.wait(30)
-        if any(ids[0] == 13 for ids in sequences):
+        if self.error is not None:
+            raise self.error
+        if sum(len(ids) * each.num_samples for ids, each in zip(sequences, draws, strict=True)) > self.memory:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        if any(ids[0] == UNLUCKY for ids in sequences):
             raise RuntimeError("unlucky")
         return [torch.full((each.num_samples, 2), float(ids[0])) for ids, each in zip(sequences, draws, strict=True)]
 
@@ -42,19 +51,36 @@ def draws(num_samples: int = 2) -> Draws:
     return Draws(0, "gaussian", torch.zeros(num_samples, 3))
 
 
+def submit(
+    batcher: Batcher[str | None], target: str | None, sequences: list[list[int]], made: Draws, seconds_left: float = 60
+) -> list[asyncio.Future[Tensor]]:
+    """As a request does it: take places, queue."""
+    places = admission_of(batcher).enter([1] * len(sequences), seconds_left)
+    futures = batcher.submit(target, sequences, made, places)
+    for future, place in zip(futures, places, strict=True):
+        future.add_done_callback(lambda _, place=place: place.free())
+    return futures
+
+
+def admission_of(batcher: Batcher[str | None]) -> Admission:
+    return batcher._admission
+
+
 def with_batcher(
     scenario: Callable[[Batcher[str | None], Passes], Awaitable[None]],
     *,
     target_tokens: int = 100,
     max_tokens: int = 1000,
     max_queue: int = 50,
+    max_queue_tokens: int = 10_000,
 ) -> Passes:
     passes = Passes()
 
     async def run() -> None:
-        limits = {"target_tokens": target_tokens, "max_tokens": max_tokens, "max_queue": max_queue}
+        metrics = Metrics()
+        admission = Admission(max_queue, max_queue_tokens, metrics)
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(passes, executor, Metrics(), **limits)
+            batcher = Batcher(passes, executor, admission, metrics, target_tokens=target_tokens, max_tokens=max_tokens)
             batcher.start()
             try:
                 await asyncio.wait_for(scenario(batcher, passes), 30)
@@ -69,7 +95,7 @@ def with_batcher(
 async def hold(batcher: Batcher[str | None], passes: Passes) -> asyncio.Future[Tensor]:
     """Occupy the worker with one input of its own, so that what follows has to wait."""
     passes.gate.clear()
-    (held,) = batcher.submit(None, [[1]], draws())
+    (held,) = submit(batcher, None, [[1]], draws())
     assert await asyncio.to_thread(passes.entered.wait, 30)
     return held
 
@@ -79,7 +105,7 @@ def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
         await hold(batcher, passes)
         waiting = []
         for first in (2, 3, 4, 5, 6):
-            waiting += batcher.submit(None, [[first] * 10], draws(num_samples=2))
+            waiting += submit(batcher, None, [[first] * 10], draws(num_samples=2))
         passes.gate.set()
         answers = await asyncio.gather(*waiting)
         assert [float(logits[0, 0]) for logits in answers] == [2, 3, 4, 5, 6]
@@ -91,7 +117,7 @@ def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
 def test_the_target_counts_padding() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit(None, [[2] * 20, [3], [4]], draws(num_samples=2))
+        waiting = submit(batcher, None, [[2] * 20, [3], [4]], draws(num_samples=2))
         passes.gate.set()
         await asyncio.gather(*waiting)
 
@@ -102,7 +128,7 @@ def test_the_target_counts_padding() -> None:
 def test_an_input_above_the_target_runs_alone() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit(None, [[2], [3] * 200, [4]], draws(num_samples=2))
+        waiting = submit(batcher, None, [[2], [3] * 200, [4]], draws(num_samples=2))
         passes.gate.set()
         await asyncio.gather(*waiting)
 
@@ -112,7 +138,7 @@ def test_an_input_above_the_target_runs_alone() -> None:
 def test_inputs_with_different_draws_share_a_pass() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = batcher.submit(None, [[2]], draws(3)) + batcher.submit(None, [[3]], draws(5))
+        waiting = submit(batcher, None, [[2]], draws(3)) + submit(batcher, None, [[3]], draws(5))
         passes.gate.set()
         answers = await asyncio.gather(*waiting)
         assert [tuple(logits.shape) for logits in answers] == [(3, 2), (5, 2)]
@@ -125,7 +151,7 @@ def test_two_adapters_never_share_a_pass_and_keep_their_order() -> None:
         await hold(batcher, passes)
         waiting = []
         for first, adapter in ((2, "x"), (3, "y"), (4, "x"), (5, "y"), (6, "x"), (7, "z")):
-            waiting += batcher.submit(adapter, [[first] * 10], draws(num_samples=2))
+            waiting += submit(batcher, adapter, [[first] * 10], draws(num_samples=2))
         passes.gate.set()
         answers = await asyncio.gather(*waiting)
         assert [float(logits[0, 0]) for logits in answers] == [2, 3, 4, 5, 6, 7]
@@ -138,8 +164,8 @@ def test_two_adapters_never_share_a_pass_and_keep_their_order() -> None:
 def test_an_input_that_no_pass_can_hold_is_refused_and_nothing_of_its_request_queued() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         with pytest.raises(ProblemError, match=r"inputs\.1: 501 tokens x 2 samples = 1002, above the limit of 1000"):
-            batcher.submit(None, [[2], [3] * 501], draws(2))
-        (answer,) = batcher.submit(None, [[4] * 500], draws(2))
+            submit(batcher, None, [[2], [3] * 501], draws(2))
+        (answer,) = submit(batcher, None, [[4] * 500], draws(2))
         await answer
 
     assert with_batcher(scenario).firsts == [[4]]
@@ -148,12 +174,12 @@ def test_an_input_that_no_pass_can_hold_is_refused_and_nothing_of_its_request_qu
 def test_a_request_is_admitted_whole_or_not_at_all() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        kept = batcher.submit(None, [[2], [3]], draws())
+        kept = submit(batcher, None, [[2], [3]], draws())
         with pytest.raises(ProblemError, match="2 inputs wait and the queue holds 3; this request has 2") as caught:
-            batcher.submit(None, [[4], [5]], draws())
+            submit(batcher, None, [[4], [5]], draws())
         assert caught.value.slug == "queue-full"
         assert caught.value.retry_after is not None
-        kept += batcher.submit(None, [[6]], draws())
+        kept += submit(batcher, None, [[6]], draws())
         passes.gate.set()
         await asyncio.gather(*kept)
 
@@ -163,9 +189,10 @@ def test_a_request_is_admitted_whole_or_not_at_all() -> None:
 def test_abandoned_inputs_free_their_place_and_are_not_run() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        for future in batcher.submit(None, [[2], [3]], draws()):
+        for future in submit(batcher, None, [[2], [3]], draws()):
             future.cancel()
-        kept = batcher.submit(None, [[4], [5]], draws())
+        await asyncio.sleep(0)  # a cancelled future tells on the loop's next turn
+        kept = submit(batcher, None, [[4], [5]], draws())
         kept[0].cancel()
         passes.gate.set()
         await kept[1]
@@ -173,28 +200,94 @@ def test_abandoned_inputs_free_their_place_and_are_not_run() -> None:
     assert with_batcher(scenario, max_queue=2).firsts == [[1], [5]]
 
 
-def test_a_failing_pass_reaches_its_inputs_and_the_next_one_runs() -> None:
+@pytest.mark.parametrize("inputs", [1, 2, 3, 8])
+def test_a_failing_pass_is_split_until_only_its_cause_fails(inputs: int) -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        unlucky = batcher.submit(None, [[13], [2]], draws(20))
+        futures = submit(batcher, None, [[20 + n] for n in range(inputs - 1)] + [[UNLUCKY]], draws())
         passes.gate.set()
-        for future in unlucky:
-            with pytest.raises(RuntimeError, match="unlucky"):
-                await future
-        (answer,) = batcher.submit(None, [[3]], draws())
+        *lucky, unlucky = await asyncio.gather(*futures, return_exceptions=True)
+        assert [float(logits[0, 0]) for logits in lucky] == [20 + n for n in range(inputs - 1)]  # type: ignore[index]
+        assert isinstance(unlucky, ProblemError)
+        assert (unlucky.slug, "unlucky" in unlucky.detail) == ("internal-error", False)
+        (answer,) = submit(batcher, None, [[3]], draws())
         assert float((await answer)[0, 0]) == 3
 
-    assert with_batcher(scenario).firsts == [[1], [13, 2], [3]]
+    passes = with_batcher(scenario)
+    assert passes.firsts[-1] == [3]
+    assert len(passes.firsts) <= 3 + 2 * inputs.bit_length()
+
+
+def test_a_batch_that_does_not_fit_in_memory_runs_in_parts_and_a_single_input_is_told() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        passes.memory = 10  # tokens
+        await hold(batcher, passes)
+        fits = submit(batcher, None, [[2] * 4, [3] * 4, [4] * 4], draws(2))
+        (never,) = submit(batcher, None, [[5] * 6], draws(2))
+        passes.gate.set()
+        assert [float((await future)[0, 0]) for future in fits] == [2, 3, 4]
+        with pytest.raises(ProblemError, match=r"6 tokens x 2 samples does not fit.*lower num_samples") as caught:
+            await never
+        assert caught.value.slug == "out-of-memory"
+        assert batcher.fault(300) is None
+
+    with_batcher(scenario)
+
+
+def test_a_device_that_is_gone_fails_everybody_at_once_and_is_a_fault() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        passes.error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+        await hold(batcher, passes)
+        futures = submit(batcher, None, [[2], [3], [4], [5]], draws())
+        passes.gate.set()
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        assert all(isinstance(answer, ProblemError) and answer.slug == "internal-error" for answer in answers)
+        assert "the device has failed" in (batcher.fault(300) or "")
+
+    assert with_batcher(scenario).firsts == [[1], [2, 3, 4, 5]], "no use in trying parts"
+
+
+def test_a_pass_that_does_not_end_is_a_fault_and_stays_one_when_nobody_waits_for_it() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        assert batcher.fault(0.01) is None
+        held = await hold(batcher, passes)
+        while batcher.fault(0.01) is None:
+            await asyncio.sleep(0)
+        assert "a pass has run for" in (batcher.fault(0.01) or "")
+        assert batcher.fault(300) is None
+        held.cancel()
+        await batcher.stop()
+        assert batcher.busy
+        passes.gate.set()
+        while batcher.busy:
+            await asyncio.sleep(0)
+
+    with_batcher(scenario)
+
+
+def test_a_loop_that_has_died_is_a_fault() -> None:
+    class Fatal(BaseException):
+        """What no handler of errors catches."""
+
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        passes.error = Fatal()
+        submit(batcher, None, [[2]], draws())
+        while batcher.fault(300) is None:
+            await asyncio.sleep(0.001)
+        assert "has ended; the server must be restarted" in (batcher.fault(300) or "")
+
+    with_batcher(scenario)
 
 
 def test_stopping_answers_what_still_waits() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         held = await hold(batcher, passes)
-        waiting = batcher.submit(None, [[2], [3]], draws())
+        waiting = submit(batcher, None, [[2], [3]], draws())
         await batcher.stop()
         for future in [held, *waiting]:
             with pytest.raises(ProblemError, match="the server is shutting down; try another replica") as caught:
                 await future
             assert caught.value.slug == "draining"
+        assert admission_of(batcher).inputs == 0
 
     assert with_batcher(scenario).firsts == [[1]]

@@ -25,7 +25,7 @@ def test_every_metric_is_ours_and_explained(client: TestClient) -> None:
     families = list(text_string_to_metric_families(response.text))
     assert len(families) >= 10
     for family in families:
-        assert family.name.startswith("scalabl_")
+        assert family.name.startswith(("scalabl_", "process_"))
         assert family.documentation
 
 
@@ -59,9 +59,18 @@ def test_predictions_and_their_uncertainty_are_counted(client: TestClient) -> No
         assert counts[f"scalabl_prediction_{name}_count", adapter] == 3
     assert counts["scalabl_batch_rows_sum", ()] == 12
     assert counts["scalabl_batch_tokens_sum", ()] >= 12 * 10
-    assert counts["scalabl_queue_duration_seconds_count", ()] == 3
-    assert counts["scalabl_queue_inputs", ()] == 0
+    for stage, count in (("queue", 3), ("tokenise", 1), ("total", 1)):
+        assert counts["scalabl_stage_duration_seconds_count", (("stage", stage),)] == count
+    assert counts["scalabl_stage_duration_seconds_count", (("stage", "forward"),)] >= 1
+    assert counts["scalabl_queue_inputs", ()] == counts["scalabl_queue_tokens", ()] == 0
     assert counts["scalabl_ready", ()] == 1
+
+
+def test_padding_is_counted(client: TestClient) -> None:
+    client.post("/predict", json={"inputs": "a" * 9, "num_samples": 4})
+    assert _samples(client)["scalabl_padding_tokens_total", ()] == 0
+    client.post("/predict", json={"inputs": ["a", "a" * 9], "num_samples": 4})
+    assert _samples(client)["scalabl_padding_tokens_total", ()] == 4 * 8
 
 
 def test_refused_inputs_are_no_predictions(client: TestClient) -> None:

@@ -257,10 +257,6 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_come_back(serve: Callabl
     assert ask(client, inputs="d").status_code == 200
 
 
-def test_a_request_larger_than_the_whole_queue_is_refused(serve: Callable[..., TestClient]) -> None:
-    refused(ask(serve(max_queue=2), inputs=["a"] * 3), 429, "queue-full", "the queue holds 2; this request has 3")
-
-
 def test_a_deadline_that_passes_is_said_and_the_work_dropped(serve: Callable[..., TestClient], gate: Gate) -> None:
     client = serve(load=gate.load, request_timeout=0.2)
     refused(ask(client, inputs="a"), 504, "deadline-exceeded", "no answer within 0.2 s; send fewer inputs or samples")

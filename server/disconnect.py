@@ -1,0 +1,44 @@
+"""Work that is given up when its client goes away; and the header in which a client says how long it will wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Header, Request
+
+from server.problems import ProblemError
+
+Answer = TypeVar("Answer")
+
+RequestTimeout = Annotated[
+    float | None,
+    Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use; the server's limit is the most."),
+]
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """The result of `work`, which is cancelled as soon as the client closes its connection.
+
+    Call it once the request's body has been read; what arrives after that is only the client's leaving.
+
+    Raises:
+        ProblemError: `client-gone`, which nobody reads any more.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ProblemError("client-gone", "the client closed its connection before the answer")
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

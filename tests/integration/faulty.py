@@ -1,0 +1,41 @@
+"""`scalabl serve` with passes that fail in real ways on inputs that name the fault; `python -m tests.integration.faulty`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scalabl.posterior import Draws
+from server.cli import app
+from server.engine import Engine, Served
+
+EXCEPTION, OUT_OF_MEMORY, STUCK, DEAD = "exception", "out of memory", "stuck", "dead"
+
+_run = Engine.run
+
+
+class WorkerDeath(BaseException):
+    """What no handler of errors catches."""
+
+
+def _faulty(self: Engine, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    texts = [self.pretrained.tokenizer.decode(ids) for ids in sequences]
+    if any(f"!{EXCEPTION}!" in text for text in texts):
+        raise ValueError("secret of /some/path")
+    if any(f"!{OUT_OF_MEMORY}!" in text for text in texts):
+        torch.empty(2**50)
+    if any(f"!{STUCK}!" in text for text in texts):
+        threading.Event().wait()
+    if any(f"!{DEAD}!" in text for text in texts):
+        raise WorkerDeath
+    return _run(self, served, sequences, draws)
+
+
+Engine.run = _faulty  # type: ignore[method-assign]  # the fault is injected where a device would have it
+
+if __name__ == "__main__":
+    sys.exit(app())
