@@ -167,15 +167,10 @@ class OutcomeStore:
             self._writer.submit(operation)
             async with asyncio.timeout(self._settings.outcomes_timeout):
                 return await asyncio.wrap_future(done)
-        except Refusal:
-            raise
         except (UnavailableError, TimeoutError):
-            pass
-        except Exception:  # logged by the writer
-            pass
-        raise ProblemError(
-            "outcomes-unavailable", "the outcomes database cannot be used just now; try again later", retry_after=1
-        )
+            raise ProblemError(
+                "outcomes-unavailable", "the outcomes database cannot be used just now; try again later", retry_after=1
+            ) from None
 
     def _hash(self, text: str) -> str:
         data = text.encode("utf-8", "surrogatepass")

@@ -141,6 +141,7 @@ class Writer:
                 self._probe()
             if self._down is None and time.monotonic() >= self._next_chore:
                 self._chores()
+        self._down = "the server is shutting down"
         self._database.close()
 
     def _gather(self, pause: float) -> list[Operation]:
@@ -184,10 +185,10 @@ class Writer:
             self._went_down(str(error))
             _fail(group, error)
             return
-        except Exception as error:
+        except Exception:
             logger.exception("an outcomes transaction failed")
             self._metrics.outcomes_errors.inc()
-            _fail(group, error)
+            _fail(group, UnavailableError("an unexpected error"))
             return
         self._collector.update(changed)
         if write:
@@ -292,6 +293,6 @@ class Writer:
         self._next_chore = time.monotonic() + (0.01 if count == DELETED_AT_ONCE else CHORE_SECONDS)
 
 
-def _fail(group: list[Operation], error: Exception) -> None:
+def _fail(group: list[Operation], error: UnavailableError) -> None:
     for operation in group:
         operation.done.set_exception(error)
