@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve test lint kernel-report check-kernel integration clean
+.PHONY: serve test lint kernel-report check-kernel integration soak clean
 
 # One environment; what serving needs comes first, what testing needs on top when it is asked for.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -28,8 +28,8 @@ lint: $(VENV)/.installed-dev
 
 # Twice: as it runs on a CPU, and the Triton kernel in Triton's interpreter, which must be set before it is imported.
 test: lint
-	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m 'fused and not integration' $(ARGS)
-	$(OFFLINE) $(BIN)/pytest -m 'not fused and not integration' $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m 'fused and not integration and not soak' $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -m 'not fused and not integration and not soak' $(ARGS)
 
 # Compiles the Triton kernel for GPUs that are not here; fails on a spill, a missing matrix instruction or a ceiling.
 kernel-report: $(VENV)/.installed-dev
@@ -46,6 +46,10 @@ check-kernel: $(VENV)/.installed-dev
 # The real model and a real server process: minutes, and 98 MB on the first run.
 integration: $(VENV)/.installed-dev
 	@base=$(BASE) && $(OFFLINE) SCALABL_EXAMPLE_BASE="$$base" $(BIN)/pytest -m integration $(ARGS)
+
+# An hour at 80% of capacity; SOAK_SECONDS=300 shortens it.
+soak: $(VENV)/.installed-dev
+	$(OFFLINE) $(BIN)/pytest -s -m soak tests/integration/test_soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
