@@ -25,6 +25,7 @@ def configure(level: str, style: LogFormat) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # transformers' look-ups, one line each
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # three lines at each start that say nothing
     transformers = logging.getLogger("transformers")  # it writes to standard error by itself otherwise
     transformers.handlers.clear()
     transformers.propagate = True

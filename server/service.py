@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -216,7 +215,7 @@ class Service:
                 place.free()
         self.metrics.stage("total", time.perf_counter() - started)
         return PredictResponse(
-            id=f"req-{uuid.uuid4().hex}",
+            id=seen.request_id,
             model=engine.model_name,
             adapter=served.name,
             predictions=predictions,

@@ -221,3 +221,8 @@ def test_a_line_has_a_largest_size(capture: Callable[[LogFormat], Lines]) -> Non
     logs.log_request({"path": "x" * 100_000})
     logging.getLogger("scalabl").info("y" * 100_000)
     assert [len(line.get("path", "")) + len(line["message"]) for line in lines.parsed()] == [257 + 7, 4097]
+
+
+def test_an_answers_id_is_the_id_of_its_request(colours: TestClient) -> None:
+    response = colours.post("/predict", json={"inputs": "rose", "num_samples": 2}, headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == response.json()["id"] == "mine-1"
