@@ -32,8 +32,9 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Largest error over largest value. bfloat16: half a unit in the last place of the sum, and one rounding of u * s before it.
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-7}
+# Largest error over largest value. float32 products are exact in the interpreter and three TF32 products on NVIDIA GPUs.
+# bfloat16: half a unit in the last place of the sum, and one rounding of u * s before it.
+TOLERANCES = {torch.float32: 1e-6 if fused.INTERPRETED else 2e-6, torch.float16: 2e-3, torch.bfloat16: 2**-7}
 ROWS, WIDTHS, RANKS = (1, 7, 64, 77, 300), (64, 96, 200, 576), (1, 5, 8, 16, 24, 64)
 
 
@@ -115,7 +116,7 @@ def test_middle_dimensions_without_one_stride_are_copied() -> None:
     placed = {name: tensor.to(DEVICE) for name, tensor in operands.items()}
     result = subspace_projection(**placed, scaling=SCALING, inplace=True)
     assert result is placed["y"]
-    assert worst_error(result, expected) <= 1e-6
+    assert worst_error(result, expected) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("middle", [(), (4,)])
