@@ -69,7 +69,7 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
 
 def health_routes(service: Service) -> APIRouter:
     """For probes; they need no key."""
-    router = APIRouter()
+    router = APIRouter(route_class=route_class(KeyRing()))
 
     @router.get("/health/live", responses=documented("failed"))
     async def live() -> Health:
@@ -88,7 +88,7 @@ def health_routes(service: Service) -> APIRouter:
 
 def metrics_route(service: Service) -> APIRouter:
     """For Prometheus; it needs no key."""
-    router = APIRouter()
+    router = APIRouter(route_class=route_class(KeyRing()))
 
     @router.get(
         "/metrics",
