@@ -8,7 +8,7 @@ samples cost nothing. Exact for an adapter of the head alone; biased where sigma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Linearization:
     def logits_at(self, draws: Draws) -> Tensor:
         """[B, K, C]: the linearised logits of the very samples that `ScalaBLModel.logits` gives for these draws."""
         return self.mean.unsqueeze(1) + draws.epsilon.double() @ self.scaled_jacobian.transpose(1, 2)
+
+    def of_input(self, index: int) -> Linearization:
+        """That of one input, B = 1."""
+        return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
+
+    def of_choices(self, count: int) -> Linearization:
+        """Over the first choices alone, for inputs that have no others."""
+        return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
 
     def covariance(self) -> Tensor:
         """Cov(z) = J diag(tau^2 sigma^2) J^T, [B, C, C]."""
