@@ -8,16 +8,19 @@ samples cost nothing. Exact for an adapter of the head alone; biased where sigma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from scalabl.evaluation import ABSENT, EncodedSet, batches
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, draw
 from scalabl.predictive import Predictive, StandardErrors, predictive
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
+NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
 SPREAD_LIMIT = 0.5  # median tau sigma / |mu| above which the linearisation should not be trusted
 
 
@@ -105,6 +108,32 @@ def linearize(model: ScalaBLModel, batch: TokenBatch, *, negligible: float = 0.0
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     return Linearization(mean.double().cpu(), jacobian.double().cpu() * deviation, columns)
+
+
+def linearized_predictive(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    *,
+    negligible: float = 0.0,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> Predictive:
+    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches."""
+    found: dict[int, Predictive] = {}
+    absent = torch.arange(model.num_choices) >= encoded.num_choices.unsqueeze(1)  # [N, C]
+    for batch in batches([len(ids) for ids in encoded.sequences], model.num_choices, max_batch_tokens):
+        linear = linearize(model, TokenBatch.of([encoded.sequences[i] for i in batch]), negligible=negligible)
+        missing = absent[batch]
+        linear = replace(
+            linear,
+            mean=linear.mean.masked_fill(missing, ABSENT),
+            scaled_jacobian=linear.scaled_jacobian.masked_fill(missing.unsqueeze(-1), 0.0),
+        )
+        outcome = linear.predictive(model.config.temperature)
+        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
+        if on_progress is not None:
+            on_progress(len(batch))
+    return Predictive.stack([found[index] for index in range(len(found))])
 
 
 def relative_spread(model: ScalaBLModel) -> float:

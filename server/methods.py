@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from scalabl.linearized import SPREAD_LIMIT, Linearization, linearize
+from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
@@ -19,8 +18,6 @@ from server.schemas import PredictRequest
 if TYPE_CHECKING:
     from server.engine import Served
     from server.prompts import Asked
-
-NEGLIGIBLE = 1e-4  # choices below it at the posterior mean are not linearised
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,8 @@ def outcome_of(result: Result, num_choices: int, job: Job, temperature: float) -
         return predictive(result[:, :num_choices], temperature, job.scheme), {}
     assert isinstance(result, Linearization)
     linear = result.of_choices(num_choices)
-    found = linear.predictive(temperature)
-    error = dataclasses.replace(
-        found.standard_error, **{field: value[0] for field, value in vars(found.standard_error).items()}
-    )
-    fields = {field: value[0] for field, value in vars(found).items() if isinstance(value, Tensor)}
     shares = {name: float(share[0]) for name, share in linear.layer_shares(temperature).items()}
-    return dataclasses.replace(found, **fields, standard_error=error), shares
+    return linear.predictive(temperature).of_input(0), shares
 
 
 def warnings_of(served: Served, asked: Asked) -> list[str]:
