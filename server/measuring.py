@@ -154,7 +154,7 @@ def calibrate(
     levels: Annotated[str, typer.Option(help="Comma-separated coverages of prediction sets.")] = "0.8,0.9,0.95",
     method: Annotated[SetMethod, typer.Option(help="Kind of the prediction sets that are served.")] = "lac",
     target_risk: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of wrong answers among those that are not abstained from.")
+        float, typer.Option(min=0.001, max=1, help="Largest share of wrong answers among those that are not abstained from.")
     ] = 0.05,
     risk_confidence: Annotated[
         float, typer.Option(min=0, max=0.999, help="Probability with which the target risk is to hold.")
@@ -208,6 +208,8 @@ def calibrate(
         report = {**found, "calibration": outcome.calibration.model_dump(mode="json")}
         report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
         typer.echo(json.dumps(report, indent=2))
+        if outcome.refusal is not None:
+            raise ScalaBLError(f"{outcome.refusal}. Everything else was written into the adapter, which never abstains now")
 
 
 def _levels(text: str) -> tuple[float, ...]:
