@@ -23,7 +23,7 @@ from scalabl.evaluation import EncodedSet, logits_of, scores, without_absent
 from scalabl.model import ScalaBLModel
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
-from scalabl.selective import aurc, doubts, guaranteed_threshold
+from scalabl.selective import aurc, check_rows_for_risk, doubts, guaranteed_threshold
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.1, 10.0, 13))
@@ -150,12 +150,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a calibration found: what goes into the adapter, and the path of the fit."""
+    """Everything that a calibration found: what goes into the adapter, and the path of the fit.
+
+    `refusal` says why there is no abstention threshold though one was asked for.
+    """
 
     posterior_scale: float
     temperature: float
     calibration: Calibration
     trials: list[Trial]
+    refusal: str | None = None
 
 
 def calibrate(
@@ -176,7 +180,7 @@ def calibrate(
         on_progress: told how many inputs each batch finished; the number of passes is not known beforehand.
 
     Raises:
-        CalibrationError: too few rows for a level, or no threshold for the target risk.
+        CalibrationError: too few rows for a level or for the target risk, before any pass.
     """
     assert model.config.posterior_scale == model.config.temperature == 1
     chosen, held_out = split_halves(encoded.answers, options.seed)
@@ -184,6 +188,9 @@ def calibrate(
         raise CalibrationError("calibration needs at least two rows")
     for level in options.levels:  # before the long work
         conformal_threshold(torch.zeros(len(held_out)), level)
+
+    if options.target_risk is not None:
+        check_rows_for_risk(len(held_out), options.target_risk, options.confidence)
 
     def logits_at(rows: Tensor, scale: float) -> Tensor:
         scaled = dataclasses.replace(draws, epsilon=scale * draws.epsilon)
@@ -205,6 +212,11 @@ def calibrate(
         }
         for method in get_args(SetMethod)
     }
+    abstain, refusal = None, None
+    try:
+        abstain = _abstention(fitted, encoded.answers[chosen], outcome, answers, options)
+    except CalibrationError as error:  # the rest is worth keeping
+        refusal = str(error)
     calibration = Calibration(
         data=CalibrationData(
             name=name, sha256=sha256, rows=len(encoded.answers), fit_rows=len(chosen), threshold_rows=len(held_out)
@@ -214,12 +226,12 @@ def calibrate(
         draw_scheme=draws.scheme,
         method=options.method,
         thresholds=thresholds,
-        abstain=_abstention(fitted, encoded.answers[chosen], outcome, answers, options),
+        abstain=abstain,
         quantiles={"mutual_information": _quantiles(outcome.mutual_information), "entropy": _quantiles(outcome.entropy)},
         before=_fit_of(predictive(before, 1.0, draws.scheme), answers),
         after=_fit_of(outcome, answers),
     )
-    return Outcome(scale, temperature, calibration, found.trials)
+    return Outcome(scale, temperature, calibration, found.trials, refusal)
 
 
 def _of_answers(scores: Tensor, answers: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from scalabl.predictive import Predictive, predictive
 from scalabl.prompt import Prompter
 from scalabl.scoring import labelled_scores, outside_scores
 
+ABSENT = -1e6  # the logit of a choice that an input does not have
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -84,7 +86,7 @@ def logits_of(
 def without_absent(logits: Tensor, num_choices: Tensor) -> Tensor:
     """[N, K, C], with the logits of choices that an input does not have put out of reach, at any usual temperature."""
     absent = torch.arange(logits.shape[-1]) >= num_choices.unsqueeze(1)  # [N, C]
-    return logits.masked_fill(absent.unsqueeze(1), -1e6)
+    return logits.masked_fill(absent.unsqueeze(1), ABSENT)
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:

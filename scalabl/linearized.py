@@ -8,16 +8,19 @@ samples cost nothing. Exact for an adapter of the head alone; biased where sigma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from scalabl.evaluation import ABSENT, EncodedSet, batches
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, draw
 from scalabl.predictive import Predictive, StandardErrors, predictive
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
+NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
 SPREAD_LIMIT = 0.5  # median tau sigma / |mu| above which the linearisation should not be trusted
 
 
@@ -38,6 +41,14 @@ class Linearization:
     def logits_at(self, draws: Draws) -> Tensor:
         """[B, K, C]: the linearised logits of the very samples that `ScalaBLModel.logits` gives for these draws."""
         return self.mean.unsqueeze(1) + draws.epsilon.double() @ self.scaled_jacobian.transpose(1, 2)
+
+    def of_input(self, index: int) -> Linearization:
+        """That of one input, B = 1."""
+        return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
+
+    def of_choices(self, count: int) -> Linearization:
+        """Over the first choices alone, for inputs that have no others."""
+        return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
 
     def covariance(self) -> Tensor:
         """Cov(z) = J diag(tau^2 sigma^2) J^T, [B, C, C]."""
@@ -97,6 +108,32 @@ def linearize(model: ScalaBLModel, batch: TokenBatch, *, negligible: float = 0.0
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     return Linearization(mean.double().cpu(), jacobian.double().cpu() * deviation, columns)
+
+
+def linearized_predictive(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    *,
+    negligible: float = 0.0,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> Predictive:
+    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches."""
+    found: dict[int, Predictive] = {}
+    absent = torch.arange(model.num_choices) >= encoded.num_choices.unsqueeze(1)  # [N, C]
+    for batch in batches([len(ids) for ids in encoded.sequences], model.num_choices, max_batch_tokens):
+        linear = linearize(model, TokenBatch.of([encoded.sequences[i] for i in batch]), negligible=negligible)
+        missing = absent[batch]
+        linear = replace(
+            linear,
+            mean=linear.mean.masked_fill(missing, ABSENT),
+            scaled_jacobian=linear.scaled_jacobian.masked_fill(missing.unsqueeze(-1), 0.0),
+        )
+        outcome = linear.predictive(model.config.temperature)
+        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
+        if on_progress is not None:
+            on_progress(len(batch))
+    return Predictive.stack([found[index] for index in range(len(found))])
 
 
 def relative_spread(model: ScalaBLModel) -> float:

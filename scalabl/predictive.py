@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,22 @@ class Predictive:
     mutual_information: Tensor
     sample_probabilities: Tensor
     standard_error: StandardErrors
+
+    def of_input(self, index: int) -> Predictive:
+        """That of one of the B inputs, without the leading dimension."""
+        fields = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        errors = {name: value[index] for name, value in vars(self.standard_error).items()}
+        return Predictive(**fields, standard_error=StandardErrors(**errors))
+
+    @staticmethod
+    def stack(outcomes: Sequence[Predictive]) -> Predictive:
+        """The predictive of several inputs from those of each."""
+        errors = [vars(each.standard_error) for each in outcomes]
+        fields = [name for name, value in vars(outcomes[0]).items() if isinstance(value, Tensor)]
+        return Predictive(
+            **{name: torch.stack([getattr(each, name) for each in outcomes]) for name in fields},
+            standard_error=StandardErrors(**{name: torch.stack([each[name] for each in errors]) for name in errors[0]}),
+        )
 
 
 def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gaussian") -> Predictive:

@@ -61,6 +61,24 @@ def binomial_upper_bound(errors: int, count: int, delta: float) -> float:
     return high
 
 
+def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> None:
+    """Refuse a risk that so few rows could not promise even if no answer were wrong.
+
+    Args:
+        target_risk: above 0.
+
+    Raises:
+        CalibrationError: with the number of rows that it takes.
+    """
+    delta = (1 - confidence) / CANDIDATES
+    if rows < 1 or binomial_upper_bound(0, rows, delta) > target_risk:
+        needed = math.ceil(math.log(delta) / math.log1p(-target_risk))
+        raise CalibrationError(
+            f"an abstention threshold for a risk of {target_risk:g} with confidence {confidence:g} needs at least {needed} "
+            f"rows for the thresholds and there are {rows}; give more rows, raise --target-risk, or pass --no-abstain"
+        )
+
+
 @dataclass(frozen=True)
 class GuaranteedThreshold:
     """Answer where doubt <= `threshold`: `coverage` of the inputs, of which `risk` were wrong, at most `bound` in truth."""

@@ -7,50 +7,48 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from scalabl.config import AdapterConfig
-from scalabl.posterior import Draws
-from scalabl.predictive import Predictive, predictive
+from scalabl.predictive import Predictive
 from server.decisions import decisions
+from server.methods import Job, Result, is_finite, outcome_of
 from server.problems import ProblemError
 from server.prompts import Asked
 from server.schemas import Prediction, StandardError
 
 
 def answers_of(
-    logits: Sequence[Tensor], asked: Asked, config: AdapterConfig, draws: Draws
+    results: Sequence[Result], asked: Asked, config: AdapterConfig, job: Job
 ) -> tuple[list[Predictive], list[Prediction]]:
-    """What the samples' logits [K, C] of each input come to, and its JSON. Runs off the event loop.
+    """What the pass's result for each input comes to, and its JSON. Runs off the event loop.
 
     Raises:
         ProblemError: `internal-error`, for logits that are not finite.
     """
     outcomes = []
-    for position, (z, names) in enumerate(zip(logits, asked.choices, strict=True)):
-        if not bool(z.isfinite().all()):
+    for position, (result, names) in enumerate(zip(results, asked.choices, strict=True)):
+        if not is_finite(result):
             raise ProblemError(
                 "internal-error", f"the model gave inputs.{position} logits that are not finite; its adapter may be damaged"
             )
-        outcomes.append(predictive(z[:, : len(names)], config.temperature, draws.scheme))
-    return outcomes, [
-        prediction_of(
-            outcome, names, draws, asked.return_samples, decisions(outcome, names, config.calibration, asked.level)
-        )
-        for outcome, names in zip(outcomes, asked.choices, strict=True)
+        outcomes.append(outcome_of(result, len(names), job, config.temperature))
+    return [outcome for outcome, _ in outcomes], [
+        prediction_of(outcome, names, asked, shares, decisions(outcome, names, config.calibration, asked.level))
+        for (outcome, shares), names in zip(outcomes, asked.choices, strict=True)
     ]
 
 
 def prediction_of(
-    outcome: Predictive, choices: Sequence[str], draws: Draws, return_samples: bool, decided: dict[str, Any]
+    outcome: Predictive, choices: Sequence[str], asked: Asked, shares: dict[str, float], decided: dict[str, Any]
 ) -> Prediction:
     """The answer to one input, with an id of its own."""
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
     error = outcome.standard_error
     optional: dict[str, Any] = {}  # left out of the JSON unless asked for
-    if return_samples:
+    if asked.return_samples:
         optional["samples"] = [dict(zip(choices, each, strict=True)) for each in outcome.sample_probabilities.tolist()]
+    if asked.explain:
+        optional["layer_shares"] = shares
     return Prediction(
         id=f"pred-{uuid.uuid4().hex}",
         prediction=choices[index],
@@ -66,8 +64,8 @@ def prediction_of(
             expected_entropy=_known(float(error.expected_entropy)),
             mutual_information=_known(float(error.mutual_information)),
         ),
-        num_samples=draws.num_samples,
-        method="monte_carlo",
+        num_samples=asked.num_samples if asked.method == "monte_carlo" else 0,
+        method=asked.method,
         recorded=True,
         **decided,
         **optional,

@@ -16,11 +16,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from torch import Tensor
-
-from scalabl.posterior import Draws
 from server.admission import Admission, Place
 from server.faults import classify
+from server.methods import Job, Result
 from server.metrics import Metrics
 from server.problems import ProblemError
 from server.trace import Stages
@@ -28,24 +26,24 @@ from server.trace import Stages
 logger = logging.getLogger("scalabl")
 
 Target = TypeVar("Target")  # what a pass runs on: an adapter
-RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Draws]], list[Tensor]]
+RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Job]], list[Result]]
 
 
 @dataclass(eq=False)
 class QueuedInput(Generic[Target]):
-    """One prompt that waits for its pass. `logits` resolves to [K, C]; cancelling it drops the work."""
+    """One prompt that waits for its pass. `logits` resolves to what its job gives; cancelling it drops the work."""
 
     target: Target
     token_ids: list[int]
-    draws: Draws
+    job: Job
     place: Place
-    logits: asyncio.Future[Tensor]
+    logits: asyncio.Future[Result]
     queued_at: float = field(default_factory=time.perf_counter)
     stages: Stages = field(default_factory=Stages)
 
     @property
     def rows(self) -> int:
-        return self.draws.num_samples
+        return self.job.num_samples
 
     @property
     def tokens(self) -> int:
@@ -135,10 +133,10 @@ class Batcher(Generic[Target]):
         self,
         target: Target,
         sequences: Sequence[list[int]],
-        draws: Draws,
+        job: Job,
         places: Sequence[Place],
         stages: Stages | None = None,
-    ) -> list[asyncio.Future[Tensor]]:
+    ) -> list[asyncio.Future[Result]]:
         """Queue a request's inputs, all of them or none, each with the place it was admitted to.
 
         Args:
@@ -148,12 +146,12 @@ class Batcher(Generic[Target]):
             ProblemError: `input-too-large` for one that no pass can hold; otherwise as `Admission.settle`.
         """
         for position, ids in enumerate(sequences):
-            self.check_input(position if len(sequences) > 1 else None, len(ids), draws.num_samples)
-        self._admission.settle(places, [len(ids) * draws.num_samples for ids in sequences])
+            self.check_input(position if len(sequences) > 1 else None, len(ids), job.num_samples)
+        self._admission.settle(places, [len(ids) * job.num_samples for ids in sequences])
         self._drop_abandoned()
         loop = asyncio.get_running_loop()
         queued = [
-            QueuedInput(target, ids, draws, place, loop.create_future(), stages=stages or Stages())
+            QueuedInput(target, ids, job, place, loop.create_future(), stages=stages or Stages())
             for ids, place in zip(sequences, places, strict=True)
         ]
         self._queue.extend(queued)
@@ -211,10 +209,10 @@ class Batcher(Generic[Target]):
         self._admission.running_tokens = sum(queued.tokens for queued in part)
         started = time.perf_counter()
         failure = None
-        results: list[Tensor] = []
+        results: list[Result] = []
         try:
             results = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._timed, part[0].target, [q.token_ids for q in part], [q.draws for q in part]
+                self._executor, self._timed, part[0].target, [q.token_ids for q in part], [q.job for q in part]
             )
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # whose variables hold the pass's tensors
@@ -242,11 +240,11 @@ class Batcher(Generic[Target]):
                 queued.logits.set_exception(failure.problem(len(queued.token_ids), queued.rows))
         return []
 
-    def _timed(self, target: Target, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    def _timed(self, target: Target, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         """On the worker's thread: the pass counts as running until it really ends, even when nobody waits for it."""
         self._pass_began = time.perf_counter()
         try:
-            return self._run(target, sequences, draws)
+            return self._run(target, sequences, jobs)
         finally:
             self._pass_began = None
 

@@ -50,6 +50,7 @@ def describe_adapter(served: Served) -> AdapterInfo:
         stochastic_parameters=model.num_stochastic_parameters,
         additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
         posterior_scale=config.posterior_scale,
+        relative_spread=served.relative_spread,
         temperature=config.temperature,
         task=config.task.kind,
         choices=list(config.task.choices),

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from scalabl.adapter_io import check_effect, read_adapter, read_config
 from scalabl.errors import AdapterError, ScalaBLError
-from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.linearized import SPREAD_LIMIT, relative_spread
+from scalabl.model import ScalaBLModel
 from scalabl.posterior import Draws, Scheme
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
 from server.faults import classify
+from server.methods import Job, Result, run_jobs
 from server.problems import ProblemError
 from server.settings import ServeSettings
 
@@ -39,6 +40,7 @@ class Served:
     Attributes:
         draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
             once. Any thread may ask.
+        relative_spread: by which a linearisation is trusted or not.
     """
 
     name: str
@@ -46,12 +48,14 @@ class Served:
     prompter: Prompter
     scheme: Scheme
     draws: Callable[[int, int], Draws] = field(init=False)
+    relative_spread: float = field(init=False)
 
     def __post_init__(self) -> None:
         # A cache of its own, so that it goes when the adapter goes.
         self.draws = functools.lru_cache(maxsize=64)(
             lambda num_samples, seed: self.model.draws(num_samples, seed, self.scheme)
         )
+        self.relative_spread = relative_spread(self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +86,9 @@ class Engine:
             raise ProblemError("unknown-adapter", f"adapter: {wanted} is not loaded; this server has {names}")
         return served
 
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
-        """One forward pass: B prompts of one adapter, each with its draws -> B tensors [K, C] float32 on the CPU."""
-        return [logits.cpu() for logits in served.model.logits_each(TokenBatch.of(sequences), draws)]
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        """One batch: B prompts of one adapter, each with its job."""
+        return run_jobs(served.model, sequences, jobs)
 
     def read(self, folder: Path) -> ScalaBLModel:
         """Read an adapter's files. Any thread may, while the model's thread runs passes.
@@ -123,6 +127,12 @@ class Engine:
             served.model.find_shared_inputs()
             check_effect(served.model)
             served.model.warm_up()
+            if served.relative_spread > SPREAD_LIMIT:
+                logger.warning(
+                    "adapter %s: sigma is %.2g of |mu| in the median; its answers by the method linearized will be biased",
+                    served.name,
+                    served.relative_spread,
+                )
         except BaseException:
             served.model.detach()
             raise

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scalabl.prompt import Prompter
     from scalabl.report import Evaluated
 
+Method = Literal["monte_carlo", "linearized"]
 PLOT_FILES = (".png", ".svg", ".pdf")
 
 Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
@@ -68,6 +69,9 @@ def evaluate(
     ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
+    method: Annotated[
+        Method, typer.Option(help="From samples, or linearized around their mean (no samples).")
+    ] = "monte_carlo",
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind each 95% interval (0: no intervals).")] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw reliability, risk-coverage and MI into this folder.")] = None,
@@ -87,13 +91,14 @@ def evaluate(
         loaded = _load(adapter, model, device)
 
         def evaluated(rows: list[Example], path: Path) -> Evaluated:
-            return _evaluate(loaded, rows, path, num_samples, seed)
+            return _evaluate(loaded, rows, path, method, num_samples, seed)
 
         inside = evaluated(examples, data)
         outside = [evaluated(rows, path) for path, rows in others.items()]
         found = {
             "adapter": adapter.name,
-            "num_samples": num_samples,
+            "method": method,
+            "num_samples": num_samples if method == "monte_carlo" else 0,
             "seed": seed,
             "draw_scheme": DEFAULT_SCHEME,
             **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
@@ -108,17 +113,21 @@ def evaluate(
             typer.echo(text)
 
 
-def _evaluate(loaded: Loaded, rows: list[Example], path: Path, num_samples: int, seed: int) -> Evaluated:
+def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, num_samples: int, seed: int) -> Evaluated:
     from tqdm import tqdm
 
     from scalabl.evaluation import logits_of, predictive_of
+    from scalabl.linearized import NEGLIGIBLE, linearized_predictive
     from scalabl.report import Evaluated
 
     encoded, draws = loaded.encode(rows), loaded.model.draws(num_samples, seed)
     started = time.perf_counter()
     with tqdm(total=len(rows), desc=path.name, unit="input") as bar:
-        logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
-    outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)
+        if method == "linearized":
+            outcome = linearized_predictive(loaded.model, encoded, negligible=NEGLIGIBLE, on_progress=bar.update)
+        else:
+            logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
+            outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)
     seconds, tokens = time.perf_counter() - started, sum(map(len, encoded.sequences))
     return Evaluated(_name(path), outcome, encoded.answers, encoded.num_choices, tokens, seconds)
 
@@ -145,7 +154,7 @@ def calibrate(
     levels: Annotated[str, typer.Option(help="Comma-separated coverages of prediction sets.")] = "0.8,0.9,0.95",
     method: Annotated[SetMethod, typer.Option(help="Kind of the prediction sets that are served.")] = "lac",
     target_risk: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of wrong answers among those that are not abstained from.")
+        float, typer.Option(min=0.001, max=1, help="Largest share of wrong answers among those that are not abstained from.")
     ] = 0.05,
     risk_confidence: Annotated[
         float, typer.Option(min=0, max=0.999, help="Probability with which the target risk is to hold.")
@@ -199,6 +208,8 @@ def calibrate(
         report = {**found, "calibration": outcome.calibration.model_dump(mode="json")}
         report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
         typer.echo(json.dumps(report, indent=2))
+        if outcome.refusal is not None:
+            raise ScalaBLError(f"{outcome.refusal}. Everything else was written into the adapter, which never abstains now")
 
 
 def _levels(text: str) -> tuple[float, ...]:

@@ -9,8 +9,9 @@ from scalabl.config import AdapterConfig, Task
 from scalabl.errors import InputTooLongError, PromptError
 from scalabl.prompt import Prompter
 from server.decisions import level_for
+from server.methods import check_method
 from server.problems import ProblemError
-from server.schemas import PredictRequest
+from server.schemas import Method, PredictRequest
 from server.settings import ServeSettings
 
 CHARACTERS_PER_TOKEN = 4  # of English text; for the estimate before a text is tokenised
@@ -23,11 +24,13 @@ class Asked:
 
     texts: list[str]
     choices: list[Sequence[str]]
-    num_samples: int
+    method: Method
+    num_samples: int  # or rows of another kind, which each input costs
     seed: int
     level: str | None  # the calibrated coverage
     truncate: bool
     return_samples: bool
+    explain: bool
 
     def estimated_tokens(self, max_tokens: int) -> list[int]:
         """Rows x length of each input, before it is tokenised."""
@@ -53,8 +56,11 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
     Raises:
         ProblemError: `invalid-field` or `input-too-large`, naming field, value and limit.
     """
+    check_method(request)
     num_samples = request.num_samples or settings.num_samples
-    if num_samples > settings.max_samples:
+    if request.method == "linearized":
+        num_samples = len(config.task.choices)
+    elif num_samples > settings.max_samples:
         raise ProblemError(
             "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
         )
@@ -83,11 +89,13 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
     return Asked(
         texts=[text[:limit] for text in texts] if request.truncate else texts,
         choices=choices,
+        method=request.method,
         num_samples=num_samples,
         seed=settings.seed if request.seed is None else request.seed,
         level=level_for(config.calibration, request.coverage),
         truncate=request.truncate,
         return_samples=request.return_samples,
+        explain=request.explain,
     )
 
 

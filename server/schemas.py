@@ -14,6 +14,9 @@ Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
+Method = Literal["monte_carlo", "linearized"]
+
+
 class PredictRequest(BaseModel):
     """One text or a list of them; `choices` only for a multiple-choice adapter: one list for all inputs, or one each."""
 
@@ -36,7 +39,11 @@ class PredictRequest(BaseModel):
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="Coverage of the prediction set, among those calibrated (default: 0.9 or the first)."
     )
-    method: Literal["monte_carlo"] = Field(default="monte_carlo", description="How the predictive is computed.")
+    method: Method = Field(
+        default="monte_carlo",
+        description="monte_carlo: from num_samples posterior samples. linearized: from the derivatives at their mean.",
+    )
+    explain: bool = Field(default=False, description="With linearized: also each layer's share of the epistemic variance.")
     return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
     truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
     adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default one).")
@@ -75,11 +82,14 @@ class Prediction(BaseModel):
     expected_entropy: float = Field(description="Aleatoric part: mean over samples of their entropy.")
     mutual_information: float = Field(description="Epistemic part: how much the samples disagree.")
     standard_error: StandardError
-    num_samples: int
+    num_samples: int = Field(description="K; 0 for linearized, which draws none.")
     method: str
     prediction_set: PredictionSet | None = Field(description="Null while the adapter is not calibrated.")
     abstain: bool | None = Field(
         description="True: too doubtful to be acted on, for the calibrated risk. Null while the adapter has no threshold."
+    )
+    layer_shares: dict[str, float] | None = Field(
+        default=None, description="Each adapted layer's share of the variance of the probabilities, when explain was set."
     )
     samples: list[dict[str, float]] | None = Field(
         default=None, description="Each posterior sample's probabilities, when return_samples was set."
@@ -100,6 +110,7 @@ class PredictResponse(BaseModel):
     model: str
     adapter: str
     predictions: list[Prediction]
+    warnings: list[str] | None = Field(default=None, description="What to know of these answers; left out when nothing.")
     usage: Usage
 
 
@@ -188,6 +199,7 @@ class AdapterInfo(BaseModel):
     stochastic_parameters: int
     additional_parameters: int
     posterior_scale: float
+    relative_spread: float = Field(description="Median of scale * sigma / |mu|; above 0.5 linearized answers are biased.")
     temperature: float
     task: str
     choices: list[str]

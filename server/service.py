@@ -7,10 +7,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 from scalabl.errors import ScalaBLError
-from scalabl.posterior import Draws
 from scalabl.predictive import Predictive
 from server import trace
 from server.adapters import AdapterLoader
@@ -19,6 +18,7 @@ from server.answers import answers_of
 from server.batcher import Batcher
 from server.description import describe
 from server.engine import Engine, Served
+from server.methods import Job, job_for, warnings_of
 from server.metrics import Metrics
 from server.outcomes.store import OutcomeStore
 from server.problems import ProblemError
@@ -214,11 +214,14 @@ class Service:
             for place in places:
                 place.free()
         self.metrics.stage("total", time.perf_counter() - started)
+        warnings = warnings_of(served, asked)
+        optional: dict[str, Any] = {"warnings": warnings} if warnings else {}  # else left out of the JSON
         return PredictResponse(
             id=seen.request_id,
             model=engine.model_name,
             adapter=served.name,
             predictions=predictions,
+            **optional,
             usage=Usage(tokens=seen.tokens, rows=len(predictions) * asked.num_samples),
         )
 
@@ -227,21 +230,21 @@ class Service:
     ) -> tuple[list[Predictive], list[Prediction]]:
         """What the samples come to, and its JSON, of each input."""
         seen, started = trace.current(), time.perf_counter()
-        sequences, draws = await self._tokenise(served, asked, engine.max_input_tokens)
+        sequences, job = await self._tokenise(served, asked, engine.max_input_tokens)
         self.metrics.stage("tokenise", time.perf_counter() - started)
         seen.tokens = sum(map(len, sequences))
         seen.stages.tokenized_in(started)
-        pending = batcher.submit(served, sequences, draws, places, seen.stages)
+        pending = batcher.submit(served, sequences, job, places, seen.stages)
         try:
-            logits = await asyncio.gather(*pending)
+            results = await asyncio.gather(*pending)
         finally:
             for future in pending:
                 future.cancel()
         return await asyncio.get_running_loop().run_in_executor(
-            self._answer_threads, answers_of, logits, asked, served.model.config, draws
+            self._answer_threads, answers_of, results, asked, served.model.config, job
         )
 
-    async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], Draws]:
+    async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], Job]:
         """A slice at a time, so that requests take turns and one that is given up goes no further."""
         loop = asyncio.get_running_loop()
         *slices, last = asked.slices()
@@ -250,8 +253,8 @@ class Service:
             sequences += await loop.run_in_executor(
                 self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
             )
-        ids, draws = await loop.run_in_executor(self._prompt_thread, _prepare, served, asked, last, max_tokens)
-        return sequences + ids, draws
+        ids, job = await loop.run_in_executor(self._prompt_thread, _prepare, served, asked, last, max_tokens)
+        return sequences + ids, job
 
     def loader(self) -> AdapterLoader:
         """What changes the adapters.
@@ -277,6 +280,6 @@ class Service:
         return describe(engine)
 
 
-def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], Draws]:
-    """The last inputs' prompts, and the draws, which may have to be made."""
-    return encode(served.prompter, asked, positions, max_tokens), served.draws(asked.num_samples, asked.seed)
+def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], Job]:
+    """The last inputs' prompts, and the job, whose draws may have to be made."""
+    return encode(served.prompter, asked, positions, max_tokens), job_for(served, asked)

@@ -49,7 +49,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def _table(data: dict[str, Any], title: str, num_samples: int) -> Table:
     cost = f"{data['cost']['seconds_per_input']:.3g} s and {data['cost']['tokens_per_input']:.1f} tokens an input"
-    table = Table(title=title, caption=f"{data['inputs']} inputs, {num_samples} samples, {cost}")
+    how = f"{num_samples} samples" if num_samples else "linearized"
+    table = Table(title=title, caption=f"{data['inputs']} inputs, {how}, {cost}")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")

@@ -152,7 +152,7 @@ def test_an_abstention_threshold_is_the_guaranteed_one_of_the_best_doubt() -> No
     ("rows", "options", "message"),
     [
         (20, Options(), r"level 0\.95 need at least 19 rows for the thresholds and there are 10"),
-        (60, replace(LOOSE, target_risk=0.05), "no abstention threshold keeps the share of wrong answers within 0.05"),
+        (60, replace(LOOSE, target_risk=0.05), "risk of 0.05 with confidence 0.9 needs at least 90 rows .* there are 30"),
         (1, LOOSE, "at least two rows"),
     ],
 )
@@ -160,3 +160,12 @@ def test_what_the_rows_cannot_give_is_refused(rows: int, options: Options, messa
     model = tiny.adapted()
     with pytest.raises(CalibrationError, match=message):
         calibrate(model, _labelled(rows), model.draws(2), options, name="rows", sha256="0")
+
+
+def test_a_risk_that_the_answers_do_not_allow_leaves_the_rest_and_says_why() -> None:
+    model, encoded = tiny.adapted(), _labelled(200)
+    outcome = calibrate(model, encoded, model.draws(2), replace(LOOSE, target_risk=0.05), name="rows", sha256="0")
+    assert outcome.calibration.abstain is None
+    assert outcome.calibration.thresholds["lac"]
+    assert outcome.refusal is not None
+    assert outcome.refusal.startswith("no abstention threshold keeps the share of wrong answers within 0.05")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.linearized import controlled, linearize, relative_spread
+from scalabl.evaluation import EncodedSet
+from scalabl.linearized import controlled, linearize, linearized_predictive, relative_spread
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
@@ -168,3 +169,17 @@ def test_a_pass_with_derivatives_leaves_nothing_behind() -> None:
     linearize(model, BATCH)
     assert torch.equal(model.logits(BATCH, model.draws(4)), before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_data_set_is_answered_in_its_order_each_input_over_its_own_choices() -> None:
+    model, heard = tiny.adapted(task=tiny.MULTIPLE_CHOICE), []
+    counts = torch.tensor([2, 4, 3, 4])
+    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts)
+    found = linearized_predictive(model, encoded, max_batch_tokens=60, on_progress=heard.append)
+    assert sum(heard) == 4
+    assert len(heard) > 1
+    for index, count in enumerate(counts.tolist()):
+        alone = linearize(model, TokenBatch.of([encoded.sequences[index]])).of_choices(count).predictive()
+        assert (found.probabilities[index, :count] - alone.probabilities[0]).abs().max() <= 1e-3, "other Sobol dimensions"
+        assert not found.probabilities[index, count:].any()
+        assert found.mutual_information[index] == pytest.approx(float(alone.mutual_information[0]), abs=1e-3)

@@ -174,7 +174,8 @@ def test_multiple_choice_sets_hold_the_choices_of_the_request(
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (60, ("--target-risk", 0.05), "error: no abstention threshold keeps the share of wrong answers within 0.05"),
+        (60, ("--target-risk", 0.05), "needs at least 90 rows for the thresholds and there are 30"),
+        (60, ("--target-risk", 0), "--target-risk"),
         (30, (), "error: prediction sets at level 0.95 need at least 19 rows for the thresholds and there are 15"),
         (30, ("--levels", "90"), "--levels"),
         (30, ("--levels", "many"), "--levels"),
@@ -199,3 +200,16 @@ def test_an_adapter_written_before_calibration_existed_loads(folders: Path, tmp_
     fields = json.loads((folders / "colours" / "adapter_config.json").read_text())
     del fields["calibration"]
     assert AdapterConfig.model_validate(fields).calibration is None
+
+
+def test_a_risk_that_the_answers_do_not_allow_is_an_error_that_says_what_was_kept(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "colours", tmp_path / "colours")
+    data = _write(tmp_path / "rows.jsonl", _rows(200))
+    result = _calibrate(folders / "base", tmp_path / "colours", data, "--num-samples", 2, "--target-risk", 0.05)
+    assert result.exit_code == 1
+    assert "error: no abstention threshold keeps the share of wrong answers within 0.05" in result.stderr
+    assert "Everything else was written into the adapter, which never abstains now" in result.stderr
+    found = read_config(tmp_path / "colours").calibration
+    assert found is not None
+    assert found.abstain is None
+    assert json.loads(result.stdout)["temperature"] == read_config(tmp_path / "colours").temperature

@@ -1,0 +1,96 @@
+"""How a request's predictive is computed: from posterior samples, or from the linearisation around their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import Draws
+from scalabl.predictive import Predictive, predictive
+from server.problems import ProblemError
+from server.schemas import PredictRequest
+
+if TYPE_CHECKING:
+    from server.engine import Served
+    from server.prompts import Asked
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """An input that is to be linearised. `num_samples`: the most rows that it costs, one for each choice."""
+
+    num_samples: int
+
+
+Job = Draws | LinearJob
+Result = Tensor | Linearization  # [K, C] of an input's samples, or its linearisation (of one input: B = 1)
+
+
+def check_method(request: PredictRequest) -> None:
+    """Refuse what a request's method has no use for.
+
+    Raises:
+        ProblemError: `invalid-field`.
+    """
+    if request.method == "linearized":
+        for field in ("num_samples", "seed", "return_samples"):
+            value = getattr(request, field)
+            if value is not None and value is not False:
+                raise ProblemError("invalid-field", f"{field}: the linearized method draws no samples; leave the field out")
+    elif request.explain:
+        raise ProblemError("invalid-field", "explain: only the method 'linearized' can explain; send it too")
+
+
+def job_for(served: Served, asked: Asked) -> Job:
+    """What each input of a request needs."""
+    if asked.method == "linearized":
+        return LinearJob(asked.num_samples)
+    return served.draws(asked.num_samples, asked.seed)
+
+
+def is_finite(result: Result) -> bool:
+    """Whether everything that a pass gave is a number."""
+    parts = [result] if isinstance(result, Tensor) else [result.mean, result.scaled_jacobian]
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
+def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    """B prompts, each with its job; one forward pass for all that are sampled."""
+    results: dict[int, Result] = {}
+    sampled = [(index, job) for index, job in enumerate(jobs) if isinstance(job, Draws)]
+    if sampled:
+        batch = TokenBatch.of([sequences[index] for index, _ in sampled])
+        for (index, _), logits in zip(sampled, model.logits_each(batch, [draws for _, draws in sampled]), strict=True):
+            results[index] = logits.cpu()
+    linear = [index for index, job in enumerate(jobs) if isinstance(job, LinearJob)]
+    if linear:
+        found = linearize(model, TokenBatch.of([sequences[index] for index in linear]), negligible=NEGLIGIBLE)
+        results |= {index: found.of_input(row) for row, index in enumerate(linear)}
+    return [results[index] for index in range(len(jobs))]
+
+
+def outcome_of(result: Result, num_choices: int, job: Job, temperature: float) -> tuple[Predictive, dict[str, float]]:
+    """The predictive over an input's first `num_choices`, without leading dimensions, and each layer's share of the doubt.
+
+    The shares are empty for samples, which do not tell the layers apart.
+    """
+    if isinstance(job, Draws):
+        assert isinstance(result, Tensor)
+        return predictive(result[:, :num_choices], temperature, job.scheme), {}
+    assert isinstance(result, Linearization)
+    linear = result.of_choices(num_choices)
+    shares = {name: float(share[0]) for name, share in linear.layer_shares(temperature).items()}
+    return linear.predictive(temperature).of_input(0), shares
+
+
+def warnings_of(served: Served, asked: Asked) -> list[str]:
+    """What a client should know of the answer: that the linearisation is not to be trusted with this adapter."""
+    if asked.method != "linearized" or served.relative_spread <= SPREAD_LIMIT:
+        return []
+    spread = f"its sigma is {served.relative_spread:.2g} of |mu| in the median, above {SPREAD_LIMIT:g}"
+    return [f"the linearized method is biased for the adapter {served.name!r}: {spread}; prefer monte_carlo"]
