@@ -242,7 +242,8 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
         waiting = pool.submit(answer, client, "colours")
         wait_until(lambda: service_of(client).admission.inputs == 1)
         unloaded = pool.submit(unload, client, "colours")
-        wait_until(lambda: ask(client, inputs="a").status_code == 404)
+        wait_until(lambda: not names(client))  # a request that still found it would wait at the gate
+        refused(ask(client, inputs="a"), 404, "unknown-adapter")
         gate.open.set()
         assert unloaded.result().status_code == 200
         assert running.result() == pytest.approx(after, abs=1e-5)
