@@ -140,6 +140,13 @@ class Calibration(BaseModel):
     def _method_has_levels(self) -> Self:
         if not self.thresholds.get(self.method):
             raise ValueError(f"calibration has no thresholds for its method {self.method!r}")
+        for level in (level for levels in self.thresholds.values() for level in levels):
+            try:
+                known = 0 < float(level) < 1 and f"{float(level):g}" == level
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(f"calibration has thresholds for the level {level!r}; a level is a number like '0.9'")
         return self
 
     @property

@@ -102,7 +102,8 @@ class Batcher(Generic[Target]):
             return "the device has failed, and every pass with it; the server must be restarted"
         if self._task is not None and self._task.done():
             return "the task that feeds the model has ended; the server must be restarted"
-        running = time.perf_counter() - self._pass_began if self._pass_began is not None else 0.0
+        began = self._pass_began  # the worker's thread may set it to None at any time
+        running = 0.0 if began is None else time.perf_counter() - began
         if running > longest_pass:
             return f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s; the worker is stuck"
         return None

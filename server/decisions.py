@@ -7,14 +7,36 @@ from typing import Any
 
 from scalabl.config import Calibration
 from scalabl.conformal import prediction_sets
+from scalabl.posterior import Scheme
 from scalabl.predictive import Predictive
 from scalabl.selective import doubts
 from server.problems import ProblemError
-from server.schemas import PredictionSet
+from server.schemas import Method, PredictionSet
 
 
-def level_for(calibration: Calibration | None, coverage: float | None) -> str | None:
-    """The calibrated level that a request's `coverage` names, or the default one; None without a calibration.
+def uncalibrated(calibration: Calibration | None, method: Method, num_samples: int, seed: int, scheme: Scheme) -> str | None:
+    """Why an answer's set and abstention cannot be had: thresholds hold for the predictive that they were found with."""
+    if calibration is None:
+        return None
+    wanted = {
+        "method": (method, "monte_carlo"),
+        "num_samples": (num_samples, calibration.num_samples),
+        "seed": (seed, calibration.seed),
+        "draw_scheme": (scheme, calibration.draw_scheme),
+    }
+    if method != "monte_carlo":
+        wanted = {"method": wanted["method"]}
+    differing = [f"{name} {given} (calibrated with {known})" for name, (given, known) in wanted.items() if given != known]
+    if not differing:
+        return None
+    return f"prediction_set and abstain are null: this answer has {', '.join(differing)}"
+
+
+def level_for(calibration: Calibration | None, coverage: float | None, unlike: str | None) -> str | None:
+    """The calibrated level that a request's `coverage` names, or the default one; None without a calibration that holds.
+
+    Args:
+        unlike: what `uncalibrated` says.
 
     Raises:
         ProblemError: `invalid-field`, for a coverage that was not calibrated.
@@ -25,6 +47,10 @@ def level_for(calibration: Calibration | None, coverage: float | None) -> str | 
                 "invalid-field",
                 "coverage: this adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
             )
+        return None
+    if unlike is not None:
+        if coverage is not None:
+            raise ProblemError("invalid-field", f"coverage: {unlike}; leave the field out, or ask as it was calibrated")
         return None
     if coverage is None:
         return calibration.default_level

@@ -88,7 +88,11 @@ class Engine:
 
     def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         """One batch: B prompts of one adapter, each with its job."""
-        return run_jobs(served.model, sequences, jobs)
+        try:
+            return run_jobs(served.model, sequences, jobs)
+        finally:
+            if self.adapters.get(served.name) is not served:  # unloaded or replaced while its requests waited
+                served.model.detach()
 
     def read(self, folder: Path) -> ScalaBLModel:
         """Read an adapter's files. Any thread may, while the model's thread runs passes.

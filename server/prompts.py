@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import InputTooLongError, PromptError
 from scalabl.prompt import Prompter
-from server.decisions import level_for
+from server.decisions import level_for, uncalibrated
 from server.methods import check_method
 from server.problems import ProblemError
 from server.schemas import Method, PredictRequest
@@ -28,6 +28,7 @@ class Asked:
     num_samples: int  # or rows of another kind, which each input costs
     seed: int
     level: str | None  # the calibrated coverage
+    uncalibrated: str | None  # why there is none, although the adapter is calibrated
     truncate: bool
     return_samples: bool
     explain: bool
@@ -86,13 +87,16 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
                 f"return_samples: {values} probabilities (inputs x samples x choices) are above the limit of "
                 f"{settings.max_sample_values} in one answer; send fewer inputs at once or lower num_samples",
             )
+    seed = settings.seed if request.seed is None else request.seed
+    unlike = uncalibrated(config.calibration, request.method, num_samples, seed, settings.draw_scheme)
     return Asked(
         texts=[text[:limit] for text in texts] if request.truncate else texts,
         choices=choices,
         method=request.method,
         num_samples=num_samples,
-        seed=settings.seed if request.seed is None else request.seed,
-        level=level_for(config.calibration, request.coverage),
+        seed=seed,
+        level=level_for(config.calibration, request.coverage, unlike),
+        uncalibrated=unlike,
         truncate=request.truncate,
         return_samples=request.return_samples,
         explain=request.explain,

@@ -56,6 +56,7 @@ class Service:
         self.metrics = Metrics()
         self.outcomes = OutcomeStore(settings, self.metrics)
         self.state: State = "starting"
+        self.metrics.ready.set_function(lambda: float(self.state == "ready"))
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
@@ -102,7 +103,6 @@ class Service:
         self._batcher.start()
         if self.state == "starting":
             self.state = "ready"
-            self.metrics.ready.set(1)
 
     def _load_model(self) -> Engine:
         self._is_loading = True
@@ -134,10 +134,9 @@ class Service:
         self.check_alive()
 
     def drain(self) -> None:
-        """Take no new requests; those already taken are answered."""
+        """Take no new requests; those already taken are answered. A signal handler may call it: it takes no lock."""
         if self.state != "failed":
             self.state = "draining"
-        self.metrics.ready.set(0)
 
     @property
     def busy(self) -> bool:
@@ -196,10 +195,11 @@ class Service:
         try:
             async with asyncio.timeout(seconds):
                 outcomes, predictions = await self._compute(engine, batcher, served, asked, places)
+            texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+            left = max(0.0, started + seconds - time.perf_counter())
+            predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions, left)
             for outcome in outcomes:
                 self.metrics.observe_prediction(served.name, outcome)
-            texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-            predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions)
         except TimeoutError:
             raise ProblemError(
                 "deadline-exceeded",
@@ -214,7 +214,7 @@ class Service:
             for place in places:
                 place.free()
         self.metrics.stage("total", time.perf_counter() - started)
-        warnings = warnings_of(served, asked)
+        warnings = warnings_of(served, asked) + ([asked.uncalibrated] if asked.uncalibrated is not None else [])
         optional: dict[str, Any] = {"warnings": warnings} if warnings else {}  # else left out of the JSON
         return PredictResponse(
             id=seen.request_id,

@@ -39,7 +39,7 @@ OUTPUTS: dict[OutputName, tuple[DataType, Callable[[Prediction], Any]]] = {
     "entropy": ("FP64", lambda p: p.entropy),
     "expected_entropy": ("FP64", lambda p: p.expected_entropy),
     "mutual_information": ("FP64", lambda p: p.mutual_information),
-    "prediction_id": ("BYTES", lambda p: p.id),
+    "prediction_id": ("BYTES", lambda p: p.id or ""),  # empty when the prediction was not recorded
 }
 
 

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -52,7 +54,7 @@ class OutcomeStore:
             Database(url, settings.outcomes_timeout),
             self._collector,
             metrics,
-            settings.replica_id or f"{socket.gethostname()}:{settings.port}",
+            settings.replica_id or f"{socket.gethostname()}:{settings.port or os.getpid()}",
             Limits(days * 86400, settings.outcomes_max_rows),
             clock,
         )
@@ -76,11 +78,15 @@ class OutcomeStore:
         self._collector.show(adapter)
 
     async def record(
-        self, adapter: str, model: str, texts: Sequence[str], predictions: Sequence[Prediction]
+        self, adapter: str, model: str, texts: Sequence[str], predictions: Sequence[Prediction], seconds: float
     ) -> list[Prediction]:
         """Store the predictions of one request, all or none; returns them as they are to be answered.
 
-        When that fails they come back without an id, since nobody could resolve it, and with `recorded` false.
+        When that fails they come back without an id, since nobody could resolve it, and with `recorded` false. A commit
+        that ends after that is stored and counted all the same.
+
+        Args:
+            seconds: until the request's deadline.
 
         Raises:
             ProblemError: `outcomes-unavailable`, when that fails and outcomes are required.
@@ -99,7 +105,7 @@ class OutcomeStore:
             ]
             try:
                 operation = Record(rows)
-                await self._ask(operation, operation.done)
+                await self._ask(operation, operation.done, seconds)
                 return list(predictions)
             except ProblemError:
                 self._metrics.unrecorded.labels(adapter).inc(len(rows))
@@ -158,14 +164,14 @@ class OutcomeStore:
             labels=labels,
         )
 
-    async def _ask(self, operation: Operation, done: Future[Result]) -> Result:
+    async def _ask(self, operation: Operation, done: Future[Result], seconds: float = math.inf) -> Result:
         if self._writer is None:
             raise ProblemError(
                 "outcomes-off", "this server stores no predictions; start it without '--outcomes-url none' to have feedback"
             )
         try:
             self._writer.submit(operation)
-            async with asyncio.timeout(self._settings.outcomes_timeout):
+            async with asyncio.timeout(min(seconds, self._settings.outcomes_timeout)):
                 return await asyncio.wrap_future(done)
         except (UnavailableError, TimeoutError):
             raise ProblemError(

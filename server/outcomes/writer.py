@@ -97,7 +97,8 @@ class Writer:
         self._totals_of = 0  # the opening of the database that the totals in memory come from
         self._next_chore = time.monotonic() + CHORE_SECONDS
         self._claimed = False
-        self._stopping = False
+        self._closing = False  # takes nothing new
+        self._stopping = False  # has done all that was taken
         self._thread = threading.Thread(target=self._run, name="outcomes", daemon=True)
 
     def start(self) -> None:
@@ -118,6 +119,7 @@ class Writer:
         """Finish what waits and close the database."""
         if self._thread.ident is None:
             return
+        self._closing = True
         self._queue.put(None)
         self._thread.join()
 
@@ -127,6 +129,8 @@ class Writer:
         Raises:
             UnavailableError: the database is down.
         """
+        if self._closing:
+            raise UnavailableError("the server is shutting down")
         if self._down is not None:
             raise UnavailableError(self._down)
         self._queue.put(operation)
@@ -143,6 +147,10 @@ class Writer:
                 self._chores()
         self._down = "the server is shutting down"
         self._database.close()
+        while not self._queue.empty():  # taken while the last of them was done
+            operation = self._queue.get_nowait()
+            if operation is not None and operation.done.set_running_or_notify_cancel():
+                _fail([operation], UnavailableError("the server is shutting down"))
 
     def _gather(self, pause: float) -> list[Operation]:
         """What waits, up to GROUP_ROWS; empty after `pause` seconds of nothing."""

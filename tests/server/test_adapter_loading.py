@@ -16,6 +16,7 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
+from scalabl.attachment import Host
 from tests import tiny
 from tests.server.conftest import Gate, wait_until
 from tests.server.test_limits import service_of
@@ -248,6 +249,9 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
         assert unloaded.result().status_code == 200
         assert running.result() == pytest.approx(after, abs=1e-5)
         assert waiting.result() == pytest.approx(after, abs=1e-5)
+    engine = service_of(client)._engine
+    assert engine is not None
+    assert Host.of(engine.pretrained.model).attached is None, "nothing of an unloaded adapter stays"
 
 
 def test_adapters_come_and_go_amid_traffic_and_every_request_gets_an_answer(start: Callable[..., TestClient]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_multiple_choice_sets_hold_the_choices_of_the_request(
     options = ("--num-samples", 4, "--no-abstain", "--method", "aps", "--levels", "0.95")
     result = _calibrate(folders / "base", tmp_path / "letters", _write(tmp_path / "rows.jsonl", rows), *options)
     assert result.exit_code == 0, result.output
-    answer = _one(serve(adapter=tmp_path / "letters"), inputs="whywhy", choices=["one", "two"])
+    answer = _one(serve(adapter=tmp_path / "letters", num_samples=4), inputs="whywhy", choices=["one", "two"])
     assert answer["prediction_set"]["coverage"] == 0.95
     assert answer["prediction_set"]["method"] == "aps"
     assert set(answer["prediction_set"]["labels"]) <= {"one", "two"}
@@ -213,3 +214,31 @@ def test_a_risk_that_the_answers_do_not_allow_is_an_error_that_says_what_was_kep
     assert found is not None
     assert found.abstain is None
     assert json.loads(result.stdout)["temperature"] == read_config(tmp_path / "colours").temperature
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_samples": 1}, r"num_samples 1 \(calibrated with 8\)"),
+        ({"seed": 3}, r"seed 3 \(calibrated with 0\)"),
+        ({"method": "linearized"}, r"method linearized \(calibrated with monte_carlo\)"),
+    ],
+)
+def test_thresholds_are_not_used_for_another_predictive_than_theirs(
+    client: TestClient, changes: dict[str, Any], said: str
+) -> None:
+    answer = client.post("/predict", json={"inputs": "xx"} | changes).json()
+    (prediction,) = answer["predictions"]
+    assert (prediction["prediction_set"], prediction["abstain"]) == (None, None)
+    assert re.search(f"prediction_set and abstain are null: this answer has {said}", " ".join(answer["warnings"]))
+    asked = client.post("/predict", json={"inputs": "xx", "coverage": 0.9} | changes)
+    assert asked.status_code == 422
+    assert re.search(f"coverage: .*{said}", asked.json()["detail"])
+
+
+@pytest.mark.parametrize("level", ["high", "0", "1.5", "0.90", "nan"])
+def test_a_calibration_with_a_level_that_is_none_is_refused(calibrated: Path, level: str) -> None:
+    config = json.loads((calibrated / "colours" / "adapter_config.json").read_text())
+    config["calibration"]["thresholds"]["lac"][level] = 0.5
+    with pytest.raises(ValueError, match=f"thresholds for the level '{level}'"):
+        AdapterConfig.model_validate(config)

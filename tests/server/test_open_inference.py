@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -61,6 +62,11 @@ def test_infer_gives_the_numbers_of_predict(colours: TestClient, shape: list[int
     answer = infer(colours, tensor("text", shape, data), id="mine", parameters={"num_samples": 5, "seed": 3})
     agrees(answer, predicted)
     assert (answer.json()["id"], answer.json()["model_name"], answer.json()["model_version"]) == ("mine", "colours", "1")
+
+
+def test_a_prediction_that_is_not_stored_has_no_id(serve: Callable[..., TestClient]) -> None:
+    answer = infer(serve(outcomes_url="none"), tensor("text", [1], ["abc"]))
+    assert {each["name"]: each["data"] for each in answer.json()["outputs"]}["prediction_id"] == [""]
 
 
 def test_choices_are_a_tensor_or_a_parameter(letters: TestClient) -> None:

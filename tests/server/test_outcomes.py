@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -301,6 +302,18 @@ def test_a_locked_database_delays_one_answer_and_is_used_again_when_it_is_free(
     assert _feedback(client, (before["id"], "red")) == ["recorded"]
     (after,) = _predict(client, inputs="rose")
     assert client.get(f"/predictions/{after['id']}").status_code == 200
+
+
+def test_a_request_does_not_wait_for_the_database_beyond_its_deadline(serve: Serve, url: str, tmp_path: Path) -> None:
+    client = serve(outcomes_url=url, outcomes_timeout=30)
+    _predict(client, inputs="rose")
+    with closing(sqlite3.connect(tmp_path / "outcomes.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        answer = client.post("/predict", json={"inputs": "rose"}, headers={"x-request-timeout": "1"}).json()
+        assert time.monotonic() - began < 10
+        other.execute("ROLLBACK")
+    assert answer["predictions"][0]["recorded"] is False
 
 
 def test_a_prediction_that_cannot_be_stored_is_refused_where_outcomes_are_required(
