@@ -1,7 +1,7 @@
 """The predictive from the model's linearisation in the subspace scalars, and the same as a control variate for samples.
 
 Only P scalars are random (hundreds, whatever the base model), so that z(s) ~ z(mu) + J (s - mu), with J = dz/ds at the mean
-by one reverse pass for each choice, all of them in one batch. Then z is Gaussian over C choices, from which thousands of
+by one reverse pass for each choice, many of them in one batch. Then z is Gaussian over C choices, from which thousands of
 samples cost nothing. Exact for an adapter of the head alone; biased where sigma is not small against mu.
 """
 
@@ -29,7 +29,7 @@ class Linearization:
     """z(s) of B inputs to first order around the posterior mean. All float64, on the CPU.
 
     Attributes:
-        mean: [B, C], the logits at s = mu.
+        mean: [B, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
         scaled_jacobian: [B, C, P], dz/ds times tau sigma: by how much each scalar's standard deviation moves each logit.
         layers: name -> the columns of P that are its own.
     """
@@ -90,24 +90,30 @@ class Linearization:
         return {name: variance[:, columns].sum(1) / total for name, columns in self.layers.items()}
 
 
-def linearize(model: ScalaBLModel, batch: TokenBatch, *, negligible: float = 0.0) -> Linearization:
-    """Linearise B inputs: a forward and a reverse pass over B * C rows, all at the posterior mean.
+def linearize(
+    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+) -> Linearization:
+    """Linearise B inputs: a forward and a reverse pass over a row for each choice of each, all at the posterior mean.
 
     Args:
+        num_choices: [B], how many of the task's choices each input has; None for all.
         negligible: choices that have less than this probability at the mean are left at their mean logits and cost no
             row, but for a pass over B rows that finds them; the two most probable always get theirs.
     """
+    present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
+    if num_choices is not None:
+        present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
+    active = present
     if negligible > 0:
-        z = model.logits(batch, model.mean_draw())[:, 0]
-        active = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
-        active.scatter_(1, z.topk(2, dim=-1).indices, True)
-    else:
-        active = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
+        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~present, ABSENT)
+        likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
+        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
     mean, jacobian = model.jacobian(batch, active)
     _, log_std = model.posterior()
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    return Linearization(mean.double().cpu(), jacobian.double().cpu() * deviation, columns)
+    mean = mean.double().cpu().masked_fill(~present, ABSENT)
+    return Linearization(mean, jacobian.double().cpu() * deviation, columns)
 
 
 def linearized_predictive(
@@ -120,15 +126,9 @@ def linearized_predictive(
 ) -> Predictive:
     """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches."""
     found: dict[int, Predictive] = {}
-    absent = torch.arange(model.num_choices) >= encoded.num_choices.unsqueeze(1)  # [N, C]
     for batch in batches([len(ids) for ids in encoded.sequences], model.num_choices, max_batch_tokens):
-        linear = linearize(model, TokenBatch.of([encoded.sequences[i] for i in batch]), negligible=negligible)
-        missing = absent[batch]
-        linear = replace(
-            linear,
-            mean=linear.mean.masked_fill(missing, ABSENT),
-            scaled_jacobian=linear.scaled_jacobian.masked_fill(missing.unsqueeze(-1), 0.0),
-        )
+        tokens = TokenBatch.of([encoded.sequences[i] for i in batch])
+        linear = linearize(model, tokens, num_choices=encoded.num_choices[batch], negligible=negligible)
         outcome = linear.predictive(model.config.temperature)
         found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
         if on_progress is not None:

@@ -18,6 +18,8 @@ from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
 
+GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -266,31 +268,38 @@ class ScalaBLModel(nn.Module):
             self._context.rows = None
 
     @torch.enable_grad()
-    def jacobian(self, batch: TokenBatch, active: Tensor) -> tuple[Tensor, Tensor]:
+    def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
         """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
 
-        Every row has scalars of its own, so that one reverse pass of the sum of each row's own choice gives all of J.
+        Every row has scalars of its own, so that a reverse pass of the sum of each row's own choice gives all of J. What
+        that pass needs of every layer would not fit for all rows: it is held for some of them at a time.
 
         Args:
             active: [B, C] bool, the choices whose derivatives are wanted, at least one for each input.
+            max_tokens: rows x padded length in one graph; a single row may exceed it.
 
         Returns:
             ([B, C], [B, C, P]), zero where not active.
         """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
-        rows = torch.arange(len(inputs), device=self.device)
         mean = self.posterior()[0].detach()
-        s = mean.expand(len(inputs), -1).clone().requires_grad_()
+        logits: list[Tensor] = []
+        gradients: list[Tensor] = []
+        size = max(1, max_tokens // ids.shape[1])
         try:
-            logits = self.run_rows(ids[inputs], lengths[inputs], RowSamples(s, rows))  # [M, C]
-            (gradient,) = torch.autograd.grad(logits[rows, choices].sum(), s)
+            for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
+                rows = torch.arange(len(inputs_m), device=self.device)
+                s = mean.expand(len(rows), -1).clone().requires_grad_()
+                z = self.run_rows(ids[inputs_m], lengths[inputs_m], RowSamples(s, rows))  # [m, C]
+                gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
+                logits.append(z.detach())
         finally:
             self._context.rows = None
-        jacobian = gradient.new_zeros(*active.shape, gradient.shape[1])
-        jacobian[inputs, choices] = gradient
+        jacobian = mean.new_zeros(*active.shape, len(mean))
+        jacobian[inputs, choices] = torch.cat(gradients)
         first = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return logits.detach()[first], jacobian
+        return torch.cat(logits)[first], jacobian
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

@@ -17,7 +17,7 @@ from server.schemas import Prediction, StandardError
 
 
 def answers_of(
-    results: Sequence[Result], asked: Asked, config: AdapterConfig, job: Job
+    results: Sequence[Result], asked: Asked, config: AdapterConfig, jobs: Sequence[Job]
 ) -> tuple[list[Predictive], list[Prediction]]:
     """What the pass's result for each input comes to, and its JSON. Runs off the event loop.
 
@@ -25,7 +25,7 @@ def answers_of(
         ProblemError: `internal-error`, for logits that are not finite.
     """
     outcomes = []
-    for position, (result, names) in enumerate(zip(results, asked.choices, strict=True)):
+    for position, (result, names, job) in enumerate(zip(results, asked.choices, jobs, strict=True)):
         if not is_finite(result):
             raise ProblemError(
                 "internal-error", f"the model gave inputs.{position} logits that are not finite; its adapter may be damaged"

@@ -134,11 +134,11 @@ class Batcher(Generic[Target]):
         self,
         target: Target,
         sequences: Sequence[list[int]],
-        job: Job,
+        jobs: Sequence[Job],
         places: Sequence[Place],
         stages: Stages | None = None,
     ) -> list[asyncio.Future[Result]]:
-        """Queue a request's inputs, all of them or none, each with the place it was admitted to.
+        """Queue a request's inputs, all of them or none, each with its job and the place it was admitted to.
 
         Args:
             stages: told when the inputs are in a pass.
@@ -146,14 +146,14 @@ class Batcher(Generic[Target]):
         Raises:
             ProblemError: `input-too-large` for one that no pass can hold; otherwise as `Admission.settle`.
         """
-        for position, ids in enumerate(sequences):
+        for position, (ids, job) in enumerate(zip(sequences, jobs, strict=True)):
             self.check_input(position if len(sequences) > 1 else None, len(ids), job.num_samples)
-        self._admission.settle(places, [len(ids) * job.num_samples for ids in sequences])
+        self._admission.settle(places, [len(ids) * job.num_samples for ids, job in zip(sequences, jobs, strict=True)])
         self._drop_abandoned()
         loop = asyncio.get_running_loop()
         queued = [
             QueuedInput(target, ids, job, place, loop.create_future(), stages=stages or Stages())
-            for ids, place in zip(sequences, places, strict=True)
+            for ids, job, place in zip(sequences, jobs, places, strict=True)
         ]
         self._queue.extend(queued)
         self._arrived.set()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearJob:
-    """An input that is to be linearised. `num_samples`: the most rows that it costs, one for each choice."""
+    """An input that is to be linearised over its own first `num_choices`. `num_samples`: the rows that it counts as."""
 
     num_samples: int
+    num_choices: int
 
 
 Job = Draws | LinearJob
@@ -46,11 +48,11 @@ def check_method(request: PredictRequest) -> None:
         raise ProblemError("invalid-field", "explain: only the method 'linearized' can explain; send it too")
 
 
-def job_for(served: Served, asked: Asked) -> Job:
+def jobs_for(served: Served, asked: Asked) -> list[Job]:
     """What each input of a request needs."""
     if asked.method == "linearized":
-        return LinearJob(asked.num_samples)
-    return served.draws(asked.num_samples, asked.seed)
+        return [LinearJob(asked.num_samples, len(names)) for names in asked.choices]
+    return [served.draws(asked.num_samples, asked.seed)] * len(asked.texts)
 
 
 def is_finite(result: Result) -> bool:
@@ -67,10 +69,12 @@ def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequ
         batch = TokenBatch.of([sequences[index] for index, _ in sampled])
         for (index, _), logits in zip(sampled, model.logits_each(batch, [draws for _, draws in sampled]), strict=True):
             results[index] = logits.cpu()
-    linear = [index for index, job in enumerate(jobs) if isinstance(job, LinearJob)]
+    linear = [(index, job) for index, job in enumerate(jobs) if isinstance(job, LinearJob)]
     if linear:
-        found = linearize(model, TokenBatch.of([sequences[index] for index in linear]), negligible=NEGLIGIBLE)
-        results |= {index: found.of_input(row) for row, index in enumerate(linear)}
+        batch = TokenBatch.of([sequences[index] for index, _ in linear])
+        counts = torch.tensor([job.num_choices for _, job in linear])
+        found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+        results |= {index: found.of_input(row) for row, (index, _) in enumerate(linear)}
     return [results[index] for index in range(len(jobs))]
 
 

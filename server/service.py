@@ -18,7 +18,7 @@ from server.answers import answers_of
 from server.batcher import Batcher
 from server.description import describe
 from server.engine import Engine, Served
-from server.methods import Job, job_for, warnings_of
+from server.methods import Job, jobs_for, warnings_of
 from server.metrics import Metrics
 from server.outcomes.store import OutcomeStore
 from server.problems import ProblemError
@@ -230,21 +230,21 @@ class Service:
     ) -> tuple[list[Predictive], list[Prediction]]:
         """What the samples come to, and its JSON, of each input."""
         seen, started = trace.current(), time.perf_counter()
-        sequences, job = await self._tokenise(served, asked, engine.max_input_tokens)
+        sequences, jobs = await self._tokenise(served, asked, engine.max_input_tokens)
         self.metrics.stage("tokenise", time.perf_counter() - started)
         seen.tokens = sum(map(len, sequences))
         seen.stages.tokenized_in(started)
-        pending = batcher.submit(served, sequences, job, places, seen.stages)
+        pending = batcher.submit(served, sequences, jobs, places, seen.stages)
         try:
             results = await asyncio.gather(*pending)
         finally:
             for future in pending:
                 future.cancel()
         return await asyncio.get_running_loop().run_in_executor(
-            self._answer_threads, answers_of, results, asked, served.model.config, job
+            self._answer_threads, answers_of, results, asked, served.model.config, jobs
         )
 
-    async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], Job]:
+    async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
         """A slice at a time, so that requests take turns and one that is given up goes no further."""
         loop = asyncio.get_running_loop()
         *slices, last = asked.slices()
@@ -253,8 +253,8 @@ class Service:
             sequences += await loop.run_in_executor(
                 self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
             )
-        ids, job = await loop.run_in_executor(self._prompt_thread, _prepare, served, asked, last, max_tokens)
-        return sequences + ids, job
+        ids, jobs = await loop.run_in_executor(self._prompt_thread, _prepare, served, asked, last, max_tokens)
+        return sequences + ids, jobs
 
     def loader(self) -> AdapterLoader:
         """What changes the adapters.
@@ -280,6 +280,6 @@ class Service:
         return describe(engine)
 
 
-def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], Job]:
-    """The last inputs' prompts, and the job, whose draws may have to be made."""
-    return encode(served.prompter, asked, positions, max_tokens), job_for(served, asked)
+def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
+    """The last inputs' prompts, and every input's job, whose draws may have to be made."""
+    return encode(served.prompter, asked, positions, max_tokens), jobs_for(served, asked)

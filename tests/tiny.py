@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -127,6 +128,14 @@ def adapted(name: str = "llama", task: Task = CLASSIFICATION, seed: int = 0, **c
     model = ScalaBLModel(base_model(name), config_for(name, task, **changes))
     fill(model, seed)
     return model.requires_grad_(False).eval()
+
+
+def prefer(model: ScalaBLModel, choices: Sequence[int], by: float = 30.0) -> None:
+    """Make these choices' logits larger, at any scalars, so that next to no probability is left to the others."""
+    cut = model.adapted["lm_head"].base
+    bias = torch.zeros(model.num_choices)
+    bias[list(choices)] = by
+    cut.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def write_base(folder: Path, name: str = "llama", *, chat: bool = False) -> Path:

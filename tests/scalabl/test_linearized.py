@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from scalabl.evaluation import EncodedSet
-from scalabl.linearized import controlled, linearize, linearized_predictive, relative_spread
-from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.linearized import NEGLIGIBLE, controlled, linearize, linearized_predictive, relative_spread
+from scalabl.model import GRADIENT_TOKENS, ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from tests import tiny
@@ -121,6 +121,39 @@ def test_choices_that_are_negligible_cost_no_row() -> None:
     assert (lean.mean - full.mean).abs().max() <= 1e-5
 
 
+def _rows_of_passes(model: ScalaBLModel) -> list[int]:
+    rows: list[int] = []
+    model.adapted["lm_head"].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    return rows
+
+
+def test_a_graph_holds_a_bounded_number_of_tokens() -> None:
+    model = _adapted(0.3)
+    length, inputs = 120, 20
+    batch = TokenBatch.of(tiny.ragged([length] * inputs))
+    rows = _rows_of_passes(model)
+    linear = linearize(model, batch)
+    assert max(rows) * length <= GRADIENT_TOKENS
+    assert sum(rows) == 3 * inputs
+    mean, jacobian = model.jacobian(batch, torch.ones(inputs, 3, dtype=torch.bool), max_tokens=3 * inputs * length)
+    assert rows[-1] == 3 * inputs
+    deviation = torch.cat([layer.s_log_std.exp() for layer in model.adapted.values()])
+    assert (linear.mean - mean).abs().max() <= 1e-5
+    assert (linear.scaled_jacobian - jacobian * deviation).abs().max() <= 1e-6 * jacobian.abs().max()
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(1, [1] * 8), (14, [1] * 8), (42, [3, 3, 2]), (10_000, [8])])
+def test_rows_of_one_input_may_be_of_several_graphs(max_tokens: int, expected: list[int]) -> None:
+    model = _adapted(0.3)
+    active = torch.tensor([[True, False, True], [True, True, True], [False, True, False], [True, False, True]])
+    mean, jacobian = model.jacobian(BATCH, active, max_tokens=10_000)
+    rows = _rows_of_passes(model)
+    found_mean, found = model.jacobian(BATCH, active, max_tokens=max_tokens)
+    assert rows == expected
+    assert torch.allclose(found_mean, mean, atol=1e-5)
+    assert (found - jacobian).abs().max() <= 1e-6 * jacobian.abs().max()
+
+
 def test_the_spread_is_relative_to_the_mean_and_scaled() -> None:
     model = _adapted(0.1, posterior_scale=2.0)
     ratios = torch.cat([2 * layer.s_log_std.exp() / layer.s_mean.abs() for layer in model.adapted.values()])
@@ -183,3 +216,18 @@ def test_a_data_set_is_answered_in_its_order_each_input_over_its_own_choices() -
         assert (found.probabilities[index, :count] - alone.probabilities[0]).abs().max() <= 1e-3, "other Sobol dimensions"
         assert not found.probabilities[index, count:].any()
         assert found.mutual_information[index] == pytest.approx(float(alone.mutual_information[0]), abs=1e-3)
+
+
+def test_choices_that_an_input_lacks_take_no_row_from_its_own() -> None:
+    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE)
+    tiny.prefer(model, (2, 3))
+    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2, 4, 2]))
+    full = linearized_predictive(model, encoded)
+    rows = _rows_of_passes(model)
+    lean = linearized_predictive(model, encoded, negligible=NEGLIGIBLE)
+    assert rows == [4, 8]
+    few = [0, 1, 3]
+    assert bool((full.mutual_information[few] > 1e-2).all())
+    assert torch.allclose(lean.mutual_information[few], full.mutual_information[few], atol=1e-6)
+    assert torch.allclose(lean.probabilities[few], full.probabilities[few], atol=1e-6)
+    assert torch.allclose(lean.mutual_information, full.mutual_information, atol=1e-3), "other Sobol dimensions"

@@ -56,7 +56,7 @@ def submit(
 ) -> list[asyncio.Future[Tensor]]:
     """As a request does it: take places, queue."""
     places = admission_of(batcher).enter([1] * len(sequences), seconds_left)
-    futures = batcher.submit(target, sequences, made, places)
+    futures = batcher.submit(target, sequences, [made] * len(sequences), places)
     for future, place in zip(futures, places, strict=True):
         future.add_done_callback(lambda _, place=place: place.free())
     return futures

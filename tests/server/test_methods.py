@@ -16,6 +16,8 @@ from scalabl.adapter_io import save_adapter
 from scalabl.linearized import linearize
 from scalabl.model import TokenBatch
 from scalabl.prompt import Prompter
+from server.engine import Engine, load_engine
+from server.settings import ServeSettings
 from tests import tiny
 from tests.server.conftest import serving, settings_for
 
@@ -86,6 +88,24 @@ def test_multiple_choice_is_linearised_over_the_choices_given(letters: TestClien
         assert list(answer["probabilities"]) == names
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
         assert answer["entropy"] <= math.log(len(names))
+
+
+def test_letters_that_an_input_has_no_choice_for_take_nothing_from_its_doubt(
+    letters: TestClient, serve: Callable[..., TestClient]
+) -> None:
+    def load(settings: ServeSettings) -> Engine:
+        engine = load_engine(settings)
+        tiny.prefer(engine.adapter(None).model, (2, 3))
+        return engine
+
+    # In one pass with an input that has the letters: only what an input itself lacks is left out.
+    body = {"inputs": ["why", "how"], "choices": [["red", "green"], ["one", "two", "three", "four"]]}
+    expected, _ = _ask(letters, **body, method="linearized")["predictions"]
+    found, other = _ask(serve("letters", load), **body, method="linearized")["predictions"]
+    assert found["mutual_information"] > 1e-2
+    assert found["mutual_information"] == pytest.approx(expected["mutual_information"], abs=1e-4)
+    assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
+    assert other["probabilities"]["three"] + other["probabilities"]["four"] > 0.999
 
 
 def test_a_wide_posterior_is_warned_of_and_a_narrow_one_is_not(colours: TestClient, narrow: TestClient) -> None:
