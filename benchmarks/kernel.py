@@ -3,7 +3,7 @@
 python -m benchmarks.kernel [--dtype bf16] [--json out.json]
 
 On a GPU the forms are timed by `triton.testing.do_bench` (medians, cold L2 cache), on a CPU by interleaved rounds; there
-the Triton kernel cannot run and `fused` is its plain torch form. Every form adds the same numbers to the base layer's output.
+the Triton kernel cannot run and `fused` is its plain torch form. Every form adds the same numbers to the base output.
 """
 
 from __future__ import annotations
