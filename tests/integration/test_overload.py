@@ -50,16 +50,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield made
 
 
+async def watched_storm(server: Served, per_second: float) -> tuple[list[storm.Answer], list[int]]:
+    """The storm's answers, and the server's resident bytes four times a second meanwhile."""
+    process, resident = psutil.Process(server.process.pid), []
+    running = asyncio.create_task(storm.open_loop(server.port, per_second, SECONDS, body, x_request_timeout=str(DEADLINE)))
+    while not running.done():
+        resident.append(process.memory_info().rss)
+        await asyncio.wait({running}, timeout=0.25)
+    return running.result(), resident
+
+
 def test_ten_times_the_capacity(server: Served) -> None:
     process = psutil.Process(server.process.pid)
     capacity(server, 2)
     before = capacity(server, 5)
     storm_at = FACTOR * before
-    asyncio.run(storm.open_loop(server.port, storm_at, min(5.0, SECONDS), body, x_request_timeout=str(DEADLINE)))
-    memory, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+    # Long enough for the allocator and the database's cache to have grown to what such a storm needs.
+    asyncio.run(storm.open_loop(server.port, storm_at, min(20.0, SECONDS), body, x_request_timeout=str(DEADLINE)))
+    files, threads = process.num_fds(), process.num_threads()
 
-    answers = asyncio.run(storm.open_loop(server.port, storm_at, SECONDS, body, x_request_timeout=str(DEADLINE)))
+    forward = 'scalabl_stage_duration_seconds_sum{stage="forward"}'
+    busy_before = metric(server, forward)
+    answers, resident = asyncio.run(watched_storm(server, storm_at))
     ended = max(answer.ended for answer in answers)
+    busy = (metric(server, forward) - busy_before) / (ended - min(answer.began for answer in answers))
     after_answers = asyncio.run(storm.closed_loop(server.port, 4, 6, body))
 
     counts = Counter(answer.status for answer in answers)
@@ -70,17 +84,19 @@ def test_ten_times_the_capacity(server: Served) -> None:
     median = 1000 * statistics.median(answer.seconds for answer in refused)
     worst = 1000 * statistics.quantiles((answer.seconds for answer in refused), n=100)[98]
     slowest = max(answer.seconds for answer in accepted)
-    growth = process.memory_info().rss / memory - 1
+    sixth = max(1, len(resident) // 6)  # medians, since one sample may fall into a pass
+    growth = statistics.median(resident[-sixth:]) / statistics.median(resident[:sixth]) - 1
     print(
         f"\ncapacity {before:.1f}/s, offered {storm_at:.0f}/s for {SECONDS:g} s: {dict(counts)}; "
+        f"worker busy {100 * busy:.0f}%, {len(accepted) / SECONDS:.1f}/s accepted; "
         f"slowest accepted {slowest:.2f} s of {DEADLINE:g} s; 429 after {median:.1f} ms (median), {worst:.1f} ms (99%); "
         f"memory {100 * growth:+.2f}%; afterwards {after:.1f}/s, {100 * after / before:.0f}% of before"
     )
 
     assert set(counts) == {200, 429}, "everything is answered, and nothing accepted misses its deadline"
     assert slowest <= DEADLINE + 0.5, "the deadline is the server's; the client has its own delays"
-    # The client and the refusals take processor time too.
-    assert len(accepted) >= 0.5 * before * SECONDS, "the storm does not keep the server from its work"
+    # Not a share of `before`: on two cores the client and the refusals take processor time from the passes.
+    assert busy >= 0.9, "the worker never waits for work"
     assert median < 50
     assert all(int(answer.headers["retry-after"]) >= 1 and answer.problem == "queue-full" for answer in refused)
     assert abs(growth) < 0.02
