@@ -54,7 +54,7 @@ def parse_url(text: str) -> URL:
     if backend not in ("postgresql", "postgres"):
         raise OutcomesError(f"--outcomes-url: {backend} is not supported; {wanted}")
     try:
-        import psycopg  # noqa: F401
+        import psycopg  # noqa: F401  (only whether it is there; SQLAlchemy imports it by its URL)
     except ImportError:
         raise OutcomesError("--outcomes-url: PostgreSQL needs a driver; pip install 'scalabl[postgres]'") from None
     return url.set(drivername="postgresql+psycopg")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,13 +18,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import tiny
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.integration.process import free_port
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float = 0.02) -> None:
@@ -33,13 +26,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float 
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(pause)
-
-
-def write_models(folder: Path) -> Path:
-    """A tiny base model and its adapter `colours`."""
-    tiny.write_base(folder / "base")
-    tiny.write_adapter(folder / "colours")
-    return folder
 
 
 class Replica:

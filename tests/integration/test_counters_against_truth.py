@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.integration.replicas import Postgres, Replica, free_port, postgres, running, wait_until, write_models
+from tests.integration.process import free_port, write_models
+from tests.integration.replicas import Postgres, Replica, postgres, running, wait_until
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.replicas import Replica, postgres, running, wait_until, write_models
+from tests.integration.process import write_models
+from tests.integration.replicas import Replica, postgres, running, wait_until
 
 pytestmark = pytest.mark.integration
 
