@@ -147,7 +147,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
     """
     model = read_adapter(base, folder)
     model.eval()
-    model.find_shared_inputs()
+    model.find_shared_work()
     check_effect(model)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,15 +39,23 @@ class Host:
         return host
 
 
+class Hooks(Protocol):
+    """What comes and goes with an adapter beside its modules."""
+
+    def attach(self) -> None: ...
+    def detach(self) -> None: ...
+
+
 class Attachment:
     """The modules that one adapter puts in the place of the base's own.
 
     Args:
         replacements: path in the base -> the module to put there.
+        hooks: of the base's other modules.
     """
 
-    def __init__(self, host: Host, replacements: Mapping[str, nn.Module]) -> None:
-        self._host = host
+    def __init__(self, host: Host, replacements: Mapping[str, nn.Module], hooks: Hooks) -> None:
+        self._host, self._hooks = host, hooks
         # The parents' own tables: an exchange is one assignment per module, microseconds for a whole model.
         self._slots: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
         for path, replacement in replacements.items():
@@ -62,6 +70,7 @@ class Attachment:
             self._host.attached.detach()
         for table, leaf, replacement, _ in self._slots:
             table[leaf] = replacement
+        self._hooks.attach()
         self._host.attached = self
 
     def detach(self) -> None:
@@ -70,4 +79,5 @@ class Attachment:
             return
         for table, leaf, _, original in self._slots:
             table[leaf] = original
+        self._hooks.detach()
         self._host.attached = None

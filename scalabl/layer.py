@@ -20,11 +20,13 @@ class RowSamples:
         s: [S, P], sampled subspace scalars; P is the total over the adapted layers, each owning R columns.
         sample: [M] int64, the row of `s` for each row of the batch.
         fan_out: consecutive rows of the batch that are samples of one input; 1 where their numbers differ.
+        inputs: [M] int64, the input of each row; None where each row has an input of its own.
     """
 
     s: Tensor
     sample: Tensor
     fan_out: int = 1
+    inputs: Tensor | None = None
 
 
 class SampleContext:
@@ -135,13 +137,16 @@ class ChoiceHead(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.last: Tensor | None = None  # [M] int64: the position to read in each row, set before each pass
+        self.last: Tensor | None = None  # [B or M] int64: the position to read in each row, set before each pass
+        self.inputs: Tensor | None = None  # [M] int64: where rows fan out only here
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[M, T, D] -> [M, 1, C]."""
+        """[M, T, D] -> [M, 1, C]; [B, T, D] -> [M, 1, C] with `inputs`."""
         if self.last is None:
             raise RuntimeError("ChoiceHead.last is not set; run the model through ScalaBLModel.logits")
         picked = hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last.to(hidden.device)]
+        if self.inputs is not None:
+            picked = picked[self.inputs]
         logits: Tensor = self.inner(picked)
         return logits.unsqueeze(1)
 

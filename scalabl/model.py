@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+from scalabl.trunk import FanOut, Trunk
 
 GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
 
@@ -127,7 +129,9 @@ class ScalaBLModel(nn.Module):
             if name == host.head_name:
                 cut = layer
         self._head = ChoiceHead(cut)
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: self._head})
+        self._fan_out = FanOut()
+        self.trunk = Trunk(host, [name for name in names if name != host.head_name], self._fan_out)
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self._head}, self.trunk)
         if attach:
             self.attach()
 
@@ -190,12 +194,14 @@ class ScalaBLModel(nn.Module):
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
 
     @torch.no_grad()
-    def find_shared_inputs(self) -> None:
-        """Tell the adapted layers before which nothing is random that they are, so that they multiply each input once.
+    def find_shared_work(self) -> None:
+        """Find out by passes, so that it holds for any architecture, what all samples of an input have in common.
 
-        The first adapted layer of a pass is one, and so is every other that is given the very same tensor (q, k and v of
-        one attention). Found by running a pass, so that it holds for any architecture.
+        * The trunk (`trunk.Trunk`): whether rows that fan out only after it get the numbers that they get without it.
+        * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
+          same tensor (q, k and v of one attention). They multiply each input once.
         """
+        self.trunk.verified = self.trunk.possible and self._trunk_agrees()
         calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -212,6 +218,27 @@ class ScalaBLModel(nn.Module):
         for name, layer in self.adapted.items():
             layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
 
+    def _trunk_agrees(self) -> bool:
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        for count in (1, 2, 3):  # an argument with one entry for each input must not be taken for one with two or three
+            ids = torch.randint(vocabulary, (count, 4), generator=generator).to(self.device)
+            lengths = torch.arange(4, 4 - count, -1, device=self.device)
+            s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
+            rows = torch.arange(2 * count, device=self.device)
+            samples = RowSamples(s, rows % 2, fan_out=2, inputs=rows // 2)
+            self.trunk.verified = False
+            expected = self.run_rows(ids, lengths, samples)
+            self.trunk.verified = True
+            try:
+                found = self.run_rows(ids, lengths, samples)
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+                return False  # a block takes its rows in another form: every row runs from the start, as without a trunk
+            tolerance = (1e-4 if self.base.dtype == torch.float32 else 2e-2) * float(expected.abs().max())
+            if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
+                return False
+        return True
+
     def warm_up(self) -> None:
         """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
         if not runs_fused(self.device):
@@ -219,22 +246,37 @@ class ScalaBLModel(nn.Module):
         for rows in WARM_UP_ROWS:
             self.logits(TokenBatch.of([[0]] * rows), self.mean_draw())
 
-    def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None) -> Tensor:
-        """One forward pass over M right-padded rows: logits [M, C] float32 at each row's last position.
+    def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None, states: Tensor | None = None) -> Tensor:
+        """One forward pass over B right-padded inputs, M rows: logits [M, C] float32 at each row's last position.
 
         Causal attention never looks right, so right padding needs no mask and cannot reach an answer.
         `rows` None runs the base model without its adapter. The context keeps `rows` afterwards, since gradient
         checkpointing runs layers again in the backward pass.
 
         Args:
-            input_ids: [M, T] int64. lengths: [M] int64, 1 <= lengths <= T.
+            input_ids: [B, T] int64. lengths: [B] int64, 1 <= lengths <= T.
+            states: [B, T, D], what `trunk_states` gave for the same inputs; the trunk then does not run.
         """
         self.attach()
         self._context.rows = rows
-        self._head.last = lengths - 1
-        output = self.base(input_ids=input_ids, use_cache=False)
+        inputs = None if rows is None else rows.inputs
+        if inputs is not None and not self.trunk.verified:
+            input_ids, lengths, inputs = input_ids[inputs], lengths[inputs], None
+        self._fan_out.inputs, self._fan_out.count, self._fan_out.states = inputs, input_ids.shape[0], states
+        in_blocks = bool(self.trunk.blocks)  # else rows fan out at the head
+        self._head.last = (lengths if inputs is None or not in_blocks else lengths[inputs]) - 1
+        self._head.inputs = None if in_blocks else inputs
+        with nullcontext() if states is None else self.trunk.skipped():
+            output = self.base(input_ids=input_ids, use_cache=False)
         logits: Tensor = output.logits[:, 0].float()
         return logits
+
+    @torch.inference_mode()
+    def trunk_states(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.verified` and a block that is adapted."""
+        self.attach()
+        self._context.rows, self._fan_out.inputs, self._fan_out.states = None, None, None
+        return self.trunk.states(lambda: self.base(input_ids=input_ids, use_cache=False))
 
     @torch.inference_mode()
     def logits(self, batch: TokenBatch, draws: Draws) -> Tensor:
@@ -262,8 +304,9 @@ class ScalaBLModel(nn.Module):
         sample = torch.cat([torch.arange(each.num_samples) + tables[id(each)][0] for each in draws])
         expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         try:
-            rows = RowSamples(s, sample.to(self.device), fan_out=counts[0] if len(set(counts)) == 1 else 1)
-            return list(torch.split(self.run_rows(ids[expand], lengths[expand], rows), counts))
+            fan_out = counts[0] if len(set(counts)) == 1 else 1
+            rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None)
+            return list(torch.split(self.run_rows(ids, lengths, rows), counts))
         finally:
             self._context.rows = None
 
@@ -291,15 +334,17 @@ class ScalaBLModel(nn.Module):
             for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
                 rows = torch.arange(len(inputs_m), device=self.device)
                 s = mean.expand(len(rows), -1).clone().requires_grad_()
-                z = self.run_rows(ids[inputs_m], lengths[inputs_m], RowSamples(s, rows))  # [m, C]
+                first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
+                samples = RowSamples(s, rows, inputs=inputs_m - first)
+                z = self.run_rows(ids[first:end], lengths[first:end], samples)  # [m, C]
                 gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
                 logits.append(z.detach())
         finally:
             self._context.rows = None
         jacobian = mean.new_zeros(*active.shape, len(mean))
         jacobian[inputs, choices] = torch.cat(gradients)
-        first = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return torch.cat(logits)[first], jacobian
+        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
+        return torch.cat(logits)[firsts], jacobian
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

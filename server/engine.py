@@ -128,7 +128,7 @@ class Engine:
                 served.draws(self.settings.num_samples, self.settings.seed)
             except ValueError as error:
                 raise AdapterError(str(error)) from None
-            served.model.find_shared_inputs()
+            served.model.find_shared_work()
             check_effect(served.model)
             served.model.warm_up()
             if served.relative_spread > SPREAD_LIMIT:

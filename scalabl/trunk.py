@@ -1,0 +1,153 @@
+"""The trunk: the decoder blocks before the first stochastic layer. They see each input once, whatever the samples.
+
+Rows fan out to posterior samples by hooks on the blocks after the trunk, with whatever arguments the architecture gives
+them, so that no architecture's forward is copied here. What is adapted, and the pass itself, are `model`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from scalabl.attachment import Host
+
+
+class FanOut:
+    """Which input each row of the running pass belongs to; shared by the blocks of one model.
+
+    Attributes:
+        inputs: [M] int64; None where the pass has a row for each of its inputs and nothing fans out.
+        count: B, the inputs of the pass.
+        states: [B, T, D], what the trunk gave for these inputs; None to run it.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.count = 0
+        self.states: Tensor | None = None
+
+
+def _blocks_of(host: Host, adapted: Sequence[str]) -> tuple[list[nn.Module], int] | None:
+    """(all decoder blocks, the first that holds one of `adapted`); None where these are not all in one list of blocks."""
+    lists: set[str] = set()
+    first: list[int] = []
+    for name in adapted:
+        parts = name.split(".")
+        parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        owner = next((path for path in parents if isinstance(host.modules[path], nn.ModuleList)), None)
+        if owner is None:
+            return None
+        lists.add(owner)
+        first.append(int(parts[owner.count(".") + 1]))
+    if len(lists) != 1:
+        return None
+    return list(host.modules[lists.pop()].children()), min(first)
+
+
+class _Reached(Exception):
+    """Ends a pass where the trunk ends."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+class Trunk:
+    """The decoder blocks of a base model, split before the first that holds an adapted module.
+
+    Args:
+        adapted: names of the adapted modules without the head.
+
+    Attributes:
+        depth: how many blocks come before any adapted one; all of them when only the head is adapted.
+        possible: whether the adapted modules are in one list of blocks.
+        verified: whether rows fan out after the trunk: it has been seen to give the numbers of a pass without it.
+    """
+
+    def __init__(self, host: Host, adapted: Sequence[str], fan_out: FanOut) -> None:
+        found = _blocks_of(host, adapted) if adapted else None
+        self.possible, self.verified = found is not None or not adapted, False
+        self.blocks, self.depth = found or ([], 0)
+        self._fan_out = fan_out
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Put the hooks in."""
+        for index, block in enumerate(self.blocks[self.depth :]):
+            hook = _hook(self._fan_out, first=index == 0)
+            self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take them out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def states(self, run: Callable[[], object]) -> Tensor:
+        """What enters the first block after the trunk [B, T, D] in the pass `run`, which goes no further."""
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(_hidden(args, kwargs))
+
+        handle = self.blocks[self.depth].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        try:
+            run()
+        except _Reached as reached:
+            return reached.states
+        finally:
+            handle.remove()
+        raise AssertionError("the pass did not come to the first adapted block")
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """The blocks of the trunk pass on what they are given: for a pass that starts from its states."""
+        skipped = self.blocks[: self.depth]
+        for block in skipped:
+            block.forward = _pass_on
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _hook(fan_out: FanOut, *, first: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        rows, states = fan_out.inputs, fan_out.states
+        if rows is None and (states is None or not first):
+            return None
+        hidden, rest = _hidden(args, kwargs), args[1:]
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if first and states is not None:
+            hidden = states.to(hidden)
+        if rows is not None:
+            if first:
+                hidden = hidden[rows.to(hidden.device)]
+            if fan_out.count > 1:  # what has one entry for all inputs is broadcast to all rows as well
+                rest, others = _expand((rest, others), fan_out.count, rows)
+        return (hidden, *rest), others
+
+    return before
+
+
+def _expand(value: Any, count: int, rows: Tensor) -> Any:
+    """Every tensor in `value` that has one entry for each input, with one for each row."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.dim() > 1 and value.shape[0] == count else value
+    if isinstance(value, tuple | list):
+        return type(value)(_expand(each, count, rows) for each in value)
+    if isinstance(value, dict):
+        return {key: _expand(each, count, rows) for key, each in value.items()}
+    return value
