@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.adapter_io import load_weights, read_weights, save_adapter
 from scalabl.config import AdapterConfig
@@ -28,7 +30,9 @@ from scalabl.layer import RowSamples
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.peft_lora import relative_log_std
 from scalabl.posterior import kl_divergence
+from scalabl.published import KLSteps
 from scalabl.recipe import TrainingConfig
+from scalabl.trunk_cache import TrunkCache, trunk_cache
 
 
 class VariationalModule(nn.Module):
@@ -36,40 +40,51 @@ class VariationalModule(nn.Module):
 
     Loss per batch, in nats: the mean over examples and samples of -log p(y | x, s), plus beta * KL(q||p) / N, with N the
     number of training examples (Samplawski et al. 2025, section 3). Every row draws its own s, so that the gradient's
-    noise averages within the batch.
+    noise averages within the batch. With `kl_optimizer` sgd the loss is the first part alone (`published.KLSteps`).
+
+    Args:
+        trunk: the states of the training set's rows, when they are kept.
     """
 
-    def __init__(self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int) -> None:
+    def __init__(
+        self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int, trunk: TrunkCache | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.recipe, self.num_examples = model, recipe, num_examples
+        self.model, self.recipe, self.num_examples, self._trunk = model, recipe, num_examples, trunk
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, num_choices: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """input_ids [B, T] right-padded; lengths, num_choices, labels [B] -> scalars `loss`, `nll`, `kl`."""
-        repeat = self.recipe.train_samples
-        ids, lengths, num_choices, labels = (
-            tensor.repeat_interleave(repeat, dim=0) for tensor in (input_ids, lengths, num_choices, labels)
-        )
-        rows = ids.shape[0]
-        epsilon = torch.randn(rows, self.model.num_stochastic_parameters, device=ids.device)
-        samples = RowSamples(self.model.sample(epsilon), torch.arange(rows, device=ids.device))
-        logits = self.model.run_rows(ids, lengths, samples)  # [M, C]
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, num_choices: Tensor, labels: Tensor, row: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """input_ids [B, T] right-padded; lengths, num_choices, labels [B] -> scalars `loss`, `nll`, `kl`.
+
+        `row` [B] says which of the training set's rows they are, for their kept states.
+        """
+        count, repeat = len(input_ids), self.recipe.train_samples
+        of_row = torch.arange(count, device=input_ids.device).repeat_interleave(repeat)  # [M]
+        epsilon = torch.randn(len(of_row), self.model.num_stochastic_parameters, device=input_ids.device)
+        sample = torch.arange(len(of_row), device=input_ids.device)
+        samples = RowSamples(self.model.sample(epsilon), sample, repeat, of_row if repeat > 1 else None)
+        states = None if self._trunk is None or row is None else self._trunk.of(row, input_ids.shape[1])
+        logits = self.model.run_rows(input_ids, lengths, samples, states)  # [M, C]
+        num_choices, labels = num_choices[of_row], labels[of_row]
         absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
         nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
         mean, log_std = self.model.posterior()
         kl = kl_divergence(mean, log_std, self.model.config.prior_std, self.recipe.kl_direction)
-        return {"loss": nll + self.recipe.kl_weight * kl / self.num_examples, "nll": nll, "kl": kl}
+        weight = self.recipe.kl_weight / self.num_examples if self.recipe.kl_optimizer == "joint" else 0.0
+        return {"loss": nll + weight * kl, "nll": nll, "kl": kl}
 
 
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     ids, lengths = TokenBatch.of([row["input_ids"] for row in rows]).right_padded()
-    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("num_choices", "labels")}
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("num_choices", "labels", "row")}
     return {"input_ids": ids, "lengths": lengths, **columns}
 
 
 def _rows(encoded: EncodedSet) -> list[dict[str, Any]]:
     return [
-        {"input_ids": ids, "num_choices": int(count), "labels": int(answer)}
-        for ids, count, answer in zip(encoded.sequences, encoded.num_choices, encoded.answers, strict=True)
+        {"input_ids": ids, "num_choices": int(count), "labels": int(answer), "row": row}
+        for row, (ids, count, answer) in enumerate(zip(encoded.sequences, encoded.num_choices, encoded.answers, strict=True))
     ]
 
 
@@ -185,6 +200,12 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
             parameter.copy_(relative_log_std(mean, parameter.exp()))
 
 
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
 def train_adapter(
     base: PreTrainedModel,
     config: AdapterConfig,
@@ -209,6 +230,13 @@ def train_adapter(
     model.reset_adapter(recipe.seed, recipe.std_init)
     if start is not None:
         _start_from(model, start)
+    model.find_shared_work()
+    if recipe.gradient_checkpointing:
+        # Its new name since transformers 5.20; the old one warns.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if recipe.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "runs")
     checkpoints = output / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -218,7 +246,7 @@ def train_adapter(
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup_steps=round(recipe.warmup_fraction * recipe.max_steps),
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=recipe.lr_schedule,
         max_grad_norm=recipe.max_grad_norm,
         bf16=base.device.type == "cuda",
         seed=recipe.seed,
@@ -233,15 +261,17 @@ def train_adapter(
         greater_is_better=False,
         remove_unused_columns=False,
         dataloader_pin_memory=base.device.type == "cuda",
-        report_to=[],
+        report_to=["tensorboard"] if recipe.tensorboard else [],
     )
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
+    if recipe.kl_optimizer == "sgd":
+        callbacks.append(KLSteps(model, recipe, len(train.sequences)))
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
-    module = VariationalModule(model, recipe, num_examples=len(train.sequences))
+    trunk = trunk_cache(model, train, recipe.trunk_cache_gib)
+    module = VariationalModule(model, recipe, len(train.sequences), trunk)
     trainer = VariationalTrainer(module, validation, args=arguments, train_dataset=_rows(train), callbacks=callbacks)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     metrics = trainer.evaluate()
     save_adapter(output, config, dict(model.adapter_parameters()))
     metrics["stochastic_parameters"] = model.num_stochastic_parameters

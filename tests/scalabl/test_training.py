@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from transformers import TrainerState
 
 from scalabl.adapter_io import load_adapter, read_config, read_weights
 from scalabl.dataset import Example
@@ -20,8 +23,10 @@ from scalabl.layer import RowSamples
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import kl_divergence
 from scalabl.prompt import Prompter
+from scalabl.published import KLSteps, cycle_length, kl_rate
 from scalabl.recipe import TrainingConfig
 from scalabl.training import LengthGroupedSampler, VariationalModule, train_adapter
+from scalabl.trunk_cache import trunk_cache
 from tests import tiny
 
 RECIPE = TrainingConfig(max_steps=60, batch_size=12, learning_rate=2e-2, eval_steps=20, eval_samples=4)
@@ -201,3 +206,106 @@ def test_batches_hold_examples_of_similar_length_and_epochs_differ() -> None:
     assert sum(spread) / len(spread) < 5
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+def test_keeping_the_trunk_s_states_changes_no_step(tmp_path: Path) -> None:
+    """The second layer alone is adapted, so that the first is trunk."""
+    recipe = RECIPE.model_copy(update={"max_steps": 20, "train_samples": 2})
+    _train(tmp_path / "kept", recipe, layers_to_transform=(1,))
+    _train(tmp_path / "anew", recipe.model_copy(update={"trunk_cache_gib": 0.0}), layers_to_transform=(1,))
+    kept, anew = read_weights(tmp_path / "kept"), read_weights(tmp_path / "anew")
+    for name in kept:
+        torch.testing.assert_close(kept[name], anew[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_cache_beyond_its_limit_is_not_made() -> None:
+    model = ScalaBLModel(tiny.base_model(), tiny.config_for(layers_to_transform=(1,)))
+    tiny.fill(model)
+    model.find_shared_work()
+    tokens = sum(map(len, TRAIN.sequences))
+    assert trunk_cache(model, TRAIN, tokens * 32 * 4 / 2**30) is not None
+    assert trunk_cache(model, TRAIN, (tokens * 32 * 4 - 1) / 2**30) is None
+
+
+def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"max_steps": 10})
+    calls = {False: 0, True: 0}
+
+    def count(checkpointing: bool) -> Callable[..., None]:
+        def add(*_: Any) -> None:
+            calls[checkpointing] += 1
+
+        return add
+
+    for checkpointing in calls:
+        base = tiny.base_model()
+        base.model.layers[0].self_attn.register_forward_pre_hook(count(checkpointing))
+        update = {"gradient_checkpointing": checkpointing}
+        output = tmp_path / str(checkpointing)
+        train_adapter(base, tiny.config_for(), recipe.model_copy(update=update), TRAIN, VALIDATION, output)
+    assert calls[True] == calls[False] + 10, "layers ran again in the backward passes"
+    plain, again = read_weights(tmp_path / "False"), read_weights(tmp_path / "True")
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_tensorboard_logs_are_written_beside_the_adapter(tmp_path: Path) -> None:
+    _train(tmp_path, RECIPE.model_copy(update={"max_steps": 20, "tensorboard": True}))
+    logs = [EventAccumulator(str(log)).Reload() for log in (tmp_path / "runs").glob("events.out.tfevents.*")]
+    scalars = {name for log in logs for name in log.Tags()["scalars"]}
+    assert {"train/nll", "train/kl", "eval/loss", "eval/ece"} <= scalars
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"max_steps": 40})
+    _train(tmp_path, recipe)
+    whole = read_weights(tmp_path)
+    last = tmp_path / "checkpoints" / "checkpoint-40"
+    (last / "trainer_state.json").unlink()
+    (last / "adapter_model.safetensors").write_bytes(b"half")
+    _train(tmp_path, recipe)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in read_weights(tmp_path).items())
+
+
+def test_the_published_recipe_is_a_set_of_defaults() -> None:
+    published = TrainingConfig.model_validate({"recipe": "published", "kl_learning_rate": 0.02})
+    assert (published.kl_direction, published.kl_optimizer, published.lr_schedule) == ("p_q", "sgd", "linear")
+    assert TrainingConfig.model_validate({"recipe": "published", "kl_direction": "q_p"}).kl_direction == "q_p"
+    assert TrainingConfig().kl_optimizer == "joint"
+
+
+def test_the_published_kl_rate_follows_blob_s_cycle() -> None:
+    recipe = TrainingConfig.model_validate({"recipe": "published", "max_steps": 1000, "batch_size": 4})
+    length = cycle_length(640, 4)
+    assert length == int(100 * 640 ** (math.pi / 8) / 4) == 316
+    line = [step / 60 if step < 60 else (1000 - step) / 940 for step in range(1000)]
+    denominator = 2 ** (length + 1) - 1
+    expected = [0.2 * line[step] * (2 ** (step % length + 1) / denominator) for step in range(1000)]
+    assert [kl_rate(step, recipe, 640) for step in range(1000)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_published_kl_step_is_plain_sgd_on_the_logarithms_of_mean_and_sigma() -> None:
+    model = ScalaBLModel(tiny.base_model(), tiny.config_for(prior_std=0.8))
+    tiny.fill(model)
+    recipe = TrainingConfig.model_validate(
+        {"recipe": "published", "max_steps": 10, "warmup_fraction": 0.0, "batch_size": 64}
+    )
+    layer = model.adapted["lm_head"]
+    mean, log_std = layer.s_mean.detach().clone(), layer.s_log_std.detach().clone()
+    log_abs = mean.abs().log().requires_grad_()
+    log_std.requires_grad_()
+    kl_divergence(mean.sign() * log_abs.exp(), log_std, 0.8, "p_q").backward()
+    state = TrainerState()
+    KLSteps(model, recipe, 3).on_optimizer_step(None, state, None)
+    rate = kl_rate(0, recipe, 3)
+    torch.testing.assert_close(layer.s_mean, mean.sign() * (log_abs - rate * log_abs.grad).exp().detach())
+    torch.testing.assert_close(layer.s_log_std, (log_std - rate * log_std.grad).detach())
+
+
+def test_with_the_published_kl_the_loss_is_the_likelihood_alone(tmp_path: Path) -> None:
+    recipe = TrainingConfig.model_validate(RECIPE.model_dump(exclude_unset=True) | {"recipe": "published", "max_steps": 20})
+    model = ScalaBLModel(tiny.base_model(), tiny.config_for())
+    tiny.fill(model)
+    ids, lengths = TokenBatch.of(TRAIN.sequences[:5]).right_padded()
+    terms = VariationalModule(model, recipe, 96)(ids, lengths, TRAIN.num_choices[:5], TRAIN.answers[:5])
+    assert terms["loss"].item() == terms["nll"].item()
+    assert math.isfinite(_train(tmp_path, recipe)["eval_loss"])
