@@ -73,11 +73,18 @@ def logits_of(
     *,
     max_batch_tokens: int = 4096,
     on_progress: Callable[[int], object] | None = None,
+    states: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """Logits [N, K, C] of N prompts in length-aware batches; `on_progress` hears how many inputs each batch finished."""
+    """Logits [N, K, C] of N prompts in length-aware batches; `on_progress` hears how many inputs each batch finished.
+
+    Args:
+        states: of (indices [B], width T), the trunk's states [B, T, D] (`trunk_cache.TrunkCache.of`).
+    """
     result = torch.empty(len(sequences), draws.num_samples, model.num_choices)
     for batch in batches([len(ids) for ids in sequences], draws.num_samples, max_batch_tokens):
-        result[batch] = model.logits(TokenBatch.of([sequences[i] for i in batch]), draws).cpu()
+        tokens = TokenBatch.of([sequences[i] for i in batch])
+        kept = states(torch.tensor(batch), tokens.input_ids.shape[1]) if states is not None else None
+        result[batch] = model.logits(tokens, draws, kept).cpu()
         if on_progress is not None:
             on_progress(len(batch))
     return result

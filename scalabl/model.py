@@ -279,16 +279,19 @@ class ScalaBLModel(nn.Module):
         return self.trunk.states(lambda: self.base(input_ids=input_ids, use_cache=False))
 
     @torch.inference_mode()
-    def logits(self, batch: TokenBatch, draws: Draws) -> Tensor:
+    def logits(self, batch: TokenBatch, draws: Draws, states: Tensor | None = None) -> Tensor:
         """Logits of B inputs under K posterior samples, in one forward pass over B * K rows.
+
+        Args:
+            states: as for `run_rows`, of a batch that is right-padded.
 
         Returns:
             [B, K, C] float32, before the temperature.
         """
-        return torch.stack(self.logits_each(batch, [draws] * batch.input_ids.shape[0]))
+        return torch.stack(self.logits_each(batch, [draws] * batch.input_ids.shape[0], states))
 
     @torch.inference_mode()
-    def logits_each(self, batch: TokenBatch, draws: Sequence[Draws]) -> list[Tensor]:
+    def logits_each(self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None) -> list[Tensor]:
         """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         if len(draws) != ids.shape[0]:
@@ -306,7 +309,7 @@ class ScalaBLModel(nn.Module):
         try:
             fan_out = counts[0] if len(set(counts)) == 1 else 1
             rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None)
-            return list(torch.split(self.run_rows(ids, lengths, rows), counts))
+            return list(torch.split(self.run_rows(ids, lengths, rows, states), counts))
         finally:
             self._context.rows = None
 

@@ -122,11 +122,12 @@ class LengthGroupedSampler(Sampler[int]):
 class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """transformers' Trainer, with checkpoints that are adapter directories and a validation by the predictive itself."""
 
-    def __init__(self, module: VariationalModule, validation: EncodedSet, **kwargs: Any) -> None:
+    def __init__(self, module: VariationalModule, validation: EncodedSet, trunk: TrunkCache | None, **kwargs: Any) -> None:
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
         super().__init__(model=module, eval_dataset=_rows(validation), data_collator=_collate, **kwargs)
         self.module, self.validation = module, validation
+        self._states = None if trunk is None else trunk.of
         self.model_accepts_loss_kwargs = False  # the loss is a mean already: average it over accumulated batches
         self.terms: dict[str, float] = {}
 
@@ -150,7 +151,7 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         model, recipe = self.module.model, self.module.recipe
         model.eval()
         draws = model.draws(recipe.eval_samples, seed=recipe.seed)
-        logits = logits_of(model, self.validation.sequences, draws)
+        logits = logits_of(model, self.validation.sequences, draws, states=self._states)
         outcome = predictive_of(logits, self.validation.num_choices, model, draws)
         metrics = {f"eval_{name}": value for name, value in scores(outcome, self.validation.answers).items()}
         metrics["eval_loss"] = metrics.pop("eval_nll")
@@ -214,6 +215,7 @@ def train_adapter(
     validation: EncodedSet,
     output: Path,
     start: Mapping[str, Tensor] | None = None,
+    caches: tuple[TrunkCache | None, TrunkCache | None] | None = None,
 ) -> dict[str, float]:
     """Train a fresh adapter and write it to `output`; resumes from `output/checkpoints` when a run was cut short.
 
@@ -221,6 +223,7 @@ def train_adapter(
 
     Args:
         start: A, B and mu of every layer to begin with (`peft_lora.adapter_of`); sigma then begins as a share of mu.
+        caches: of `train` and `validation`, from another run with the same trunk; made here otherwise.
 
     Returns:
         The last validation's scores, with the counts of stochastic and of additional parameters.
@@ -268,9 +271,11 @@ def train_adapter(
         callbacks.append(KLSteps(model, recipe, len(train.sequences)))
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
-    trunk = trunk_cache(model, train, recipe.trunk_cache_gib)
-    module = VariationalModule(model, recipe, len(train.sequences), trunk)
-    trainer = VariationalTrainer(module, validation, args=arguments, train_dataset=_rows(train), callbacks=callbacks)
+    trunks = caches or tuple(trunk_cache(model, rows, recipe.trunk_cache_gib) for rows in (train, validation))
+    module = VariationalModule(model, recipe, len(train.sequences), trunks[0])
+    trainer = VariationalTrainer(
+        module, validation, trunks[1], args=arguments, train_dataset=_rows(train), callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     metrics = trainer.evaluate()
     save_adapter(output, config, dict(model.adapter_parameters()))

@@ -1,11 +1,15 @@
 """An hour at 80% of capacity with adapters loaded and unloaded: no error, and memory, files and threads stay flat.
 
+The capacity is that of the moment: measured anew each minute, for six seconds, so that a machine that others use as well
+makes the load smaller and not the server overloaded.
+
 `make soak`; SOAK_SECONDS shortens it. Prints one line a minute and a summary, so that a failed run says where it went.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -28,6 +32,7 @@ pytestmark = pytest.mark.soak
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "3600"))
 LOAD = 0.8
+PROBE, ROUND = 6.0, 60.0  # seconds of each round at full capacity, to measure it, and of the round in all
 SETTLING = 1000  # requests after which memory is compared with
 WORDS = (
     "please",
@@ -66,6 +71,7 @@ class Soak:
     unexpected: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    capacities: list[float] = field(default_factory=list)  # predictions per second, one for each round
 
     def count(self, kind: str, answer: Answer, expected: tuple[int, ...] = (200,)) -> None:
         self.statuses[kind, answer.status] += 1
@@ -142,41 +148,34 @@ async def _watch(server: Served, soak: Soak, until: float) -> None:
         await asyncio.sleep(5)
 
 
-async def _capacity(server: Served, seconds: float) -> float:
-    """Requests for predictions per second with all that goes beside them, from clients that ask as soon as answered."""
-    soak, began = Soak(), time.monotonic()
+async def _capacity(server: Served, soak: Soak, numbers: Iterator[int], seconds: float) -> float:
+    """Requests for predictions answered per second, with clients that ask as soon as they are answered."""
+    before, began = soak.statuses["predict", 200], time.monotonic()
     until = began + seconds
 
-    async def client(first: int) -> None:
-        for number in range(first, 10**9, 16):  # as many clients as keep the worker busy; more would only wait
-            if time.monotonic() >= until:
-                return
-            await _ask(server, soak, number)
+    async def client() -> None:
+        while time.monotonic() < until:
+            await _ask(server, soak, next(numbers))
 
-    await asyncio.gather(_reload(server, soak, until), *(client(first) for first in range(16)))
-    assert soak.unexpected == []
-    return soak.statuses["predict", 200] / (time.monotonic() - began)
+    await asyncio.gather(*(client() for _ in range(16)))  # keep the worker busy; more would only wait
+    return (soak.statuses["predict", 200] - before) / (time.monotonic() - began)
 
 
 async def _soak(server: Served, seconds: float) -> Soak:
-    capacity = await _capacity(server, min(40.0, seconds / 4))
-    rate = LOAD * capacity
-    print(
-        f"\n{os.cpu_count()} cores; {capacity:.1f} predictions/s at most, {rate:.1f} offered for {seconds:.0f} s", flush=True
-    )
-    soak, chooser = Soak(), random.Random(0)
-    began = time.monotonic()
-    until = began + seconds
+    soak, chooser, numbers = Soak(), random.Random(0), itertools.count()
+    until = time.monotonic() + seconds
     beside = [asyncio.create_task(_reload(server, soak, until)), asyncio.create_task(_watch(server, soak, until))]
     running: set[asyncio.Task[None]] = set()
-    due, number = began, 0
-    while due < until:  # Poisson arrivals, whatever becomes of the ones before
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(_ask(server, soak, number))
-        running.add(task)
-        task.add_done_callback(running.discard)
-        due += chooser.expovariate(rate)
-        number += 1
+    while (now := time.monotonic()) < until:
+        round_end = min(until, now + ROUND)
+        soak.capacities.append(await _capacity(server, soak, numbers, PROBE))
+        due = time.monotonic()
+        while due < round_end:  # Poisson arrivals, whatever becomes of the ones before
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            task = asyncio.create_task(_ask(server, soak, next(numbers)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            due += chooser.expovariate(LOAD * soak.capacities[-1])
     await asyncio.gather(*running, *beside)
     return soak
 
@@ -191,6 +190,10 @@ def test_an_hour_at_four_fifths_of_capacity_changes_nothing(server: Served) -> N
     start, end = settled[: max(3, len(settled) // 20)], settled[-max(3, len(settled) // 20) :]
     growth = _memory(end) / _memory(start) - 1
     latencies = statistics.quantiles(soak.seconds, n=100)
+    low, middle, high = min(soak.capacities), statistics.median(soak.capacities), max(soak.capacities)
+    print(
+        f"\n{os.cpu_count()} cores; capacity {middle:.1f} predictions/s at the median, {low:.1f} to {high:.1f}, of it {LOAD:.0%}"
+    )
     print(f"{dict(soak.statuses)}")
     print(f"median {latencies[49] * 1e3:.1f} ms, p99 {latencies[98] * 1e3:.1f} ms; memory {growth:+.2%} after the settling")
     least = {what: [min(getattr(s, what) for s in part) for part in (start, end)] for what in ("files", "threads")}
