@@ -192,7 +192,8 @@ def test_an_hour_at_four_fifths_of_capacity_changes_nothing(server: Served) -> N
     latencies = statistics.quantiles(soak.seconds, n=100)
     low, middle, high = min(soak.capacities), statistics.median(soak.capacities), max(soak.capacities)
     print(
-        f"\n{os.cpu_count()} cores; capacity {middle:.1f} predictions/s at the median, {low:.1f} to {high:.1f}, of it {LOAD:.0%}"
+        f"\n{os.cpu_count()} cores; capacity {middle:.1f} predictions/s at the median, {low:.1f} to {high:.1f}; "
+        f"{LOAD:.0%} of it offered"
     )
     print(f"{dict(soak.statuses)}")
     print(f"median {latencies[49] * 1e3:.1f} ms, p99 {latencies[98] * 1e3:.1f} ms; memory {growth:+.2%} after the settling")
