@@ -197,11 +197,15 @@ class ScalaBLModel(nn.Module):
     def find_shared_work(self) -> None:
         """Find out by passes, so that it holds for any architecture, what all samples of an input have in common.
 
-        * The trunk (`trunk.Trunk`): whether rows that fan out only after it get the numbers that they get without it.
+        * The trunk and the last block's MLP (`trunk.Trunk`): whether rows that fan out only after the one, and are cut to
+          the position that is read before the other, get the numbers that they get without.
         * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
           same tensor (q, k and v of one attention). They multiply each input once.
         """
-        self.trunk.verified = self.trunk.possible and self._trunk_agrees()
+        trunk = self.trunk
+        expected = self._probe(fans_out=False, trims=False)
+        trunk.verified = trunk.possible and self._agrees(expected, fans_out=True, trims=False)
+        trunk.trims = bool(trunk.blocks) and self._agrees(expected, fans_out=trunk.verified, trims=True)
         calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -218,26 +222,34 @@ class ScalaBLModel(nn.Module):
         for name, layer in self.adapted.items():
             layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
 
-    def _trunk_agrees(self) -> bool:
+    def _probe(self, *, fans_out: bool, trims: bool) -> list[Tensor]:
+        """Logits of a few inputs under two samples, with and without the trunk and the trimming."""
         vocabulary = self.base.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(0)
-        for count in (1, 2, 3):  # an argument with one entry for each input must not be taken for one with two or three
-            ids = torch.randint(vocabulary, (count, 4), generator=generator).to(self.device)
-            lengths = torch.arange(4, 4 - count, -1, device=self.device)
-            s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
-            rows = torch.arange(2 * count, device=self.device)
-            samples = RowSamples(s, rows % 2, fan_out=2, inputs=rows // 2)
-            self.trunk.verified = False
-            expected = self.run_rows(ids, lengths, samples)
-            self.trunk.verified = True
-            try:
-                found = self.run_rows(ids, lengths, samples)
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
-                return False  # a block takes its rows in another form: every row runs from the start, as without a trunk
-            tolerance = (1e-4 if self.base.dtype == torch.float32 else 2e-2) * float(expected.abs().max())
-            if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
-                return False
-        return True
+        kept = self.trunk.verified, self.trunk.trims
+        found = []
+        try:
+            self.trunk.verified, self.trunk.trims = fans_out, trims
+            for count in (1, 2, 3):  # an argument with one entry for each input must not be taken for one with two or three
+                ids = torch.randint(vocabulary, (count, 4), generator=generator).to(self.device)
+                lengths = torch.arange(4, 4 - count, -1, device=self.device)
+                s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
+                rows = torch.arange(2 * count, device=self.device)
+                found.append(self.run_rows(ids, lengths, RowSamples(s, rows % 2, fan_out=2, inputs=rows // 2)))
+        finally:
+            self.trunk.verified, self.trunk.trims = kept
+        return found
+
+    def _agrees(self, expected: list[Tensor], *, fans_out: bool, trims: bool) -> bool:
+        try:
+            found = self._probe(fans_out=fans_out, trims=trims)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
+        tolerance = 1e-4 if self.base.dtype == torch.float32 else 2e-2
+        return all(
+            one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+            for one, other in zip(found, expected, strict=True)
+        )
 
     def warm_up(self) -> None:
         """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
@@ -264,7 +276,7 @@ class ScalaBLModel(nn.Module):
             input_ids, lengths, inputs = input_ids[inputs], lengths[inputs], None
         self._fan_out.inputs, self._fan_out.count, self._fan_out.states = inputs, input_ids.shape[0], states
         in_blocks = bool(self.trunk.blocks)  # else rows fan out at the head
-        self._head.last = (lengths if inputs is None or not in_blocks else lengths[inputs]) - 1
+        self._head.last = self._fan_out.last = (lengths if inputs is None or not in_blocks else lengths[inputs]) - 1
         self._head.inputs = None if in_blocks else inputs
         with nullcontext() if states is None else self.trunk.skipped():
             output = self.base(input_ids=input_ids, use_cache=False)

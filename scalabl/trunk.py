@@ -1,4 +1,5 @@
-"""The trunk: the decoder blocks before the first stochastic layer. They see each input once, whatever the samples.
+"""What need not be computed: the blocks before the first stochastic layer for each sample (the trunk), and what the last
+block's MLP gives at positions that nobody reads.
 
 Rows fan out to posterior samples by hooks on the blocks after the trunk, with whatever arguments the architecture gives
 them, so that no architecture's forward is copied here. What is adapted, and the pass itself, are `model`'s.
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,10 +25,12 @@ class FanOut:
         inputs: [M] int64; None where the pass has a row for each of its inputs and nothing fans out.
         count: B, the inputs of the pass.
         states: [B, T, D], what the trunk gave for these inputs; None to run it.
+        last: [M], the position that is read in each row.
     """
 
     def __init__(self) -> None:
         self.inputs: Tensor | None = None
+        self.last: Tensor | None = None
         self.count = 0
         self.states: Tensor | None = None
 
@@ -65,11 +69,12 @@ class Trunk:
         depth: how many blocks come before any adapted one; all of them when only the head is adapted.
         possible: whether the adapted modules are in one list of blocks.
         verified: whether rows fan out after the trunk: it has been seen to give the numbers of a pass without it.
+        trims: whether the last block's MLP computes only the position that is read; seen likewise.
     """
 
     def __init__(self, host: Host, adapted: Sequence[str], fan_out: FanOut) -> None:
         found = _blocks_of(host, adapted) if adapted else None
-        self.possible, self.verified = found is not None or not adapted, False
+        self.possible, self.verified, self.trims = found is not None or not adapted, False, False
         self.blocks, self.depth = found or ([], 0)
         self._fan_out = fan_out
         self._handles: list[RemovableHandle] = []
@@ -79,6 +84,16 @@ class Trunk:
         for index, block in enumerate(self.blocks[self.depth :]):
             hook = _hook(self._fan_out, first=index == 0)
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        if mlp := dict(self.blocks[-1].named_children()).get("mlp") if self.blocks else None:
+            self._handles.append(mlp.register_forward_pre_hook(self._trim))
+
+    def _trim(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """[M, T, D] -> [M, 1, D]: the block adds the MLP's output to every position, and only this one is read."""
+        last = self._fan_out.last
+        if not self.trims or last is None or not args:
+            return None
+        hidden = args[0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)].unsqueeze(1), *args[1:]
 
     def detach(self) -> None:
         """Take them out."""

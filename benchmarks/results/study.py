@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,3 @@ class Study:
     def threshold_rows(self) -> torch.Tensor:
         """The other half."""
         return split_halves(self.sets["validation"].answers, 0)[1]
-
-    def without_head_loss(self) -> Study:
-        """The same study with the head left as it is."""
-        return replace(self, config=self.config.model_copy(update={"target_modules": TARGETS[:-1]}))

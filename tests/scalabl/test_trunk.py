@@ -37,6 +37,7 @@ def _rows_of(model: ScalaBLModel, block: int) -> list[int]:
 def test_the_trunk_changes_no_number(name: str, layers: tuple[int, ...] | None) -> None:
     plain, split = _pair(name, layers_to_transform=layers)
     assert split.trunk.verified
+    assert split.trunk.trims
     assert split.trunk.depth == (0 if layers is None else 1)
     draws = [split.draws(3, seed=1), split.draws(1, seed=2), split.draws(3, seed=1), split.draws(5, seed=3)]
     for sequences, each in ((SEQUENCES, draws), (SEQUENCES, [draws[0]] * 4), (SEQUENCES[:1], draws[:1])):
@@ -53,6 +54,26 @@ def test_blocks_before_the_first_adapted_one_see_a_row_for_each_input() -> None:
     first, second = _rows_of(model, 0), _rows_of(model, 1)
     model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
     assert (first, second) == ([4], [32])
+
+
+def test_the_last_mlp_computes_the_position_that_is_read() -> None:
+    model = tiny.adapted()
+    model.find_shared_work()
+    seen: list[tuple[int, ...]] = []
+    for block in model.base.model.layers:
+        block.mlp.act_fn.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
+    assert seen == [(32, 14), (32, 1)]
+
+
+def test_a_block_that_mixes_positions_after_its_mlp_is_not_trimmed() -> None:
+    model = tiny.adapted()
+    mixed = model.base.model.layers[-1].mlp
+    mixed.register_forward_hook(lambda _, args, output: output + args[0].mean(1, keepdim=True))
+    expected = model.logits(TokenBatch.of(SEQUENCES), model.draws(3))
+    model.find_shared_work()
+    assert not model.trunk.trims
+    torch.testing.assert_close(model.logits(TokenBatch.of(SEQUENCES), model.draws(3)), expected)
 
 
 def test_with_the_head_alone_adapted_every_block_is_trunk() -> None:

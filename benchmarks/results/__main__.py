@@ -1,0 +1,61 @@
+"""Run the study: python -m benchmarks.results --model FOLDER --data FOLDER --folder FOLDER [--only …]
+
+Whatever has finished is kept in --folder and not run again. `page` writes docs/results.md and its figures from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.results.precision import SCALES, Precision
+from benchmarks.results.runs import Run, execute, finished, sweep_runs, table_runs
+from benchmarks.results.study import Study
+
+PARTS = ("table", "sweep", "precision", "times", "page")
+MAIN = "train-scalabl-0"
+
+
+def main() -> None:
+    """Run the parts that are asked for, in their order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="the base model's folder (examples.intent_router.base_model)")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with clinc10/ and clinc_oos/")
+    parser.add_argument("--folder", type=Path, required=True, help="what has finished is kept here")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    study = Study.of(options.model, options.data, options.folder)
+    if "table" in parts:
+        for run in table_runs():
+            _run(study, run)
+    if "sweep" in parts:
+        for run in sweep_runs():
+            _run(study, run)
+    for scale in SCALES:
+        if "precision" in parts:
+            Precision(study, MAIN, scale).measure()
+        if "times" in parts and scale == SCALES[0]:
+            Precision(study, MAIN, scale).time()
+    if "page" in parts:
+        from benchmarks.results.page import write
+
+        write(study)
+
+
+def _run(study: Study, run: Run) -> None:
+    if finished(study, run.name) is None:
+        began = time.perf_counter()
+        execute(study, run)
+        print(f"{run.name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

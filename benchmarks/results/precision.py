@@ -1,0 +1,174 @@
+"""Precision for cost: how far K samples, the linearisation and both together are from a large reference, and their time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.machine import describe
+from benchmarks.results.study import Study, subset
+from scalabl.adapter_io import load_adapter
+from scalabl.evaluation import EncodedSet, batches, logits_of
+from scalabl.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import SCHEMES, Draws, Scheme, draw
+from scalabl.predictive import Predictive, predictive
+
+INPUTS = 200  # half from the test set, half from outside the choices
+REFERENCE = 2048
+COUNTS = (4, 8, 16, 32, 64, 128, 256)
+CONTROLLED = (4, 8, 16, 32)
+SEEDS = (1, 2)
+SCALES = (1.0, 3.0)  # of sigma: as trained, and where the linearisation has to fail
+PASS_SAMPLES = 256  # held at once
+TIMED_INPUTS = 40
+
+
+class Precision:
+    """Of one adapter at one scale of sigma."""
+
+    def __init__(self, study: Study, run: str, scale: float) -> None:
+        self.study, self.scale = study, scale
+        self.folder = study.folder / f"precision {run} x{scale:g}"
+        self.folder.mkdir(exist_ok=True)
+        self.model = load_adapter(study.pretrained.model, study.folder / run)
+        self.model.config = self.model.config.model_copy(update={"posterior_scale": scale})
+        parts = [subset(study.sets[name], _spread(len(study.sets[name].answers), INPUTS // 2)) for name in ("test", "ood")]
+        self.inputs = EncodedSet(
+            [ids for part in parts for ids in part.sequences],
+            torch.cat([part.answers for part in parts]),
+            torch.cat([part.num_choices for part in parts]),
+        )
+
+    def logits(self, name: str, draws: Draws) -> Tensor:
+        """[N, K, C], kept in the folder piece by piece."""
+        pieces = []
+        for start in range(0, draws.num_samples, PASS_SAMPLES):
+            path = self.folder / f"{name} {start}.safetensors"
+            if not path.is_file():
+                part = dataclasses.replace(draws, epsilon=draws.epsilon[start : start + PASS_SAMPLES])
+                save_file({"logits": logits_of(self.model, self.inputs.sequences, part)}, path)
+            pieces.append(load_file(path)["logits"])
+        return torch.cat(pieces, dim=1)
+
+    def linearization(self) -> list[tuple[list[int], Linearization]]:
+        """Of all inputs, in batches, as (indices, their linearisation)."""
+        lengths = [len(ids) for ids in self.inputs.sequences]
+        found = []
+        for batch in batches(lengths, self.model.num_choices, 4096):
+            tokens = TokenBatch.of([self.inputs.sequences[i] for i in batch])
+            found.append((batch, linearize(self.model, tokens, negligible=NEGLIGIBLE)))
+        return found
+
+    def measure(self) -> dict[str, Any]:
+        """RMS errors against the reference; kept."""
+        path = self.folder / "errors.json"
+        if path.is_file():
+            kept: dict[str, Any] = json.loads(path.read_text())
+            return kept
+        dimension = self.model.num_stochastic_parameters
+        truth = predictive(self.logits("reference", draw(10**9, REFERENCE, dimension, "antithetic")), 1.0, "antithetic")
+        rows: list[dict[str, Any]] = []
+        sampled: dict[tuple[Scheme, int], tuple[Draws, Tensor]] = {}
+        for scheme in SCHEMES:
+            for seed in SEEDS:
+                draws = draw(seed, max(COUNTS), dimension, scheme)
+                sampled[scheme, seed] = draws, self.logits(f"{scheme} {seed}", draws)
+            for count in COUNTS:
+                # Blocks of K of one sequence: independent for the first two schemes, nets of their own for Sobol.
+                blocks = [
+                    predictive(logits[:, start : start + count], 1.0, scheme)
+                    for (name, _), (_, logits) in sampled.items()
+                    if name == scheme
+                    for start in range(0, max(COUNTS), count)
+                ]
+                rows.append({"method": f"MC, {scheme}", "num_samples": count, **_errors(blocks, truth)})
+        linear = self.linearization()
+        rows.append(
+            {
+                "method": "linearised",
+                "num_samples": 0,
+                **_errors([_gathered(linear, lambda one, _: one.predictive())], truth),
+            }
+        )
+        for scheme in ("gaussian", "sobol"):
+            for count in CONTROLLED:
+                outcomes = [
+                    _controlled(linear, logits, draws, slice(start, start + count))
+                    for (name, _), (draws, logits) in sampled.items()
+                    if name == scheme
+                    for start in range(0, min(max(COUNTS), 8 * count), count)
+                ]
+                rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
+        result = {"scale": self.scale, "relative_spread": relative_spread(self.model), "rows": rows}
+        path.write_text(json.dumps(result, indent=1))
+        return result
+
+    def time(self, rounds: int = 5) -> dict[str, Any]:
+        """Seconds per input of each method, medians over interleaved rounds on a quiet machine."""
+        some = subset(self.inputs, _spread(INPUTS, TIMED_INPUTS)).sequences
+        sampling = {count: self.model.draws(count) for count in COUNTS}
+
+        def linearised() -> None:
+            for batch in batches([len(ids) for ids in some], self.model.num_choices, 4096):
+                linear = linearize(self.model, TokenBatch.of([some[i] for i in batch]), negligible=NEGLIGIBLE)
+                linear.predictive()
+
+        methods: dict[str, Callable[[], object]] = {
+            f"MC {count}": lambda draws=draws: logits_of(self.model, some, draws) for count, draws in sampling.items()
+        }
+        methods["linearised"] = linearised
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(rounds + 1):  # the first warms up
+            for name, run in methods.items():
+                began = time.perf_counter()
+                run()
+                seconds[name].append((time.perf_counter() - began) / len(some))
+        found = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+        spread = {name: (min(each[1:]), max(each[1:])) for name, each in seconds.items()}
+        result = {"machine": describe(), "threads": torch.get_num_threads(), "seconds": found, "range": spread}
+        (self.folder / "times.json").write_text(json.dumps(result, indent=1))
+        return result
+
+
+def _spread(count: int, wanted: int) -> Tensor:
+    return torch.arange(wanted) * count // wanted
+
+
+def _gathered(
+    linear: list[tuple[list[int], Linearization]], of: Callable[[Linearization, list[int]], Predictive]
+) -> Predictive:
+    found = {i: outcome for batch, each in linear for i, outcome in _by_input(batch, of(each, batch))}
+    return Predictive.stack([found[i] for i in range(len(found))])
+
+
+def _by_input(batch: list[int], outcome: Predictive) -> list[tuple[int, Predictive]]:
+    return [(i, outcome.of_input(row)) for row, i in enumerate(batch)]
+
+
+def _controlled(linear: list[tuple[list[int], Linearization]], logits: Tensor, draws: Draws, block: slice) -> Predictive:
+    part = dataclasses.replace(draws, epsilon=draws.epsilon[block])
+    return _gathered(linear, lambda each, batch: controlled(logits[batch][:, block], each, part))
+
+
+def _errors(outcomes: list[Predictive], truth: Predictive) -> dict[str, float]:
+    probabilities = torch.stack([each.probabilities - truth.probabilities for each in outcomes])
+    information = torch.stack([each.mutual_information - truth.mutual_information for each in outcomes])
+    return {
+        "probabilities": float(probabilities.square().mean().sqrt()),
+        "mutual_information": float(information.square().mean().sqrt()),
+        "mutual_information_bias": float(information.mean()),
+    }
+
+
+def adapter_of(study: Study, run: str) -> ScalaBLModel:
+    """The trained adapter of a run, attached to the study's base model."""
+    return load_adapter(study.pretrained.model, study.folder / run)

@@ -1,0 +1,219 @@
+"""The trainings of the study and the logits that each gives, kept in the study's folder under the run's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.results.lora import fit, lora
+from benchmarks.results.study import NUM_SAMPLES, Study, subset
+from scalabl.adapter_io import load_adapter
+from scalabl.calibration import TEMPERATURES, fit_scale, minimise, mixture_nll
+from scalabl.evaluation import logits_of
+from scalabl.model import ScalaBLModel
+from scalabl.recipe import TrainingConfig
+from scalabl.training import train_adapter
+
+STEPS = {"train": 600, "few": 200}
+SEEDS = (0, 1, 2)
+DROPOUT = 0.1
+Method = Literal["base", "lora", "dropout", "scalabl"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        rows: `train` or `few`.
+        recipe: what differs from the study's recipe.
+        prior_std: of ScalaBL's prior.
+        report: what is evaluated: the test set and the queries outside, or (in the sweep) the validation sets alone.
+    """
+
+    name: str
+    method: Method
+    rows: str = "train"
+    seed: int = 0
+    recipe: tuple[tuple[str, Any], ...] = ()
+    prior_std: float = 1.0
+    report: Literal["test", "validation"] = "test"
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The whole recipe."""
+        steps = STEPS[self.rows]
+        common = {"max_steps": steps, "eval_steps": steps // 4, "eval_samples": 8, "seed": self.seed}
+        return TrainingConfig.model_validate(common | dict(self.recipe))
+
+
+PUBLISHED = (("recipe", "published"),)
+
+
+def table_runs() -> list[Run]:
+    """The table's trainings, seed by seed, so that what has run is a whole table of fewer seeds."""
+    runs = [Run("base", "base")]
+    for rows in ("train", "few"):
+        for seed in SEEDS:
+            of = {"rows": rows, "seed": seed}
+            runs += [
+                Run(f"{rows}-scalabl-{seed}", "scalabl", **of),
+                Run(f"{rows}-lora-{seed}", "lora", **of),
+                Run(f"{rows}-published-{seed}", "scalabl", recipe=PUBLISHED, **of),
+                Run(f"{rows}-dropout-{seed}", "dropout", **of),
+            ]
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def sweep_runs() -> list[Run]:
+    """KL direction, its weight, sigma's start and the prior, one seed each, judged on the validation rows."""
+    cells: dict[str, dict[str, Any]] = {
+        "q_p, β = 1": {},
+        "q_p, β = 0.1": {"kl_weight": 0.1},
+        "q_p, β = 10": {"kl_weight": 10.0},
+        "p_q, β = 1": {"kl_direction": "p_q"},
+        "p_q, β = 0.1": {"kl_direction": "p_q", "kl_weight": 0.1},
+        "q_p, β = 1, σ starts at 0.5": {"std_init": 0.5},
+        "q_p, β = 1, σ learns like μ": {"sigma_learning_rate": 2e-3},
+        "published, SGD 0.2": {"recipe": "published"},
+        "published, SGD 0.02": {"recipe": "published", "kl_learning_rate": 0.02},
+    }
+    runs = [
+        Run(f"sweep {name}", "scalabl", recipe=tuple(changes.items()), report="validation")
+        for name, changes in cells.items()
+    ]
+    return [*runs, Run("sweep q_p, β = 1, prior 0.3", "scalabl", prior_std=0.3, report="validation")]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left: logits [N, K, C] by set, and numbers about the training."""
+
+    logits: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+def finished(study: Study, name: str) -> Finished | None:
+    """A run's results; None before it has finished."""
+    folder = study.folder / name
+    if not (folder / "notes.json").is_file():
+        return None
+    return Finished(load_file(folder / "logits.safetensors"), json.loads((folder / "notes.json").read_text()))
+
+
+def execute(study: Study, run: Run) -> Finished:
+    """Train and evaluate, unless it is done already."""
+    done = finished(study, run.name)
+    if done is not None:
+        return done
+    folder = study.folder / run.name
+    folder.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    logits, notes = {"base": _base, "lora": _lora, "dropout": _dropout, "scalabl": _scalabl}[run.method](study, run, folder)
+    notes |= {"run": dataclasses.asdict(run), "seconds": time.perf_counter() - began}
+    save_file({name: tensor.contiguous() for name, tensor in logits.items()}, folder / "logits.safetensors")
+    (folder / "notes.json").write_text(json.dumps(notes, indent=1))
+    return Finished(logits, notes)
+
+
+Result = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def _base(study: Study, run: Run, folder: Path) -> Result:
+    model = study.model(target_modules=("lm_head",), layers_to_transform=None)  # B = 0: the base model's own logits
+    found = {}
+    for name in ("validation", "test", "ood"):
+        found[name] = logits_of(model, study.sets[name].sequences, model.mean_draw())
+    model.detach()
+    return found, {"passes": 1, "additional_parameters": 0, "stochastic_parameters": 0}
+
+
+def _lora(study: Study, run: Run, folder: Path) -> Result:
+    with lora(study, 0.0, run.seed) as made:
+        fit(made, run.rows, run.training)
+        found = {name: made.logits_of(name) for name in ("validation", "test", "ood")}
+        return found, {"passes": 1, "additional_parameters": _trainable(made.model), "stochastic_parameters": 0}
+
+
+def _dropout(study: Study, run: Run, folder: Path) -> Result:
+    with lora(study, DROPOUT, run.seed) as made:
+        fit(made, run.rows, run.training)
+        found = {name: made.logits_of(name, NUM_SAMPLES, dropout=True, seed=run.seed) for name in ("test", "ood")}
+        count = _trainable(made.model)
+        return found, {"passes": NUM_SAMPLES, "additional_parameters": count, "stochastic_parameters": 0}
+
+
+def _trainable(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _scalabl(study: Study, run: Run, folder: Path) -> Result:
+    config = study.config.model_copy(update={"prior_std": run.prior_std})
+    metrics = train_adapter(
+        study.pretrained.model,
+        config,
+        run.training,
+        study.sets[run.rows],
+        study.sets["validation"],
+        folder,
+        caches=(study.caches[run.rows], study.caches["validation"]),
+    )
+    model = load_adapter(study.pretrained.model, folder)
+    mean, log_std = (tensor.detach() for tensor in model.posterior())
+    notes: dict[str, Any] = {
+        "passes": NUM_SAMPLES,
+        "additional_parameters": metrics["additional_parameters"],
+        "stochastic_parameters": metrics["stochastic_parameters"],
+        "median_sigma": float(log_std.exp().median()),
+        "median_abs_mu": float(mean.abs().median()),
+        "median_ratio": float((log_std.exp() / mean.abs()).median()),
+    }
+    try:
+        if run.report == "validation":
+            return {name: sampled(study, model, name) for name in ("validation", "ood_validation")}, notes
+        found = {name: sampled(study, model, name) for name in ("test", "ood")}
+        if not run.recipe:  # ours: scale and temperature on half of the validation rows, thresholds on the other
+            notes |= _fit(study, model, found)
+        return found, notes
+    finally:
+        model.detach()
+
+
+def sampled(study: Study, model: ScalaBLModel, name: str, scale: float = 1.0, rows: Tensor | None = None) -> Tensor:
+    """[N, K, C] of a set, or of some of its rows, with sigma scaled."""
+    draws = model.draws(NUM_SAMPLES)
+    draws = dataclasses.replace(draws, epsilon=scale * draws.epsilon)
+    cache, encoded = study.caches[name], study.sets[name]
+    rows = torch.arange(len(encoded.answers)) if rows is None else rows
+    chosen = subset(encoded, rows)
+    return logits_of(model, chosen.sequences, draws, states=lambda index, width: cache.of(rows[index], width))
+
+
+def _fit(study: Study, model: ScalaBLModel, found: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds the logits at the fitted scale to `found`."""
+    rows = study.fit_rows
+    answers = study.sets["validation"].answers[rows]
+    fitted = fit_scale(lambda scale: sampled(study, model, "validation", scale, rows), answers)
+    scale = fitted.best.posterior_scale
+    found["fit"] = fitted.logits
+    found["thresholds"] = sampled(study, model, "validation", scale, study.threshold_rows)
+    for name in ("test", "ood"):
+        found[f"{name}_scaled"] = found[name] if scale == 1 else sampled(study, model, name, scale)
+    return {
+        "posterior_scale": scale,
+        "temperature": fitted.best.temperature,
+        "trials": [dataclasses.asdict(trial) for trial in fitted.trials],
+    }
+
+
+def best_temperature(logits: Tensor, answers: Tensor) -> float:
+    """The temperature of the lowest NLL, as `calibration.fit_scale` finds it."""
+    return minimise(lambda t: mixture_nll(logits, answers, t), TEMPERATURES, 1e-3)[0]
