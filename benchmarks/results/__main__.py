@@ -1,6 +1,7 @@
 """Run the study: python -m benchmarks.results --model FOLDER --data FOLDER --folder FOLDER [--only …]
 
-Whatever has finished is kept in --folder and not run again. `page` writes docs/results.md and its figures from it.
+Adapters and logits go to --folder; the scores of each run go to benchmarks/results/runs, and a run whose scores are there
+is not run again. `page` writes docs/results.md and its figures from the scores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.results.precision import SCALES, Precision
-from benchmarks.results.runs import Run, execute, finished, sweep_runs, table_runs
+from benchmarks.results.runs import Run, execute, keep_ensemble, scores_of, sweep_runs, table_runs
 from benchmarks.results.study import Study
 
 PARTS = ("table", "sweep", "precision", "times", "page")
@@ -36,6 +37,8 @@ def main() -> None:
     if "table" in parts:
         for run in table_runs():
             _run(study, run)
+        for rows in ("train", "few"):
+            keep_ensemble(study, rows)
     if "sweep" in parts:
         for run in sweep_runs():
             _run(study, run)
@@ -47,11 +50,11 @@ def main() -> None:
     if "page" in parts:
         from benchmarks.results.page import write
 
-        write(study)
+        write()
 
 
 def _run(study: Study, run: Run) -> None:
-    if finished(study, run.name) is None:
+    if scores_of(run.name) is None:
         began = time.perf_counter()
         execute(study, run)
         print(f"{run.name}: {time.perf_counter() - began:.0f} s", flush=True)

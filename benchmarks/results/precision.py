@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.results.runs import keep, scores_of
 from benchmarks.results.study import Study, subset
 from scalabl.adapter_io import load_adapter
 from scalabl.evaluation import EncodedSet, batches, logits_of
 from scalabl.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
-from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.model import TokenBatch
 from scalabl.posterior import SCHEMES, Draws, Scheme, draw
 from scalabl.predictive import Predictive, predictive
 
@@ -70,9 +70,8 @@ class Precision:
 
     def measure(self) -> dict[str, Any]:
         """RMS errors against the reference; kept."""
-        path = self.folder / "errors.json"
-        if path.is_file():
-            kept: dict[str, Any] = json.loads(path.read_text())
+        kept = scores_of(f"precision x{self.scale:g}")
+        if kept is not None:
             return kept
         dimension = self.model.num_stochastic_parameters
         truth = predictive(self.logits("reference", draw(10**9, REFERENCE, dimension, "antithetic")), 1.0, "antithetic")
@@ -109,7 +108,7 @@ class Precision:
                 ]
                 rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
         result = {"scale": self.scale, "relative_spread": relative_spread(self.model), "rows": rows}
-        path.write_text(json.dumps(result, indent=1))
+        keep(f"precision x{self.scale:g}", result)
         return result
 
     def time(self, rounds: int = 5) -> dict[str, Any]:
@@ -135,7 +134,7 @@ class Precision:
         found = {name: statistics.median(each[1:]) for name, each in seconds.items()}
         spread = {name: (min(each[1:]), max(each[1:])) for name, each in seconds.items()}
         result = {"machine": describe(), "threads": torch.get_num_threads(), "seconds": found, "range": spread}
-        (self.folder / "times.json").write_text(json.dumps(result, indent=1))
+        keep("precision times", result)
         return result
 
 
@@ -167,8 +166,3 @@ def _errors(outcomes: list[Predictive], truth: Predictive) -> dict[str, float]:
         "mutual_information": float(information.square().mean().sqrt()),
         "mutual_information_bias": float(information.mean()),
     }
-
-
-def adapter_of(study: Study, run: str) -> ScalaBLModel:
-    """The trained adapter of a run, attached to the study's base model."""
-    return load_adapter(study.pretrained.model, study.folder / run)

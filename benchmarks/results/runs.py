@@ -1,4 +1,6 @@
-"""The trainings of the study and the logits that each gives, kept in the study's folder under the run's name."""
+"""The trainings of the study. Each leaves its adapter and logits in the study's folder, and its scores as a small JSON
+file beside this module, so that the page can be made, and a study go on, from the repository alone.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.machine import describe
 from benchmarks.results.lora import fit, lora
+from benchmarks.results.scores import ensemble, scores_by_variant
 from benchmarks.results.study import NUM_SAMPLES, Study, subset
 from scalabl.adapter_io import load_adapter
-from scalabl.calibration import TEMPERATURES, fit_scale, minimise, mixture_nll
+from scalabl.calibration import fit_scale
 from scalabl.evaluation import logits_of
 from scalabl.model import ScalaBLModel
 from scalabl.recipe import TrainingConfig
@@ -93,35 +97,30 @@ def sweep_runs() -> list[Run]:
     return [*runs, Run("sweep q_p, β = 1, prior 0.3", "scalabl", prior_std=0.3, report="validation")]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a run left: logits [N, K, C] by set, and numbers about the training."""
-
-    logits: dict[str, Tensor]
-    notes: dict[str, Any]
+SCORES = Path(__file__).parent / "runs"
 
 
-def finished(study: Study, name: str) -> Finished | None:
-    """A run's results; None before it has finished."""
-    folder = study.folder / name
-    if not (folder / "notes.json").is_file():
-        return None
-    return Finished(load_file(folder / "logits.safetensors"), json.loads((folder / "notes.json").read_text()))
+def scores_of(name: str) -> dict[str, Any] | None:
+    """What a run found; None before it has finished."""
+    path = SCORES / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def execute(study: Study, run: Run) -> Finished:
-    """Train and evaluate, unless it is done already."""
-    done = finished(study, run.name)
-    if done is not None:
-        return done
+def execute(study: Study, run: Run) -> None:
+    """Train, evaluate and keep the scores."""
     folder = study.folder / run.name
     folder.mkdir(exist_ok=True)
     began = time.perf_counter()
     logits, notes = {"base": _base, "lora": _lora, "dropout": _dropout, "scalabl": _scalabl}[run.method](study, run, folder)
-    notes |= {"run": dataclasses.asdict(run), "seconds": time.perf_counter() - began}
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, folder / "logits.safetensors")
-    (folder / "notes.json").write_text(json.dumps(notes, indent=1))
-    return Finished(logits, notes)
+    notes |= {"run": dataclasses.asdict(run), "seconds": round(time.perf_counter() - began), "machine": describe()}
+    keep(run.name, notes | {"scores": scores_by_variant(study, run, logits, notes)})
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Write what a run found."""
+    SCORES.mkdir(exist_ok=True)
+    (SCORES / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]
@@ -214,6 +213,11 @@ def _fit(study: Study, model: ScalaBLModel, found: dict[str, Tensor]) -> dict[st
     }
 
 
-def best_temperature(logits: Tensor, answers: Tensor) -> float:
-    """The temperature of the lowest NLL, as `calibration.fit_scale` finds it."""
-    return minimise(lambda t: mixture_nll(logits, answers, t), TEMPERATURES, 1e-3)[0]
+def keep_ensemble(study: Study, rows: str) -> None:
+    """The three plain LoRAs of some rows as one ensemble, once all have left their logits here."""
+    name, paths = f"{rows}-ensemble", [study.folder / f"{rows}-lora-{seed}" / "logits.safetensors" for seed in SEEDS]
+    if scores_of(name) is None and all(path.is_file() for path in paths):
+        one = scores_of(f"{rows}-lora-{SEEDS[0]}") or {}
+        count = len(SEEDS) * one["additional_parameters"]
+        notes = {"passes": len(SEEDS), "additional_parameters": count, "stochastic_parameters": 0}
+        keep(name, notes | {"scores": ensemble(study, [load_file(path) for path in paths])})
