@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,8 +204,16 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def train_adapter(

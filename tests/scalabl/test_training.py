@@ -255,12 +255,15 @@ def test_tensorboard_logs_are_written_beside_the_adapter(tmp_path: Path) -> None
     assert {"train/nll", "train/kl", "eval/loss", "eval/ece"} <= scalars
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [None, b'{"epoch": 1.25, "best'], ids=["absent", "cut"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path, state: bytes | None) -> None:
     recipe = RECIPE.model_copy(update={"max_steps": 40})
     _train(tmp_path, recipe)
     whole = read_weights(tmp_path)
     last = tmp_path / "checkpoints" / "checkpoint-40"
     (last / "trainer_state.json").unlink()
+    if state is not None:
+        (last / "trainer_state.json").write_bytes(state)
     (last / "adapter_model.safetensors").write_bytes(b"half")
     _train(tmp_path, recipe)
     assert all(torch.equal(whole[name], tensor) for name, tensor in read_weights(tmp_path).items())
