@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scalabl.evaluation import ABSENT, EncodedSet, batches
+from scalabl.evaluation import ABSENT, EncodedSet, batches, without_absent
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, draw
 from scalabl.predictive import Predictive, StandardErrors, predictive
@@ -120,16 +120,26 @@ def linearized_predictive(
     model: ScalaBLModel,
     encoded: EncodedSet,
     *,
+    draws: Draws | None = None,
     negligible: float = 0.0,
     max_batch_tokens: int = 4096,
     on_progress: Callable[[int], object] | None = None,
 ) -> Predictive:
-    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches."""
+    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches.
+
+    Args:
+        draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
+    """
     found: dict[int, Predictive] = {}
-    for batch in batches([len(ids) for ids in encoded.sequences], model.num_choices, max_batch_tokens):
-        tokens = TokenBatch.of([encoded.sequences[i] for i in batch])
-        linear = linearize(model, tokens, num_choices=encoded.num_choices[batch], negligible=negligible)
-        outcome = linear.predictive(model.config.temperature)
+    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
+        tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
+        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        if draws is None:
+            outcome = linear.predictive(model.config.temperature)
+        else:
+            logits = without_absent(model.logits(tokens, draws).cpu(), counts)
+            outcome = controlled(logits, linear, draws, model.config.temperature)
         found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
         if on_progress is not None:
             on_progress(len(batch))

@@ -64,7 +64,7 @@ def prediction_of(
             expected_entropy=_known(float(error.expected_entropy)),
             mutual_information=_known(float(error.mutual_information)),
         ),
-        num_samples=asked.num_samples if asked.method == "monte_carlo" else 0,
+        num_samples=asked.num_samples,
         method=asked.method,
         recorded=True,
         **decided,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scalabl.prompt import Prompter
     from scalabl.report import Evaluated
 
-Method = Literal["monte_carlo", "linearized"]
+Method = Literal["monte_carlo", "linearized", "control_variate"]
 PLOT_FILES = (".png", ".svg", ".pdf")
 
 Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
@@ -70,7 +70,7 @@ def evaluate(
     num_samples: NumSamples = 16,
     seed: Seed = 0,
     method: Annotated[
-        Method, typer.Option(help="From samples, or linearized around their mean (no samples).")
+        Method, typer.Option(help="From samples, linearized around their mean (no samples), or samples corrected by that.")
     ] = "monte_carlo",
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind each 95% interval (0: no intervals).")] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
@@ -98,7 +98,7 @@ def evaluate(
         found = {
             "adapter": adapter.name,
             "method": method,
-            "num_samples": num_samples if method == "monte_carlo" else 0,
+            "num_samples": 0 if method == "linearized" else num_samples,
             "seed": seed,
             "draw_scheme": DEFAULT_SCHEME,
             **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
@@ -123,8 +123,14 @@ def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, n
     encoded, draws = loaded.encode(rows), loaded.model.draws(num_samples, seed)
     started = time.perf_counter()
     with tqdm(total=len(rows), desc=path.name, unit="input") as bar:
-        if method == "linearized":
-            outcome = linearized_predictive(loaded.model, encoded, negligible=NEGLIGIBLE, on_progress=bar.update)
+        if method != "monte_carlo":
+            outcome = linearized_predictive(
+                loaded.model,
+                encoded,
+                draws=draws if method == "control_variate" else None,
+                negligible=NEGLIGIBLE,
+                on_progress=bar.update,
+            )
         else:
             logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
             outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)

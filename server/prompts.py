@@ -25,7 +25,8 @@ class Asked:
     texts: list[str]
     choices: list[Sequence[str]]
     method: Method
-    num_samples: int  # or rows of another kind, which each input costs
+    num_samples: int  # K; 0 where none are drawn
+    rows: int  # of a pass, which each input costs: its samples, and one for each choice that is linearised
     seed: int
     level: str | None  # the calibrated coverage
     uncalibrated: str | None  # why there is none, although the adapter is calibrated
@@ -35,7 +36,7 @@ class Asked:
 
     def estimated_tokens(self, max_tokens: int) -> list[int]:
         """Rows x length of each input, before it is tokenised."""
-        return [self.num_samples * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
+        return [self.rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
 
     def slices(self) -> Iterator[range]:
         """The inputs' positions in runs of few characters."""
@@ -58,10 +59,8 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         ProblemError: `invalid-field` or `input-too-large`, naming field, value and limit.
     """
     check_method(request)
-    num_samples = request.num_samples or settings.num_samples
-    if request.method == "linearized":
-        num_samples = len(config.task.choices)
-    elif num_samples > settings.max_samples:
+    num_samples = 0 if request.method == "linearized" else request.num_samples or settings.num_samples
+    if num_samples > settings.max_samples:
         raise ProblemError(
             "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
         )
@@ -94,6 +93,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         choices=choices,
         method=request.method,
         num_samples=num_samples,
+        rows=num_samples + (0 if request.method == "monte_carlo" else len(config.task.choices)),
         seed=seed,
         level=level_for(config.calibration, request.coverage, unlike),
         uncalibrated=unlike,

@@ -14,7 +14,7 @@ Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
-Method = Literal["monte_carlo", "linearized"]
+Method = Literal["monte_carlo", "linearized", "control_variate"]
 
 
 class PredictRequest(BaseModel):
@@ -41,9 +41,12 @@ class PredictRequest(BaseModel):
     )
     method: Method = Field(
         default="monte_carlo",
-        description="monte_carlo: from num_samples posterior samples. linearized: from the derivatives at their mean.",
+        description=(
+            "monte_carlo: from num_samples posterior samples. linearized: from the derivatives at their mean. "
+            "control_variate: the samples, corrected by what the linearisation says of the same samples."
+        ),
     )
-    explain: bool = Field(default=False, description="With linearized: also each layer's share of the epistemic variance.")
+    explain: bool = Field(default=False, description="Except by monte_carlo: also each layer's share of the variance.")
     return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
     truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
     adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default one).")

@@ -222,7 +222,7 @@ class Service:
             adapter=served.name,
             predictions=predictions,
             **optional,
-            usage=Usage(tokens=seen.tokens, rows=len(predictions) * asked.num_samples),
+            usage=Usage(tokens=seen.tokens, rows=len(predictions) * asked.rows),
         )
 
     async def _compute(

@@ -218,6 +218,19 @@ def test_a_data_set_is_answered_in_its_order_each_input_over_its_own_choices() -
         assert found.mutual_information[index] == pytest.approx(float(alone.mutual_information[0]), abs=1e-3)
 
 
+def test_the_samples_of_a_data_set_are_corrected_each_input_over_its_own_choices() -> None:
+    model, counts = tiny.adapted(task=tiny.MULTIPLE_CHOICE), torch.tensor([2, 4, 3, 4])
+    encoded, draws = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts), model.draws(8)
+    found = linearized_predictive(model, encoded, draws=draws, max_batch_tokens=60)
+    for index, count in enumerate(counts.tolist()):
+        batch = TokenBatch.of([encoded.sequences[index]])
+        alone = controlled(model.logits(batch, draws)[..., :count], linearize(model, batch).of_choices(count), draws)
+        assert torch.allclose(found.probabilities[index, :count], alone.probabilities[0], atol=2e-3), (
+            "other Sobol dimensions"
+        )
+        assert found.probabilities[index, count:].sum() < 1e-9
+
+
 def test_choices_that_an_input_lacks_take_no_row_from_its_own() -> None:
     model = tiny.adapted(task=tiny.MULTIPLE_CHOICE)
     tiny.prefer(model, (2, 3))

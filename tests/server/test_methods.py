@@ -13,7 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from scalabl.adapter_io import save_adapter
-from scalabl.linearized import linearize
+from scalabl.linearized import controlled, linearize
 from scalabl.model import TokenBatch
 from scalabl.prompt import Prompter
 from server.engine import Engine, load_engine
@@ -63,6 +63,24 @@ def test_it_agrees_with_many_samples_where_sigma_is_small(narrow: TestClient) ->
         assert one["mutual_information"] == pytest.approx(other["mutual_information"], rel=0.1)
 
 
+def test_samples_with_their_linearisation_are_corrected_by_it(colours: TestClient) -> None:
+    body: dict[str, Any] = {"inputs": "the grass after rain", "method": "control_variate", "num_samples": 8, "seed": 3}
+    response = _ask(colours, **body, explain=True, return_samples=True)
+    (answer,) = response["predictions"]
+    model = tiny.adapted()
+    batch = TokenBatch.of([Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode("the grass after rain")])
+    draws = model.draws(8, 3)
+    expected = controlled(model.logits(batch, draws), linearize(model, batch), draws)
+    assert list(answer["probabilities"].values()) == pytest.approx(expected.probabilities[0].tolist(), abs=1e-4)
+    assert answer["mutual_information"] == pytest.approx(float(expected.mutual_information[0]), abs=1e-4)
+    error = float(expected.standard_error.mutual_information[0])
+    assert answer["standard_error"]["mutual_information"] == pytest.approx(error, rel=1e-2)
+    assert (answer["method"], answer["num_samples"], len(answer["samples"])) == ("control_variate", 8, 8)
+    assert sum(answer["layer_shares"].values()) == pytest.approx(1)
+    assert response["usage"]["rows"] == 8 + 3
+    assert "warnings" not in response, "it is not biased, however wide the posterior"
+
+
 def test_explained_answers_share_their_doubt_out_over_the_layers(colours: TestClient) -> None:
     (answer,) = _ask(colours, inputs="rose", method="linearized", explain=True)["predictions"]
     assert list(answer["layer_shares"]) == list(tiny.adapted().adapted)
@@ -70,9 +88,9 @@ def test_explained_answers_share_their_doubt_out_over_the_layers(colours: TestCl
     assert all(share >= 0 for share in answer["layer_shares"].values())
 
 
-def test_both_methods_at_once_give_what_each_gives_alone(colours: TestClient) -> None:
+def test_all_methods_at_once_give_what_each_gives_alone(colours: TestClient) -> None:
     bodies: list[dict[str, Any]] = [
-        {"inputs": "y" * (1 + 5 * n), "method": ("linearized", "monte_carlo")[n % 2]} for n in range(12)
+        {"inputs": "y" * (1 + 5 * n), "method": ("linearized", "monte_carlo", "control_variate")[n % 3]} for n in range(12)
     ]
     alone = [_ask(colours, **body)["predictions"][0] for body in bodies]
     with ThreadPoolExecutor(12) as pool:
@@ -123,8 +141,9 @@ def test_a_wide_posterior_is_warned_of_and_a_narrow_one_is_not(colours: TestClie
         ({"method": "linearized", "num_samples": 8}, "num_samples: the linearized method draws no samples"),
         ({"method": "linearized", "seed": 0}, "seed: the linearized method draws no samples"),
         ({"method": "linearized", "return_samples": True}, "return_samples: the linearized method draws no samples"),
-        ({"explain": True}, "explain: only the method 'linearized' can explain"),
-        ({"method": "guess"}, "method: Input should be 'monte_carlo' or 'linearized'"),
+        ({"explain": True}, "explain: samples alone do not tell layers apart"),
+        ({"method": "control_variate", "num_samples": 10**6}, "num_samples: 1000000 is above"),
+        ({"method": "guess"}, "method: Input should be 'monte_carlo', 'linearized' or 'control_variate'"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(body: dict[str, Any], message: str, colours: TestClient) -> None:
