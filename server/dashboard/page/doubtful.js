@@ -5,9 +5,13 @@ import { h } from "./dom.js";
 import { labelForm } from "./label.js";
 import { nats, percent, time } from "./words.js";
 
-/** Fill the list, unless someone is at work in it. `labelled` is called when a label has been stored. */
+let drawn = ""; // the JSON that the list was made from
+
+/** Fill the list, unless it is so already or someone is at work in it. `labelled` is called when a label has been stored or given up. */
 export function showDoubtful({ list, title, about }, stored, labelled) {
-  if (list.querySelector("form") !== null) return;
+  const json = JSON.stringify([stored.abstains, stored.doubtful]);
+  if (list.querySelector("form") !== null || (json === drawn && list.hasChildNodes())) return;
+  drawn = json;
   const held = list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : undefined;
   title.textContent = stored.abstains ? "Recent abstentions" : "Most doubtful of late";
   about.textContent = stored.abstains
@@ -79,7 +83,10 @@ async function open(act, each, label, labelled, button) {
           close(now);
           labelled();
         },
-        cancel: () => close(label),
+        cancel: () => {
+          close(label);
+          labelled();
+        },
       }),
     );
     act.querySelector("select").focus();

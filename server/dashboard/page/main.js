@@ -17,6 +17,7 @@ let info = null;
 let looks = 0;
 let questions = 0;
 let shown = ""; // the JSON that the figures were drawn from
+let watching = false; // whether looking again by itself makes sense
 
 function adapter() {
   return info.adapters.find((each) => each.name === byId("adapter").value) ?? null;
@@ -90,18 +91,22 @@ async function look() {
   looks += 1;
   const mine = looks;
   const state = byId("state");
-  if (byId("stored").hidden) state.replaceChildren(h("p", { class: "empty panel waiting" }, "Loading…"));
+  if (byId("stored").hidden && !state.hasChildNodes()) state.replaceChildren(h("p", { class: "empty panel waiting" }, "Loading…"));
   try {
     const found = await ask(`v1/dashboard?adapter=${encodeURIComponent(chosen.name)}`);
     if (mine !== looks) return; // another look began meanwhile
     byId("updated").textContent = `Updated ${new Date().toLocaleTimeString()}`;
+    watching = found.stored !== null;
     show(found.stored);
   } catch (problem) {
     if (mine !== looks) return;
+    watching = problem.status !== 401; // a prompt is for someone who is there
+    if (state.querySelector(".bad")?.textContent === problem.message) return;
     byId("updated").textContent = "";
     show(null);
+    const again = problem.kind === "unknown-adapter" ? start : look;
     state.replaceChildren(
-      h("div", { class: "empty panel" }, h("p", { class: "bad", role: "alert" }, problem.message), h("button", { type: "button", click: look }, "Try again")),
+      h("div", { class: "empty panel" }, h("p", { class: "bad", role: "alert" }, problem.message), h("button", { type: "button", click: again }, "Try again")),
     );
   }
 }
@@ -110,7 +115,6 @@ function show(stored) {
   const json = JSON.stringify(stored);
   const same = json === shown && !byId("stored").hidden;
   shown = json;
-  if (same) return;
   byId("stored").hidden = stored === null;
   byId("doubts").hidden = stored === null;
   byId("state").replaceChildren();
@@ -120,10 +124,11 @@ function show(stored) {
     );
     return;
   }
+  showDoubtful({ list: byId("doubtful"), title: byId("doubts-title"), about: byId("doubts-about") }, stored, look);
+  if (same) return;
   showNumbers(byId("numbers"), stored);
   const figures = { reliability: [showReliability, stored], information: [showInformation, stored.mutual_information], risk: [showRisk, stored.risk_coverage] };
   for (const [name, [render, found]] of Object.entries(figures)) keepingFocus(byId(name), () => render(byId(name), found));
-  showDoubtful({ list: byId("doubtful"), title: byId("doubts-title"), about: byId("doubts-about") }, stored, look);
 }
 
 // A question.
@@ -212,6 +217,7 @@ byId("adapter").addEventListener("change", () => {
   byId("doubtful").replaceChildren();
   byId("stored").hidden = true;
   byId("doubts").hidden = true;
+  byId("state").replaceChildren();
   showTask();
   look();
 });
@@ -224,7 +230,7 @@ byId("query").addEventListener("keydown", (event) => {
 });
 byId("refresh").addEventListener("click", look);
 setInterval(() => {
-  if (!document.hidden && info !== null && !byId("stored").hidden && !byId("key").open) look();
+  if (watching && !document.hidden && !byId("key").open) look();
 }, AGAIN_MS);
 
 onKeyNeeded(askForKey);
