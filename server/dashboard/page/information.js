@@ -54,10 +54,12 @@ function finding(found) {
 
 function histogram(found, width) {
   const { edges, counts } = found;
-  const used = counts.map((each, index) => (each > 0 ? index : -1)).filter((index) => index >= 0);
-  const shown = [...Object.values(found.quantiles), ...Object.values(found.calibration ?? {})].filter((value) => value > edges[0]);
-  const low = Math.max(1e-5, Math.min(10 ** -3, ...shown.map((value) => 10 ** Math.floor(Math.log10(value))), edges[Math.max(0, used[0] - 1)]));
-  const high = Math.max(1, ...shown.map((value) => 10 ** Math.ceil(Math.log10(value))));
+  const first = counts.findIndex((each) => each > 0);
+  const told = [...Object.values(found.quantiles), ...Object.values(found.calibration ?? {})];
+  const decade = (value, round) => 10 ** round(Math.log10(value) + 1e-9);
+  // What lies below the first edge gets a decade of its own at the left.
+  const low = first === 0 ? edges[0] / 10 : decade(Math.min(1e-3, edges[first - 1], ...told.filter((value) => value > edges[0])), Math.floor);
+  const high = decade(Math.max(0.999, ...told), Math.ceil);
   const [left, right, top] = [8, width - 8, 8];
   const x = scale([low, high], [left, right], true);
   const at = (value) => Math.min(right, Math.max(left, x(Math.max(value, 1e-12))));
@@ -68,19 +70,19 @@ function histogram(found, width) {
   const y = scale([0, most], [0, bottom - upper - 18]);
   const limit = markAt(found)?.value;
   const powers = [];
-  for (let power = Math.round(Math.log10(low)); power <= Math.round(Math.log10(high)); power += 1) {
-    powers.push([10 ** power, String(Number((10 ** power).toPrecision(1)))]);
+  for (let power = Math.round(Math.log10(Math.max(low, edges[0]))); power <= Math.round(Math.log10(high)); power += 1) {
+    powers.push([10 ** power, short(10 ** power)]);
   }
   const bars = counts.map((each, index) => {
     if (each === 0) return null;
     const [from, to] = [at(index === 0 ? low : edges[index - 1]), at(index < edges.length ? edges[index] : high)];
     if (to - from < 2 && index > 0) return null;
     const over = limit !== undefined && index > 0 && edges[index - 1] >= limit;
-    const told = index === 0 ? `Below ${nats(edges[0])}` : `${nats(edges[index - 1])} to ${nats(edges[index] ?? high)}`;
+    const span = index === 0 ? `Below ${short(edges[0])}` : `${short(edges[index - 1])} to ${short(edges[index] ?? high)}`;
     return s(
       "g",
       { class: over ? "share off" : "share" },
-      s("title", {}, `${told} nats: ${many(each, "prediction")}`),
+      s("title", {}, `${span} nats: ${many(each, "prediction")}`),
       s("rect", { x: from + 0.75, y: bottom - y(each), width: Math.max(1.5, to - from - 1.5), height: y(each), rx: 1.5 }),
     );
   });
@@ -101,6 +103,10 @@ function histogram(found, width) {
         ],
     xAxis(x, bottom, powers, "mutual information (nats)", [left, right]),
   );
+}
+
+function short(value) {
+  return String(Number(value.toPrecision(2)));
 }
 
 /** A box plot: from 5% to 95%, the middle from 20% to 80%, the median. */

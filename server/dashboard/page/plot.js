@@ -4,7 +4,11 @@ import { s } from "./dom.js";
 
 const drawn = new WeakMap();
 const sizes = new ResizeObserver((entries) => {
-  for (const { target } of entries) redraw(target);
+  for (const { target } of entries) {
+    // Later, since a drawing changes the height that is being told of.
+    if (target.isConnected) requestAnimationFrame(() => redraw(target));
+    else sizes.unobserve(target);
+  }
 });
 
 /** Have `render(width)` fill an element with an SVG now and whenever its width changes. */

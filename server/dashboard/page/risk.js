@@ -57,7 +57,7 @@ function finding(points, rule) {
   if (points.length === 0) return "Answering less, and only when sure, leaves fewer wrong answers.";
   const all = points.at(-1).wrong;
   const told = `If everything is answered, ${percent(all.share)} of ${many(all.total, "labelled answer")} are wrong`;
-  if (rule?.wrong.share !== null && rule !== null) {
+  if (rule !== null && rule.wrong.share !== null) {
     return `${told}. The adapter’s rule answers ${percent(rule.answered.share)} and gets ${percent(rule.wrong.share)} of these wrong.`;
   }
   const surest = points.find((point) => point.coverage >= 0.8);
