@@ -14,6 +14,7 @@ from scalabl import __version__
 from server import open_inference, problems
 from server.adapter_routes import build_adapter_router
 from server.auth import KeyRing
+from server.dashboard import routes as dashboard
 from server.engine import Engine, load_engine
 from server.lifecycle import CloseWhileDraining
 from server.middleware import ArrivalLimits, Observe
@@ -71,6 +72,8 @@ def create_app(
     if settings.enable_adapter_loading:
         app.include_router(build_adapter_router(service, keys))
     app.include_router(open_inference.build_router(service, keys))
+    if settings.dashboard:
+        app.include_router(dashboard.build_router(service, keys))
     app.include_router(health_routes(service))
     if settings.admin_port is None:
         app.include_router(metrics_route(service))

@@ -165,8 +165,8 @@ class Service:
             raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
         return self._engine, self._batcher
 
-    def adapter(self, name: str) -> Served:
-        """A loaded adapter.
+    def adapter(self, name: str | None) -> Served:
+        """A loaded adapter; None is the default one.
 
         Raises:
             ProblemError: there is none of this name, or the server does not take requests.

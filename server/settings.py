@@ -97,8 +97,8 @@ class ServeSettings(BaseSettings):
     max_adapter_bytes: int = Field(default=2**30, ge=1, description="The largest adapter, in bytes of its files.")
     api_keys: SecretStr | None = Field(
         default=None,
-        description="Comma-separated keys: name:key, name:sha256:<hex> or key. With any, every route but health, metrics "
-        "and the documentation wants one.",
+        description="Comma-separated keys: name:key, name:sha256:<hex> or key. With any, every route but health, metrics, "
+        "the documentation and the dashboard's page (not its data) wants one.",
     )
     api_keys_file: Path | None = Field(
         default=None, description="A file with one name:key or name:sha256:<hex> a line; read again when it changes."
@@ -112,6 +112,9 @@ class ServeSettings(BaseSettings):
         ge=0,
         le=65535,
         description="A second port for /metrics and /health; the main one then has no /metrics (default: none).",
+    )
+    dashboard: bool = Field(
+        default=True, description="Serve the page at /dashboard, on the main port, and its data at /v1/dashboard."
     )
     ssl_certfile: Path | None = Field(default=None, description="Certificate chain (PEM); with it the main port speaks TLS.")
     ssl_keyfile: Path | None = Field(default=None, description="Its private key (PEM), when it is not in the same file.")

@@ -70,14 +70,15 @@ class Database:
     Args:
         url: see `parse_url`; looked at when the database is opened.
         timeout: seconds to wait for a lock, a connection or a statement.
+        may_create: whether a SQLite file that is not there may be made.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, *, may_create: bool = True) -> None:
         self._url, self._timeout = url, timeout
         self._engine: Engine | None = None
         self._file: str | None = None
         self._identity: tuple[int, int] | None = None
-        self._may_create = True
+        self._may_create = may_create
         self._ready = False
         self.openings = 0  # rises each time that the contents may be others than before
 
@@ -223,6 +224,8 @@ def _migrate(connection: Connection) -> None:
         raise OutcomesError(
             f"the outcomes database has version {found}, which this release does not know; run the release that made it"
         ) from None
+    if connection.dialect.name == "postgresql":  # an index over many rows takes longer than a request may wait
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
     command.upgrade(config, "head")
 
 

@@ -19,6 +19,8 @@ from server.metrics import Metrics
 from server.outcomes.clock import Clock
 from server.outcomes.database import Database, UnavailableError
 from server.outcomes.operations import NewPrediction, Refusal, absent
+from server.outcomes.reader import Reader
+from server.outcomes.survey import Survey, read
 from server.outcomes.totals import TotalsCollector
 from server.outcomes.writer import Feedback, Limits, LookUp, Operation, Record, Writer
 from server.problems import ProblemError
@@ -43,6 +45,7 @@ class OutcomeStore:
         self._settings, self._metrics = settings, metrics
         self._collector = TotalsCollector()
         self._writer: Writer | None = None
+        self._reader: Reader | None = None
         key = settings.input_hash_key
         self._hash_key = None if key is None else key.get_secret_value().encode()
         url = settings.resolved_outcomes_url()
@@ -58,6 +61,7 @@ class OutcomeStore:
             Limits(days * 86400, settings.outcomes_max_rows),
             clock,
         )
+        self._reader = Reader(Database(url, settings.outcomes_timeout, may_create=False))
 
     async def start(self) -> None:
         """Open the database; one that is only down for now is waited for in the background.
@@ -70,6 +74,8 @@ class OutcomeStore:
 
     async def stop(self) -> None:
         """Finish what waits."""
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.stop)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.stop)
 
@@ -164,6 +170,20 @@ class OutcomeStore:
             labels=labels,
         )
 
+    async def survey(self, adapter: str) -> Survey | None:
+        """What is stored of an adapter; None when nothing is stored at all.
+
+        Raises:
+            ProblemError: `outcomes-unavailable`.
+        """
+        if self._reader is None:
+            return None
+        try:
+            async with asyncio.timeout(self._settings.outcomes_timeout):
+                return await asyncio.wrap_future(self._reader.submit(lambda connection: read(connection, adapter)))
+        except (UnavailableError, TimeoutError):
+            raise self._unavailable() from None
+
     async def _ask(self, operation: Operation, done: Future[Result], seconds: float = math.inf) -> Result:
         if self._writer is None:
             raise ProblemError(
@@ -174,15 +194,19 @@ class OutcomeStore:
             async with asyncio.timeout(min(seconds, self._settings.outcomes_timeout)):
                 return await asyncio.wrap_future(done)
         except (UnavailableError, TimeoutError):
-            raise ProblemError(
-                "outcomes-unavailable", "the outcomes database cannot be used just now; try again later", retry_after=1
-            ) from None
+            raise self._unavailable() from None
 
     def _hash(self, text: str) -> str:
         data = text.encode("utf-8", "surrogatepass")
         if self._hash_key is None:
             return hashlib.sha256(data).hexdigest()
         return hmac.new(self._hash_key, data, hashlib.sha256).hexdigest()
+
+    @staticmethod
+    def _unavailable() -> ProblemError:
+        return ProblemError(
+            "outcomes-unavailable", "the outcomes database cannot be used just now; try again later", retry_after=1
+        )
 
     @staticmethod
     def _refused(refusal: Refusal, count: int) -> ProblemError:

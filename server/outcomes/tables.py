@@ -5,7 +5,7 @@ Times are seconds since 1970 (UTC). A request's text is kept as ASCII JSON, sinc
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Double, ForeignKey, Identity, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Double, ForeignKey, Identity, Index, Integer, MetaData, String, Table, Text
 
 METADATA = MetaData()
 VERSION_TABLE = "scalabl_version"
@@ -36,6 +36,15 @@ LABELS = Table(
     Column("replica", Text, nullable=False),
 )
 
+Index("scalabl_predictions_adapter", PREDICTIONS.c.adapter, PREDICTIONS.c.seq)
+Index(
+    "scalabl_predictions_labelled",
+    PREDICTIONS.c.adapter,
+    PREDICTIONS.c.seq,
+    sqlite_where=PREDICTIONS.c.label.is_not(None),
+    postgresql_where=PREDICTIONS.c.label.is_not(None),
+)
+
 # What each replica has counted, one number per row, so that a new count needs no migration.
 TOTALS = Table(
     "scalabl_totals",
@@ -46,6 +55,8 @@ TOTALS = Table(
     Column("key", String(32), primary_key=True),
     Column("value", Double, nullable=False),
 )
+
+Index("scalabl_totals_adapter", TOTALS.c.adapter)
 
 # Who writes the totals of a replica: two processes under one name would be counted twice.
 REPLICAS = Table(

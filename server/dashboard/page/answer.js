@@ -1,0 +1,179 @@
+// One answer: what, how sure, why not surer, and a form to say what was true.
+
+import { h, s } from "./dom.js";
+import { labelForm } from "./label.js";
+import { aboutDoubt, nats, percent, rankOf } from "./words.js";
+
+const MOST_CHOICES = 8;
+const MOST_DOTS = 128;
+
+/** Before the first question. */
+export function showNoAnswer(element) {
+  element.replaceChildren(
+    h("p", { class: "empty" }, "Every answer averages samples of the posterior. Where they disagree, the model does not know, and says so here."),
+  );
+}
+
+export function showWaiting(element) {
+  element.replaceChildren(h("p", { class: "empty waiting" }, "Asking…"));
+}
+
+export function showFailure(element, problem) {
+  element.replaceChildren(h("p", { class: "bad", role: "alert" }, problem.message));
+}
+
+/** `response` of /predict for one input; `adapter` of /info; `labelled` is called when a label has been stored. */
+export function showAnswer(element, response, adapter, milliseconds, labelled) {
+  const [answer] = response.predictions;
+  element.replaceChildren(
+    verdict(answer),
+    distribution(answer),
+    h("p", { class: "caption quiet" }, caption(answer)),
+    inTheSet(answer),
+    doubt(answer, adapter),
+    ...(response.warnings ?? []).map((warning) => h("p", { class: "warning" }, warning)),
+    feedback(answer, labelled),
+    h(
+      "p",
+      { class: "quiet small" },
+      `${answer.num_samples > 0 ? `${answer.num_samples} samples` : "linearised"}, ${response.usage.tokens} tokens, ${Math.round(milliseconds)} ms`,
+      answer.id === null ? "" : h("span", { class: "id" }, ` · ${answer.id}`),
+    ),
+  );
+}
+
+/** The answer in a sentence, for a screen reader. */
+export function spoken(response) {
+  const [answer] = response.predictions;
+  const held = answer.abstain ? "The adapter abstains. If it had to answer: " : "";
+  return `${held}${answer.prediction}, ${percent(answer.confidence)}. ${aboutDoubt(answer)}`;
+}
+
+function verdict(answer) {
+  const held = answer.abstain === true;
+  return h(
+    "div",
+    { class: held ? "verdict held" : "verdict" },
+    held ? h("p", { class: "badge" }, "Abstains: too doubtful to act on") : null,
+    h("p", { class: "choice", dir: "auto" }, answer.prediction),
+    h("p", { class: "sure" }, percent(answer.confidence), h("span", { class: "quiet" }, held ? " if it had to answer" : " sure")),
+  );
+}
+
+function distribution(answer) {
+  const members = new Set(answer.prediction_set?.labels ?? []);
+  const ranked = Object.entries(answer.probabilities).sort(([, a], [, b]) => b - a);
+  const shown = ranked.slice(0, ranked.length > MOST_CHOICES ? MOST_CHOICES - 1 : MOST_CHOICES);
+  const others = ranked.slice(shown.length);
+  const list = h(
+    "ol",
+    { class: "distribution" },
+    shown.map(([name, probability]) => row(name, probability, answer, members.has(name))),
+  );
+  if (others.length > 0) {
+    const sum = others.reduce((total, [, probability]) => total + probability, 0);
+    list.append(
+      h("li", { class: "others" }, h("span", { class: "name quiet" }, `${others.length} others`), bar(sum), h("span", { class: "value" }, percent(sum))),
+    );
+  }
+  return list;
+}
+
+function row(name, probability, answer, member) {
+  const error = answer.standard_error.probabilities[name];
+  const dots = (answer.samples ?? []).slice(0, MOST_DOTS).map((sample) => sample[name]);
+  return h(
+    "li",
+    { class: member ? "member" : null },
+    h("span", { class: "name", dir: "auto", title: name }, name),
+    bar(probability, error, dots),
+    h(
+      "span",
+      { class: "value" },
+      percent(probability),
+      error === null ? null : h("span", { class: "error", title: "Monte Carlo standard error" }, ` ± ${(100 * error).toFixed(1)}`),
+    ),
+  );
+}
+
+/** The mean as a bar, each posterior sample as a dot. */
+function bar(probability, error = null, dots = []) {
+  const at = (value) => `${(100 * Math.min(1, Math.max(0, value))).toFixed(2)}%`;
+  return s(
+    "svg",
+    { class: "bar", height: 20, "aria-hidden": "true", focusable: "false" },
+    s("rect", { x: 0, y: 6, width: "100%", height: 8, rx: 4, class: "track" }),
+    s("rect", { x: 0, y: 6, width: at(probability), height: 8, rx: 4, class: "mean" }),
+    error === null
+      ? null
+      : s("line", { x1: at(probability - 2 * error), x2: at(probability + 2 * error), y1: 10, y2: 10, class: "whisker" }),
+    dots.map((value, index) => s("circle", { cx: at(value), cy: 10 + 3 * Math.sin(2.4 * index), r: 2, class: "dot" })),
+  );
+}
+
+function caption(answer) {
+  const dots = answer.samples ? "Each dot is a posterior sample, the bar their mean" : "Bars are probabilities";
+  const error = answer.standard_error.probabilities[answer.prediction] === null ? "" : "; ± is the error of averaging so few samples";
+  return `${dots}${error}.`;
+}
+
+function inTheSet(answer) {
+  const found = answer.prediction_set;
+  if (found === null) {
+    return h("p", { class: "quiet" }, "No prediction set and no abstention: the adapter is not calibrated for this.");
+  }
+  const names = found.labels.slice(0, MOST_CHOICES);
+  const more = found.labels.length - names.length;
+  return h(
+    "p",
+    { class: "set" },
+    `In ${percent(found.coverage, 0)} of cases like this the truth is among: `,
+    names.map((name) => [h("span", { class: "chip", dir: "auto" }, name), " "]),
+    more > 0 ? `and ${more} more` : "",
+  );
+}
+
+function doubt(answer, adapter) {
+  const most = Math.log(Object.keys(answer.probabilities).length);
+  const part = (value) => `${((100 * value) / most).toFixed(2)}%`;
+  const rank = rankOf(answer.mutual_information, answer.prediction_set === null ? null : adapter.calibration?.quantiles.mutual_information);
+  return h(
+    "div",
+    { class: "doubt" },
+    h("h3", {}, "Doubt"),
+    h("p", {}, aboutDoubt(answer), rank === null ? "" : ` ${rank}`),
+    s(
+      "svg",
+      {
+        class: "split", height: 14, role: "img",
+        "aria-label": `Of at most ${nats(most)} nats: ${nats(answer.expected_entropy)} in the question, ${nats(answer.mutual_information)} the model’s own`,
+      },
+      s("rect", { x: 0, y: 0, width: "100%", height: 14, rx: 3, class: "track" }),
+      s("rect", { x: 0, y: 0, width: part(answer.entropy), height: 14, rx: 3, class: "own" }),
+      s("rect", { x: 0, y: 0, width: part(answer.expected_entropy), height: 14, rx: 3, class: "question" }),
+    ),
+    h(
+      "dl",
+      { class: "parts" },
+      entry("In the question", answer.expected_entropy, "question", "aleatoric: each sample is unsure by itself"),
+      entry("The model’s own", answer.mutual_information, "own", "epistemic: mutual information, the samples disagree"),
+      entry("Together", answer.entropy, "track", `entropy, of at most ${nats(most)} nats`),
+    ),
+  );
+}
+
+function entry(name, value, kind, about) {
+  return h(
+    "div",
+    {},
+    h("dt", {}, h("span", { class: `swatch ${kind}` }), name),
+    h("dd", {}, h("strong", {}, nats(value)), " nats", h("span", { class: "quiet about" }, about)),
+  );
+}
+
+function feedback(answer, labelled) {
+  if (answer.id === null) {
+    return h("p", { class: "quiet" }, "This answer was not stored, so it cannot be labelled.");
+  }
+  return labelForm({ id: answer.id, choices: Object.keys(answer.probabilities), done: labelled });
+}

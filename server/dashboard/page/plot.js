@@ -1,0 +1,92 @@
+// What the figures share: a drawing that follows its width, scales and axes. Colours and type are the style sheet's.
+
+import { s } from "./dom.js";
+
+const drawn = new WeakMap();
+const sizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    // Later, since a drawing changes the height that is being told of.
+    if (target.isConnected) requestAnimationFrame(() => redraw(target));
+    else sizes.unobserve(target);
+  }
+});
+
+/** Have `render(width)` fill an element with an SVG now and whenever its width changes. */
+export function draw(element, render) {
+  drawn.set(element, { render, width: 0 });
+  sizes.observe(element);
+  redraw(element, true);
+}
+
+function redraw(element, always = false) {
+  const state = drawn.get(element);
+  const width = Math.floor(element.clientWidth);
+  if (state === undefined || width === 0 || (!always && width === state.width)) return;
+  state.width = width;
+  element.replaceChildren(state.render(width));
+}
+
+/** value -> position, linear; `log`: in the logarithm. */
+export function scale([from, to], [start, end], log = false) {
+  const of = log ? Math.log10 : (value) => value;
+  const [low, high] = [of(from), of(to)];
+  return (value) => start + ((of(value) - low) / (high - low)) * (end - start);
+}
+
+/** An SVG that is one image to a screen reader, told by its label; the table beside it has the rest. */
+export function image(width, height, label, ...children) {
+  return s(
+    "svg",
+    { role: "img", "aria-label": label, width, height, viewBox: `0 0 ${width} ${height}`, class: "plot" },
+    ...children,
+  );
+}
+
+export function text(x, y, content, attributes = {}) {
+  return s("text", { x, y, ...attributes }, content);
+}
+
+export function line(x1, y1, x2, y2, name) {
+  return s("line", { x1, y1, x2, y2, class: name });
+}
+
+/** Ticks with a label each below `y`, and the axis' name; `ticks` are [value, label] pairs. */
+export function xAxis(x, y, ticks, name, [left, right]) {
+  return s(
+    "g",
+    { class: "axis" },
+    line(left, y, right, y, "base"),
+    ticks.map(([value, label]) => [
+      line(x(value), y, x(value), y + 4, "base"),
+      text(x(value), y + 17, label, { "text-anchor": "middle" }),
+    ]),
+    text((left + right) / 2, y + 36, name, { "text-anchor": "middle", class: "name" }),
+  );
+}
+
+/** Grid lines with a label left of each, and the axis' name above. */
+export function yAxis(y, ticks, name, [left, right], top) {
+  return s(
+    "g",
+    { class: "axis" },
+    ticks.map(([value, label]) => [
+      line(left, y(value), right, y(value), "grid"),
+      text(left - 7, y(value) + 4, label, { "text-anchor": "end" }),
+    ]),
+    text(0, top - 10, name, { class: "name" }),
+  );
+}
+
+export function diamond(x, y, size, attributes) {
+  return s("path", { d: `M${x} ${y - size} L${x + size} ${y} L${x} ${y + size} L${x - size} ${y} Z`, ...attributes });
+}
+
+export const PERCENTS = [0, 0.25, 0.5, 0.75, 1].map((value) => [value, `${100 * value}%`]);
+
+/** A few round ticks from 0 up to `most`. */
+export function roundTicks(most) {
+  const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5].find((each) => most / each <= 5) ?? 0.5;
+  const ticks = [];
+  for (let n = 0; n * step <= most + 1e-9; n += 1) ticks.push([n * step, `${Math.round(1000 * n * step) / 10}%`]);
+  return ticks;
+}

@@ -1,0 +1,105 @@
+// Risk and coverage: how many answers are wrong when only the surest are given.
+
+import { h, s, segmented, table } from "./dom.js";
+import { PERCENTS, diamond, draw, image, line, roundTicks, scale, text, xAxis, yAxis } from "./plot.js";
+import { DOUBTS, count, many, nats, percent, withInterval } from "./words.js";
+
+const SHORT = { entropy: "Entropy", mutual_information: "MI", confidence: "Confidence" };
+const ROWS = 12; // of the table
+
+let chosen = null;
+
+/** Fill the figure. `found` is `risk_coverage` of /v1/dashboard. */
+export function showRisk(figure, found) {
+  const score = chosen ?? found.score;
+  const points = found.curves[score];
+  const drawing = h("div", { class: "drawing" });
+  const open = figure.querySelector("details")?.open;
+  figure.replaceChildren(
+    h("figcaption", {}, h("h3", {}, "What would caution buy?"), h("p", { class: "finding" }, finding(points, found.rule))),
+    segmented("score", "Doubt by which to hold back", SHORT, score, (value) => {
+      chosen = value;
+      showRisk(figure, found);
+      figure.querySelector("input:checked").focus();
+    }),
+  );
+  if (points.length === 0) {
+    figure.append(h("p", { class: "empty" }, "No labels yet, and so no mistakes to avoid."));
+    return;
+  }
+  figure.append(
+    drawing,
+    h(
+      "ul",
+      { class: "key" },
+      h("li", {}, h("span", { class: "swatch band" }), "95% interval"),
+      h("li", {}, h("span", { class: "swatch dash" }), "if everything is answered"),
+      found.rule === null ? null : h("li", {}, h("span", { class: "swatch off" }), "the adapter’s rule"),
+    ),
+    table(
+      `Risk and coverage by ${DOUBTS[score]}`,
+      ["Answered", "Up to a doubt of", "Wrong", "Share wrong (95% interval)"],
+      thinned(points).map((point) => [
+        percent(point.coverage), nats(point.doubt), `${count(point.wrong.count)} of ${count(point.wrong.total)}`, withInterval(point.wrong),
+      ]),
+      open,
+    ),
+  );
+  draw(drawing, (width) => curve(points, found.rule, width));
+}
+
+function thinned(points) {
+  const step = Math.ceil(points.length / ROWS);
+  return points.filter((_, index) => (points.length - 1 - index) % step === 0);
+}
+
+function finding(points, rule) {
+  if (points.length === 0) return "Answering less, and only when sure, leaves fewer wrong answers.";
+  const all = points.at(-1).wrong;
+  const told = `If everything is answered, ${percent(all.share)} of ${many(all.total, "labelled answer")} are wrong`;
+  if (rule !== null && rule.wrong.share !== null) {
+    return `${told}. The adapter’s rule answers ${percent(rule.answered.share)} and gets ${percent(rule.wrong.share)} of these wrong.`;
+  }
+  const surest = points.find((point) => point.coverage >= 0.8);
+  return `${told}; among the surest ${percent(surest.coverage, 0)}, ${percent(surest.wrong.share)}.`;
+}
+
+function curve(points, rule, width) {
+  const [left, right, top] = [42, width - 8, 26];
+  const bottom = top + Math.min(330, width * 0.85);
+  // The first few answers have bands as wide as the figure: they are drawn, and the axis is not theirs.
+  const steady = points.filter((point) => point.wrong.total >= 10);
+  const most = Math.min(1, Math.max(0.05, 1.15 * Math.max(...(steady.length ? steady : points).map((point) => point.wrong.high))));
+  const x = scale([0, 1], [left, right]);
+  const y = scale([0, most], [bottom, top]);
+  const at = (value) => Math.max(top, y(value));
+  const all = points.at(-1).wrong.share;
+  const path = points.map((point, index) => `${index ? "L" : "M"}${x(point.coverage)} ${at(point.wrong.share)}`).join("");
+  const there = points.map((point) => `${x(point.coverage)} ${at(point.wrong.high)}`);
+  const back = points.map((point) => `${x(point.coverage)} ${at(point.wrong.low)}`).reverse();
+  return image(
+    width,
+    bottom + 42,
+    `Risk–coverage curve. ${finding(points, rule)}`,
+    yAxis(y, roundTicks(most), "wrong among the answered", [left, right], top),
+    s("path", { d: `M${[...there, ...back].join("L")}Z`, class: "band" }),
+    line(left, y(all), right, y(all), "whole"),
+    s("path", { d: path, class: "curve" }),
+    points.length > 1 ? null : s("circle", { cx: x(points[0].coverage), cy: at(points[0].wrong.share), r: 4, class: "mark" }),
+    rule === null || rule.wrong.share === null ? null : operating(rule, x, at, width),
+    xAxis(x, bottom, PERCENTS, "answered, the surest first", [left, right]),
+  );
+}
+
+function operating(rule, x, at, width) {
+  const [cx, cy] = [x(rule.answered.share), at(rule.wrong.share)];
+  const leftward = cx > width / 2;
+  return s(
+    "g",
+    { class: "rule" },
+    s("title", {}, `The adapter’s rule answers ${withInterval(rule.answered)}; of these ${withInterval(rule.wrong)} are wrong`),
+    line(cx, at(rule.wrong.low), cx, at(rule.wrong.high), "error"),
+    diamond(cx, cy, 6, { class: "mark" }),
+    text(cx + (leftward ? -10 : 10), cy - 10, "rule", { "text-anchor": leftward ? "end" : "start", class: "small" }),
+  );
+}
