@@ -87,7 +87,7 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
     assert mentioned <= set(NAMES)
 
 
-def test_flags_and_panels_that_the_runbook_names_exist() -> None:
+def test_flags_that_the_runbook_names_exist() -> None:
     from server.settings import ServeSettings
 
     flags = {name.replace("_", "-") for name in ServeSettings.model_fields}
