@@ -46,8 +46,12 @@ def test_the_rules_unit_tests_pass(path: Path) -> None:
     promtool("test", "rules", path)
 
 
-def test_every_rule_file_has_its_unit_test() -> None:
+def test_every_rule_file_has_its_unit_test_which_takes_its_groups_in_order() -> None:
     assert [path.name for path in TESTS] == [path.name for path in RULES]
+    for path, test in zip(RULES, TESTS, strict=True):
+        groups = yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+        order = yaml.safe_load(test.read_text(encoding="utf-8"))["group_eval_order"]
+        assert order == [group["name"] for group in groups]
 
 
 @pytest.mark.parametrize("name", NAMES)
