@@ -140,11 +140,11 @@ def lines(
 def curve(
     title: str, text: str, queries: Sequence[Query], unit: str, *, x: str, looks: Sequence[Look], width: int = 12
 ) -> trend.Panel:
-    """A curve now over another quantity than time: the query named `x` is the abscissa, joined by the other labels."""
+    """A curve now over another quantity than time: the query named `x`, of which Grafana wants that no two values are equal."""
     panel = _panel(trend.Panel(), title, text, queries, unit, width, height=10, at_once=True)
     panel.x_field(x).min(0).show_points(common.VisibilityMode.NEVER)
     _named(panel)
-    for step in joined(queries, sort=x):
+    for step in joined(queries, sort=x, hidden=("bin", "least")):
         panel.with_transformation(step)
     for look in looks:
         panel.override_by_name(look.field, look.properties())
@@ -164,9 +164,9 @@ def rows(
     return panel
 
 
-def joined(queries: Sequence[Query], sort: str) -> list[DataTransformerConfig]:
+def joined(queries: Sequence[Query], sort: str, hidden: Sequence[str] = ()) -> list[DataTransformerConfig]:
     """Grafana's steps from one table for each query to one with a column for each, named as the queries are."""
-    hidden = ("Time", "namespace", "job", "adapter")
+    hidden = ("Time", "namespace", "job", "adapter", *hidden)
     values = ["Value"] if len(queries) == 1 else [f"Value #{letter}" for letter, _ in _lettered(queries)]
     names = {value: query.name for value, query in zip(values, queries, strict=True)}
     organize = {"excludeByName": dict.fromkeys(hidden, True), "indexByName": {}, "renameByName": names}
