@@ -140,7 +140,7 @@ def lines(
 def curve(
     title: str, text: str, queries: Sequence[Query], unit: str, *, x: str, looks: Sequence[Look], width: int = 12
 ) -> trend.Panel:
-    """A curve now over another quantity than time: the query named `x`, of which Grafana wants that no two values are equal."""
+    """A curve now over another quantity than time: the query named `x`, no two values of which may be equal."""
     panel = _panel(trend.Panel(), title, text, queries, unit, width, height=10, at_once=True)
     panel.x_field(x).min(0).show_points(common.VisibilityMode.NEVER)
     _named(panel)
