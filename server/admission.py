@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.metrics import Metrics
+from server.metrics import Metrics, Reason
 from server.problems import ProblemError
 
 HEADROOM = 0.5  # of the time until its deadline that a request may be expected to wait, since speed varies
@@ -42,6 +42,8 @@ class Admission:
 
     def __init__(self, max_inputs: int, max_tokens: int, metrics: Metrics) -> None:
         self.max_inputs, self.max_tokens, self._metrics = max_inputs, max_tokens, metrics
+        metrics.queue_limit_inputs.set(max_inputs)
+        metrics.queue_limit_tokens.set(max_tokens)
         self.inputs = self.tokens = 0
         self.running_tokens = 0  # in the pass that runs now
         self._pass_seconds = self._pass_tokens = 0.0  # running means
@@ -120,7 +122,7 @@ class Admission:
                 f"this request adds about {tokens}",
             )
 
-    def _full(self, reason: str, detail: str) -> ProblemError:
+    def _full(self, reason: Reason, detail: str) -> ProblemError:
         self._metrics.rejected.labels(reason).inc()
         wait = self.expected_wait(self.tokens + self.running_tokens)
         return ProblemError("queue-full", f"{detail}. Try again later or send fewer inputs", retry_after=wait)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 from scalabl import __version__
 from scalabl.predictive import Predictive
+from server.faults import Kind
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
 DELAYS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400, 90 * 86400)
 Stage = Literal["tokenise", "queue", "forward", "total"]
+Reason = Literal["inputs", "tokens", "wait"]
 POWERS = tuple(2.0**n for n in range(17))
 
 
@@ -40,6 +42,12 @@ class Metrics:
             "scalabl_queue_tokens", "Tokens (inputs x samples x length) that wait, estimated until an input is tokenised.",
             registry=self.registry,
         )  # fmt: skip
+        self.queue_limit_inputs = Gauge(
+            "scalabl_queue_limit_inputs", "Inputs that may wait; beyond it 429.", registry=self.registry
+        )
+        self.queue_limit_tokens = Gauge(
+            "scalabl_queue_limit_tokens", "Tokens that may wait; beyond it 429.", registry=self.registry
+        )
         self.rejected = Counter(
             "scalabl_rejected_requests", "Requests answered with 429: too many inputs, tokens, or seconds to wait.",
             ["reason"], registry=self.registry,
@@ -56,6 +64,9 @@ class Metrics:
         self.failed_passes = Counter(
             "scalabl_failed_passes", "Forward passes that failed.", ["kind"], registry=self.registry
         )
+        for counter, values in ((self.rejected, Reason), (self.failed_passes, Kind)):
+            for value in get_args(values):
+                counter.labels(value)  # at 0 from the start, so that the first one is seen as an increase
         self.batch_splits = Counter("scalabl_batch_splits", "Batches cut in two after they failed.", registry=self.registry)
         self.adapters = Gauge("scalabl_adapters_loaded", "Adapters that answer.", registry=self.registry)
         self.batch_rows = self._histogram("scalabl_batch_rows", "Rows (inputs x samples) of a pass.", POWERS)

@@ -56,7 +56,7 @@ class Service:
         self.metrics = Metrics()
         self.outcomes = OutcomeStore(settings, self.metrics)
         self.state: State = "starting"
-        self.metrics.ready.set_function(lambda: float(self.state == "ready"))
+        self.metrics.ready.set_function(lambda: float(self._is_ready()))
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
@@ -132,6 +132,13 @@ class Service:
         if self.state != "ready":
             raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
         self.check_alive()
+
+    def _is_ready(self) -> bool:
+        try:
+            self.check_ready()
+        except ProblemError:
+            return False
+        return True
 
     def drain(self) -> None:
         """Take no new requests; those already taken are answered. A signal handler may call it: it takes no lock."""

@@ -82,6 +82,7 @@ class OutcomeStore:
     def show(self, adapter: str) -> None:
         """Give an adapter its counters at 0, before its first prediction."""
         self._collector.show(adapter)
+        self._metrics.unrecorded.labels(adapter)
 
     async def record(
         self, adapter: str, model: str, texts: Sequence[str], predictions: Sequence[Prediction], seconds: float

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import random
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.integration.process import free_port, write_models
+from tests.integration.process import write_models
+from tests.integration.prometheus import prometheus, query
 from tests.integration.replicas import Postgres, Replica, postgres, running, wait_until
 
 pytestmark = pytest.mark.integration
@@ -46,36 +45,9 @@ QUERIES = {
 }
 
 
-@contextmanager
-def prometheus(folder: Path, targets: list[str]) -> Iterator[httpx.Client]:
-    """A Prometheus that scrapes the targets each second."""
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is missing; apt-get install prometheus")
-    scrape = {"job_name": "scalabl", "static_configs": [{"targets": targets}]}
-    (folder / "prometheus.yml").write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
-    address = f"127.0.0.1:{free_port()}"
-    arguments = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen([program, *arguments, f"--web.listen-address={address}"], stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://{address}", timeout=30) as client:
-            yield client
-    finally:
-        process.kill()
-        process.wait(30)
-
-
 def _query(client: httpx.Client, expression: str) -> dict[str, float]:
     """Adapter -> value; empty while there is no data."""
-    try:
-        response = client.get("/api/v1/query", params={"query": expression})
-    except httpx.TransportError:
-        return {}
-    if response.status_code == 503:  # still starting
-        return {}
-    assert response.status_code == 200, response.text
-    return {each["metric"]["adapter"]: float(each["value"][1]) for each in response.json()["data"]["result"]}
+    return {each["metric"]["adapter"]: float(each["value"][1]) for each in query(client, expression)}
 
 
 def _offline(answers: list[dict[str, Any]], labels: list[str]) -> dict[str, float]:
@@ -108,7 +80,9 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
     models = write_models(tmp_path)
     replicas = [Replica(models, name, database.url) for name in ("a", "b")]
     dice = random.Random(0)
-    with prometheus(tmp_path, [replica.address for replica in replicas]) as client, running(*replicas):
+    scrape = {"job_name": "scalabl", "static_configs": [{"targets": [replica.address for replica in replicas]}]}
+    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}
+    with prometheus(tmp_path, config) as client, running(*replicas):
         answers: list[dict[str, Any]] = []
         labels: list[str] = []
 

@@ -199,7 +199,8 @@ def test_a_fault_in_a_pass_reaches_only_the_input_that_causes_it(
             (prediction,) = json.loads(answer.body)["predictions"]
             assert list(prediction["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
     metrics = get(server, "/metrics").text
-    assert f'scalabl_failed_passes_total{{kind="{"error" if fault == "exception" else "out-of-memory"}"}}' in metrics
+    for kind, counts in (("error", fault == "exception"), ("out-of-memory", fault != "exception"), ("device", False)):
+        assert (f'scalabl_failed_passes_total{{kind="{kind}"}} 0.0' not in metrics) == counts
     _next_good_request_is_right(server, expected)
 
 
@@ -213,6 +214,7 @@ def test_a_stuck_worker_fails_liveness_with_the_reason(start: Callable[..., Serv
         assert response.json()["type"] == "urn:scalabl:problem:stuck"
         assert "above the limit of 1 s; the worker is stuck" in response.json()["detail"]
         assert get(server, "/health/ready").status_code == 503
+        assert "scalabl_ready 0.0" in get(server, "/metrics").text
         assert stuck.result().status_code == 504
     assert server.stop() == 0, "nobody is waiting any more, and the thread does not keep the process"
 

@@ -63,7 +63,18 @@ def test_predictions_and_their_uncertainty_are_counted(client: TestClient) -> No
         assert counts["scalabl_stage_duration_seconds_count", (("stage", stage),)] == count
     assert counts["scalabl_stage_duration_seconds_count", (("stage", "forward"),)] >= 1
     assert counts["scalabl_queue_inputs", ()] == counts["scalabl_queue_tokens", ()] == 0
+    assert counts["scalabl_queue_limit_inputs", ()] == 1024
+    assert counts["scalabl_queue_limit_tokens", ()] == 64 * 16384
     assert counts["scalabl_ready", ()] == 1
+
+
+def test_refusals_failed_passes_and_losses_are_there_at_0_before_the_first(client: TestClient) -> None:
+    counts = _samples(client)
+    for reason in ("inputs", "tokens", "wait"):
+        assert counts["scalabl_rejected_requests_total", (("reason", reason),)] == 0
+    for kind in ("out-of-memory", "device", "error"):
+        assert counts["scalabl_failed_passes_total", (("kind", kind),)] == 0
+    assert counts["scalabl_predictions_unrecorded_total", (("adapter", "colours"),)] == 0
 
 
 def test_padding_is_counted(client: TestClient) -> None:

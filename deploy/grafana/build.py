@@ -1,0 +1,29 @@
+"""Writes the dashboards' JSON: `python -m deploy.grafana.build`. The files are committed, and a test compares them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.grafana import calibration, service
+
+FOLDER = Path(__file__).with_name("dashboards")
+
+
+def rendered() -> dict[str, str]:
+    """File name -> JSON."""
+    found = {}
+    for name, make in (("calibration.json", calibration.build), ("service.json", service.build)):
+        made: dict[str, Any] = json.loads(json.dumps(make().build(), cls=JSONEncoder))
+        for number, panel in enumerate(made["panels"], 1):
+            panel["id"] = number
+        found[name] = json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return found
+
+
+if __name__ == "__main__":
+    for name, text in rendered().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,20 @@
+"""The committed dashboards as the tests read them, and their queries without Grafana's variables."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+GRAFANA = Path(__file__).resolve().parents[2] / "deploy" / "grafana"
+BOARDS: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((GRAFANA / "dashboards").glob("*.json"))
+}
+PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"] if panel["type"] != "row"]
+
+
+def resolved(expr: str, interval: str = "1m") -> str:
+    """A query as Grafana would send it, for the adapter `colours` and all replicas of the job `scalabl`."""
+    values = {"namespace": ".*", "job": "scalabl", "adapter": "colours", "replica": ".*", "__rate_interval": interval}
+    return re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)
