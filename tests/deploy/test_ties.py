@@ -228,8 +228,8 @@ def test_selectors_select_the_pods() -> None:
         objects = rendered(name)
         labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
         selectors = [one(objects, "Service")["spec"]["selector"]]
-        for kind in ("Deployment", "PodDisruptionBudget"):
-            selectors.append(one(objects, kind)["spec"]["selector"]["matchLabels"])
+        kinds = ("Deployment", "PodDisruptionBudget")
+        selectors += [one(objects, kind)["spec"]["selector"]["matchLabels"] for kind in kinds]
         selectors.append(one(objects, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"])
         selectors += [each["labelSelector"]["matchLabels"] for each in pod_of(objects)["topologySpreadConstraints"]]
         assert all(selector.items() <= labels.items() for selector in selectors)
