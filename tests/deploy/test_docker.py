@@ -44,9 +44,9 @@ def test_the_last_stage_installs_nothing_and_runs_as_nobody_special() -> None:
         assert f"org.opencontainers.image.{label}=" in labels
 
 
-def requirements(name: str) -> dict[str, tuple[str, int]]:
+def requirements(name: str, folder: Path = DOCKER) -> dict[str, tuple[str, int]]:
     """Package -> (version, number of hashes)."""
-    text = (DOCKER / name).read_text(encoding="utf-8")
+    text = (folder / name).read_text(encoding="utf-8")
     entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, flags=re.MULTILINE)
     assert len(entries) == len(re.findall(r"^[^\s#]", text, flags=re.MULTILINE))  # nothing without a hash
     return {package: (version, hashes.count("--hash")) for package, version, hashes in entries}
@@ -66,6 +66,16 @@ def test_the_image_has_the_versions_that_are_tested() -> None:
     assert cuda["torch"][0] == tested["torch"]
     assert {"triton", "nvidia-cublas"} <= set(cuda)
     assert not set(cuda) & set(common)
+
+
+def test_the_checking_tools_change_no_version_that_is_tested() -> None:
+    tools, tested = requirements("requirements.txt", ROOT / "deploy" / "tools"), pins()
+    assert {name: version for name, (version, _) in tools.items() if name in tested} == {
+        name: tested[name] for name in tools if name in tested
+    }
+    asked = (ROOT / "deploy" / "tools" / "requirements.in").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^([\w-]+)==(\S+)$", asked, flags=re.MULTILINE):
+        assert tools[name][0] == version
 
 
 def test_the_image_has_everything_that_the_package_asks_for() -> None:
