@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve test lint kernel-report check-kernel integration soak clean
+.PHONY: serve models test lint kernel-report check-kernel deploy-check integration soak lock clean
 
 # One environment; what serving needs comes first, what testing needs on top when it is asked for.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -20,6 +20,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 serve: $(VENV)/.installed-gguf
 	@base=$(BASE) && $(OFFLINE) exec $(BIN)/scalabl serve --model "$$base" --adapter examples/intent_router/adapter \
 		--adapter-name intent-router $(ARGS)
+
+# The example's base model and adapter, laid out as the image and the manifests expect them.
+models: $(VENV)/.installed-gguf
+	$(OFFLINE) $(BIN)/python -m examples.intent_router.base_model models/base
+	mkdir -p models/adapters/intent-router
+	cp examples/intent_router/adapter/* models/adapters/intent-router/
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,6 +48,26 @@ check-kernel: $(VENV)/.installed-dev
 		--ignore-requires-python --target $(VENV)/ttsem ttsem==0.1.0
 	SCALABL_FUSED_ON_CPU=1 TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=$(VENV)/ttsem \
 		$(BIN)/python -m ttsem.sanitize pytest tests/kernels/test_fused.py $(ARGS)
+
+# What checks Dockerfile, compose file and manifests. npm brings schemas; without it what needs them is skipped, and says so.
+$(VENV)/.installed-deploy: deploy/tools/requirements.txt deploy/tools/package-lock.json $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --require-hashes -r deploy/tools/requirements.txt
+	@mkdir -p $(VENV)/npm && cp deploy/tools/package.json deploy/tools/package-lock.json $(VENV)/npm
+	@npm ci --prefix $(VENV)/npm --silent --no-audit --no-fund --ignore-scripts || \
+		echo 'npm could not bring the schemas of custom kinds and of the compose file: they are not checked'
+	@touch $@
+
+# Lints the Dockerfile, renders each overlay and validates it on the last four Kubernetes minors and against policies.
+deploy-check: $(VENV)/.installed-deploy
+	$(BIN)/pytest tests/deploy $(ARGS)
+
+# The requirement files with their hashes, after a change of pyproject.toml, constraints.txt or deploy/tools.
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV=$(BIN)/uv $(BIN)/python docker/lock.py
+	$(BIN)/uv pip compile deploy/tools/requirements.in --constraint constraints.txt --python-version 3.11 --universal \
+		--generate-hashes --no-header --no-annotate --quiet --output-file deploy/tools/requirements.txt
+	npm install --prefix deploy/tools --package-lock-only --omit-lockfile-registry-resolved --silent --no-audit --no-fund
 
 # The real model and a real server process: minutes, and 98 MB on the first run.
 integration: $(VENV)/.installed-dev

@@ -1,0 +1,60 @@
+"""What the Dockerfile says, read as BuildKit reads it: its instructions, and what the image gets from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from tests.deploy.manifests import ROOT
+
+TEXT = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(name, rest) of each, lines joined and comments left out."""
+    lines = "\n".join(line for line in TEXT.splitlines() if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n\s*", " ", lines)
+    pairs = [line.partition(" ") for line in joined.splitlines() if line.strip()]
+    return [(name, rest.strip()) for name, _, rest in pairs]
+
+
+def stages() -> list[list[tuple[str, str]]]:
+    """Each stage's instructions; what stands before the first is left out."""
+    found: list[list[tuple[str, str]]] = []
+    for name, rest in instructions():
+        if name == "FROM":
+            found.append([])
+        if found:
+            found[-1].append((name, rest))
+    return found
+
+
+def final(name: str) -> list[str]:
+    """What the last stage says after an instruction."""
+    return [rest for each, rest in stages()[-1] if each == name]
+
+
+def arguments() -> dict[str, str]:
+    """Every build argument with its default."""
+    pairs = [rest.partition("=") for name, rest in instructions() if name == "ARG"]
+    return {name: default for name, _, default in pairs}
+
+
+def environment() -> dict[str, str]:
+    """The image's variables."""
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(final("ENV"))))
+
+
+def health_check() -> tuple[list[str], dict[str, str]]:
+    """The command of HEALTHCHECK and its options."""
+    (line,) = final("HEALTHCHECK")
+    options, _, command = line.partition(" CMD ")
+    words: list[str] = json.loads(command)
+    return words, dict(re.findall(r"--([a-z-]+)=(\S+)", options))
+
+
+def words(name: str) -> Any:
+    """An instruction in its JSON form."""
+    (line,) = final(name)
+    return json.loads(line)
