@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,7 +56,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
+        # Not `load_file`: it leaks every tensor's name (safetensors 0.8), which adds up where adapters come and go.
+        return {name: tensor.float() for name, tensor in load(path.read_bytes()).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a safetensors file: {error}") from None
 
