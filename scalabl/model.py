@@ -203,6 +203,8 @@ class ScalaBLModel(nn.Module):
           same tensor (q, k and v of one attention). They multiply each input once.
         """
         trunk = self.trunk
+        if trunk.blocks:
+            trunk.learn(lambda count: self.run_rows(*self._probe_inputs(count), None))
         expected = self._probe(fans_out=False, trims=False)
         trunk.verified = trunk.possible and self._agrees(expected, fans_out=True, trims=False)
         trunk.trims = bool(trunk.blocks) and self._agrees(expected, fans_out=trunk.verified, trims=True)
@@ -224,21 +226,25 @@ class ScalaBLModel(nn.Module):
 
     def _probe(self, *, fans_out: bool, trims: bool) -> list[Tensor]:
         """Logits of a few inputs under two samples, with and without the trunk and the trimming."""
-        vocabulary = self.base.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(0)
         kept = self.trunk.verified, self.trunk.trims
         found = []
         try:
             self.trunk.verified, self.trunk.trims = fans_out, trims
-            for count in (1, 2, 3):  # an argument with one entry for each input must not be taken for one with two or three
-                ids = torch.randint(vocabulary, (count, 4), generator=generator).to(self.device)
-                lengths = torch.arange(4, 4 - count, -1, device=self.device)
+            for count in (1, 2, 3):
+                ids, lengths = self._probe_inputs(count)
                 s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
                 rows = torch.arange(2 * count, device=self.device)
                 found.append(self.run_rows(ids, lengths, RowSamples(s, rows % 2, fan_out=2, inputs=rows // 2)))
         finally:
             self.trunk.verified, self.trunk.trims = kept
         return found
+
+    def _probe_inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        """(ids [B, 5], lengths [B]): random, for a check of shapes and numbers."""
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (count, 5), generator=torch.Generator().manual_seed(count))
+        return ids.to(self.device), torch.arange(5, 5 - count, -1, device=self.device)
 
     def _agrees(self, expected: list[Tensor], *, fans_out: bool, trims: bool) -> bool:
         try:

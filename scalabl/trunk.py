@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from scalabl.attachment import Host
 
+Path = tuple[int | str, ...]  # of an argument: its place or name, and the places or keys within it
+
 
 class FanOut:
     """Which input each row of the running pass belongs to; shared by the blocks of one model.
@@ -26,6 +28,7 @@ class FanOut:
         count: B, the inputs of the pass.
         states: [B, T, D], what the trunk gave for these inputs; None to run it.
         last: [M], the position that is read in each row.
+        shared: which of a block's arguments were seen not to have an entry for each input, as long as they may be.
     """
 
     def __init__(self) -> None:
@@ -33,6 +36,7 @@ class FanOut:
         self.last: Tensor | None = None
         self.count = 0
         self.states: Tensor | None = None
+        self.shared: frozenset[Path] = frozenset()
 
 
 def _blocks_of(host: Host, adapted: Sequence[str]) -> tuple[list[nn.Module], int] | None:
@@ -101,6 +105,30 @@ class Trunk:
             handle.remove()
         self._handles.clear()
 
+    def learn(self, run: Callable[[int], object]) -> None:
+        """Find out which arguments do not have an entry for each input: those that do not follow when their number changes.
+
+        An argument that short inputs do not have, such as the mask of a sliding window, goes by its size.
+
+        Args:
+            run: a pass over so many inputs, which does not fan out.
+        """
+        seen: dict[int, dict[Path, int]] = {}
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {place: value for place, value in enumerate(args) if place} | kwargs
+            seen[count] |= {path: tensor.shape[0] for path, tensor in _tensors(rest, ())}
+
+        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks[self.depth :]]
+        try:
+            for count in (2, 3):
+                seen[count] = {}
+                run(count)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._fan_out.shared = frozenset(path for path, size in seen[2].items() if (size, seen[3].get(path)) != (2, 3))
+
     def states(self, run: Callable[[], object]) -> Tensor:
         """What enters the first block after the trunk [B, T, D] in the pass `run`, which goes no further."""
 
@@ -143,26 +171,39 @@ def _hook(fan_out: FanOut, *, first: bool) -> Callable[..., tuple[tuple[Any, ...
         rows, states = fan_out.inputs, fan_out.states
         if rows is None and (states is None or not first):
             return None
-        hidden, rest = _hidden(args, kwargs), args[1:]
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        hidden = _hidden(args, kwargs)
+        rest: dict[int | str, Any] = {place: value for place, value in enumerate(args) if place}
+        rest |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if first and states is not None:
             hidden = states.to(hidden)
         if rows is not None:
             if first:
                 hidden = hidden[rows.to(hidden.device)]
             if fan_out.count > 1:  # what has one entry for all inputs is broadcast to all rows as well
-                rest, others = _expand((rest, others), fan_out.count, rows)
-        return (hidden, *rest), others
+                rest = _expand(rest, fan_out, ())
+        places = tuple(rest[place] for place in range(1, len(args)))
+        return (hidden, *places), {name: value for name, value in rest.items() if isinstance(name, str)}
 
     return before
 
 
-def _expand(value: Any, count: int, rows: Tensor) -> Any:
-    """Every tensor in `value` that has one entry for each input, with one for each row."""
+def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor with dimensions in nested tuples, lists and dicts, with its path."""
+    if isinstance(value, Tensor) and value.dim():
+        yield path, value
+    elif isinstance(value, tuple | list | dict):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(each, (*path, key))
+
+
+def _expand(value: Any, fan_out: FanOut, path: Path) -> Any:
+    """The tensors that have an entry for each input, with one for each row."""
     if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.dim() > 1 and value.shape[0] == count else value
+        if not value.dim() or value.shape[0] != fan_out.count or path in fan_out.shared or fan_out.inputs is None:
+            return value
+        return value[fan_out.inputs.to(value.device)]
     if isinstance(value, tuple | list):
-        return type(value)(_expand(each, count, rows) for each in value)
+        return type(value)(_expand(each, fan_out, (*path, place)) for place, each in enumerate(value))
     if isinstance(value, dict):
-        return {key: _expand(each, count, rows) for key, each in value.items()}
+        return {key: _expand(each, fan_out, (*path, key)) for key, each in value.items()}
     return value

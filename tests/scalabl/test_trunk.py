@@ -98,6 +98,29 @@ def test_a_pass_may_start_from_the_trunk_s_states(name: str) -> None:
     torch.testing.assert_close(model.run_rows(ids, lengths, samples), expected)  # and the trunk is back afterwards
 
 
+def test_an_argument_as_long_as_there_are_inputs_is_not_taken_for_one_of_theirs() -> None:
+    model = tiny.adapted(layers_to_transform=(1,))
+    found: list[torch.Size] = []
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"table": torch.zeros(4, 7), "each": [torch.zeros(args[0].shape[0], 1)]}
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["table"].shape)
+        found.append(kwargs["each"][0].shape)
+
+    block = model.base.model.layers[1]
+    model.detach()
+    block.register_forward_pre_hook(give, with_kwargs=True)
+    model.attach()
+    block.register_forward_pre_hook(look, with_kwargs=True)
+    model.find_shared_work()
+    assert model.trunk.verified
+    found.clear()
+    model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
+    assert found == [(4, 7), (32, 1)]
+
+
 def test_an_architecture_that_flattens_heads_into_rows_runs_without_a_trunk() -> None:
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
