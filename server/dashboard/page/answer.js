@@ -96,18 +96,18 @@ function row(name, probability, answer, member) {
   );
 }
 
-/** The mean as a bar, each posterior sample as a dot. */
+/** The mean as a bar, and above it each posterior sample as a dot. */
 function bar(probability, error = null, dots = []) {
   const at = (value) => `${(100 * Math.min(1, Math.max(0, value))).toFixed(2)}%`;
   return s(
     "svg",
-    { class: "bar", height: 20, "aria-hidden": "true", focusable: "false" },
-    s("rect", { x: 0, y: 6, width: "100%", height: 8, rx: 4, class: "track" }),
-    s("rect", { x: 0, y: 6, width: at(probability), height: 8, rx: 4, class: "mean" }),
+    { class: "bar", height: 24, "aria-hidden": "true", focusable: "false" },
+    s("rect", { x: 0, y: 15, width: "100%", height: 6, rx: 3, class: "track" }),
+    s("rect", { x: 0, y: 15, width: at(probability), height: 6, rx: 3, class: "mean" }),
     error === null
       ? null
-      : s("line", { x1: at(probability - 2 * error), x2: at(probability + 2 * error), y1: 10, y2: 10, class: "whisker" }),
-    dots.map((value, index) => s("circle", { cx: at(value), cy: 10 + 3 * Math.sin(2.4 * index), r: 2, class: "dot" })),
+      : s("line", { x1: at(probability - 2 * error), x2: at(probability + 2 * error), y1: 18, y2: 18, class: "whisker" }),
+    dots.map((value, index) => s("circle", { cx: at(value), cy: 6.5 + 3.5 * Math.sin(2.4 * index), r: 2.4, class: "dot" })),
   );
 }
 

@@ -2,7 +2,7 @@
 
 import { h, s, table } from "./dom.js";
 import { draw, image, line, scale, text, xAxis } from "./plot.js";
-import { many, nats, percent, time, withInterval } from "./words.js";
+import { many, nats, percent, times, withInterval } from "./words.js";
 
 const LIMIT = 0.95; // the quantile of the calibration set beyond which traffic is shown as unusual
 
@@ -14,14 +14,15 @@ export function showInformation(figure, found) {
     h("figcaption", {}, h("h3", {}, "Is the traffic like what it knows?"), h("p", { class: "finding" }, finding(found))),
   );
   if (found.count === 0) {
-    const why = found.left_out > 0 ? `${many(found.left_out, "recent prediction")} cannot be compared: they were made with other samples than the calibration.` : "No predictions yet. Ask something.";
+    const others = `${many(found.left_out, "recent prediction")} cannot be compared: made with other samples than the calibration.`;
+    const why = found.left_out > 0 ? others : "No predictions yet. Ask something.";
     figure.append(h("p", { class: "empty" }, why));
     return;
   }
   const left = found.left_out > 0 ? ` ${many(found.left_out, "other")} left out, made with other samples than the calibration.` : "";
   figure.append(
     drawing,
-    h("p", { class: "quiet" }, `${many(found.count, "prediction")}, ${time(found.oldest)} to ${time(found.newest)}.${left}`),
+    h("p", { class: "quiet" }, `${many(found.count, "prediction")}, ${times(found.oldest, found.newest)}.${left}`),
     table(
       "Mutual information, in nats, by quantile",
       found.calibration === null ? ["Quantile", "Recent"] : ["Quantile", "Recent", "Calibration"],
@@ -46,10 +47,10 @@ function finding(found) {
   if (mark === undefined) {
     return `Half of the recent predictions have a mutual information below ${nats(found.quantiles["0.5"])} nats. The adapter is not calibrated, so there is nothing to hold this against.`;
   }
-  const verdict =
-    mark.above.low > mark.expected ? "More of it is unfamiliar than chance explains" : mark.above.high < mark.expected ? "It is even more familiar" : "It is as familiar";
-  const than = mark.above.low > mark.expected ? "" : mark.above.high < mark.expected ? " than the calibration set" : " as the calibration set";
-  return `${verdict}${than}: ${withInterval(mark.above)} lie above the mark that ${percent(mark.expected, 0)} of the calibration set exceeded.`;
+  let verdict = "It is as familiar as the calibration set";
+  if (mark.above.low > mark.expected) verdict = "More of it is unfamiliar than chance explains";
+  if (mark.above.high < mark.expected) verdict = "It is even more familiar than the calibration set";
+  return `${verdict}: ${withInterval(mark.above)} lie above the mark that ${percent(mark.expected, 0)} of the calibration set exceeded.`;
 }
 
 function histogram(found, width) {
@@ -58,7 +59,8 @@ function histogram(found, width) {
   const told = [...Object.values(found.quantiles), ...Object.values(found.calibration ?? {})];
   const decade = (value, round) => 10 ** round(Math.log10(value) + 1e-9);
   // What lies below the first edge gets a decade of its own at the left.
-  const low = first === 0 ? edges[0] / 10 : decade(Math.min(1e-3, edges[first - 1], ...told.filter((value) => value > edges[0])), Math.floor);
+  const least = Math.min(1e-3, edges[Math.max(0, first - 1)], ...told.filter((value) => value > edges[0]));
+  const low = first === 0 ? edges[0] / 10 : decade(least, Math.floor);
   const high = decade(Math.max(0.999, ...told), Math.ceil);
   const [left, right, top] = [8, width - 8, 8];
   const x = scale([low, high], [left, right], true);
@@ -70,7 +72,8 @@ function histogram(found, width) {
   const y = scale([0, most], [0, bottom - upper - 18]);
   const limit = markAt(found)?.value;
   const powers = [];
-  for (let power = Math.round(Math.log10(Math.max(low, edges[0]))); power <= Math.round(Math.log10(high)); power += 1) {
+  const each = (right - left) / Math.log10(high / low) < 72 ? 2 : 1; // on a narrow screen every other one
+  for (let power = Math.round(Math.log10(high)); 10 ** power >= 0.99 * Math.max(low, edges[0]); power -= each) {
     powers.push([10 ** power, short(10 ** power)]);
   }
   const bars = counts.map((each, index) => {

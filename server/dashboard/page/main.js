@@ -13,6 +13,10 @@ import { percent } from "./words.js";
 const AGAIN_MS = 15_000; // between looks while the page is seen
 const STARTING_MS = 2_000;
 
+const NOTHING_STORED =
+  "This server stores no predictions (it runs with --outcomes-url none), so there is nothing to draw and no label to send. " +
+  "Questions are answered all the same.";
+
 let info = null;
 let looks = 0;
 let questions = 0;
@@ -120,14 +124,18 @@ function show(stored) {
   byId("state").replaceChildren();
   if (stored === null) {
     byId("state").append(
-      h("p", { class: "empty panel" }, "This server stores no predictions (it runs with --outcomes-url none), so there is nothing to draw and no label to send. Questions are answered all the same."),
+      h("p", { class: "empty panel" }, NOTHING_STORED),
     );
     return;
   }
   showDoubtful({ list: byId("doubtful"), title: byId("doubts-title"), about: byId("doubts-about") }, stored, look);
   if (same) return;
   showNumbers(byId("numbers"), stored);
-  const figures = { reliability: [showReliability, stored], information: [showInformation, stored.mutual_information], risk: [showRisk, stored.risk_coverage] };
+  const figures = {
+    reliability: [showReliability, stored],
+    information: [showInformation, stored.mutual_information],
+    risk: [showRisk, stored.risk_coverage],
+  };
   for (const [name, [render, found]] of Object.entries(figures)) keepingFocus(byId(name), () => render(byId(name), found));
 }
 

@@ -58,7 +58,7 @@ export function xAxis(x, y, ticks, name, [left, right]) {
     line(left, y, right, y, "base"),
     ticks.map(([value, label]) => [
       line(x(value), y, x(value), y + 4, "base"),
-      text(x(value), y + 17, label, { "text-anchor": "middle" }),
+      text(x(value), y + 17, label, { "text-anchor": x(value) < left + 15 && label.length > 4 ? "start" : "middle" }),
     ]),
     text((left + right) / 2, y + 36, name, { "text-anchor": "middle", class: "name" }),
   );
@@ -73,7 +73,7 @@ export function yAxis(y, ticks, name, [left, right], top) {
       line(left, y(value), right, y(value), "grid"),
       text(left - 7, y(value) + 4, label, { "text-anchor": "end" }),
     ]),
-    text(0, top - 10, name, { class: "name" }),
+    text(0, top - 14, name, { class: "name" }),
   );
 }
 
@@ -83,10 +83,9 @@ export function diamond(x, y, size, attributes) {
 
 export const PERCENTS = [0, 0.25, 0.5, 0.75, 1].map((value) => [value, `${100 * value}%`]);
 
-/** A few round ticks from 0 up to `most`. */
+/** A few round ticks from 0 to `most` or the next one above it. */
 export function roundTicks(most) {
-  const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5].find((each) => most / each <= 5) ?? 0.5;
-  const ticks = [];
-  for (let n = 0; n * step <= most + 1e-9; n += 1) ticks.push([n * step, `${Math.round(1000 * n * step) / 10}%`]);
-  return ticks;
+  const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((each) => most / each <= 5) ?? 0.25;
+  const last = Math.ceil(most / step - 1e-9);
+  return Array.from({ length: last + 1 }, (_, n) => [n * step, `${Math.round(1000 * n * step) / 10}%`]);
 }

@@ -42,11 +42,14 @@ export function showReliability(figure, stored) {
     ),
     table(
       "Reliability by bins of confidence",
-      ["Confidence", "Mean", "Right", "Of", "Accuracy (95% interval)"],
+      ["Confidence", "Mean", "Right", "Accuracy, 95%"],
       found.bins
         .filter((bin) => bin.accuracy.total > 0)
         .map((bin) => [
-          range(bin), percent(bin.confidence), count(bin.accuracy.count), count(bin.accuracy.total), withInterval(bin.accuracy),
+          range(bin),
+          percent(bin.confidence),
+          `${count(bin.accuracy.count)} of ${count(bin.accuracy.total)}`,
+          withInterval(bin.accuracy),
         ]),
       open,
     ),
@@ -57,7 +60,9 @@ export function showReliability(figure, stored) {
 function finding(found) {
   if (found.accuracy.total === 0) return "Nothing is known yet of how often it is right.";
   const off = found.bins.filter(isOff).length;
-  const told = `${percent(found.accuracy.share)} of ${many(found.accuracy.total, "labelled answer")} were right; confidence is off by ${(100 * found.ece).toFixed(1)} points on average.`;
+  const { share, total } = found.accuracy;
+  const ece = (100 * found.ece).toFixed(1);
+  const told = `${percent(share)} of ${many(total, "labelled answer")} were right; confidence is off by ${ece} points on average.`;
   return off === 0 ? told : `${told} In ${off === 1 ? "one bin" : `${off} bins`} by more than chance explains.`;
 }
 
@@ -70,11 +75,12 @@ function range(bin) {
 }
 
 function diagram(found, width) {
-  const [left, right, top, middle, gap, tall] = [42, width - 8, 26, 26 + Math.min(260, width * 0.72), 22, 44];
+  const [left, right, top, middle, gap, tall] = [42, width - 8, 30, 30 + Math.min(250, width * 0.7), 38, 44];
   const bottom = middle + gap + tall;
   const x = scale([0, 1], [left, right]);
   const y = scale([0, 1], [middle, top]);
-  const most = Math.max(...found.bins.map((bin) => bin.accuracy.total));
+  const seen = found.bins.filter((bin) => bin.accuracy.total > 0);
+  const most = Math.max(...seen.map((bin) => bin.accuracy.total));
   const high = scale([0, most], [0, tall]);
   const label = `Reliability diagram: accuracy against confidence in ${found.bins.length} bins. ${finding(found)}`;
   return image(
@@ -82,41 +88,52 @@ function diagram(found, width) {
     bottom + 42,
     label,
     yAxis(y, PERCENTS, "right", [left, right], top),
+    seen.map((bin) => s("rect", { ...reach(bin, x, y), class: isOff(bin) ? "band off" : "band" })),
     line(x(0), y(0), x(1), y(1), "perfect"),
-    found.bins.filter((bin) => bin.accuracy.total > 0).map((bin) => point(bin, x, y)),
-    text(0, middle + gap - 6, "labels", { class: "name" }),
-    found.bins.map((bin) => bar(bin, x, bottom, high)),
+    seen.map((bin) => point(bin, x, y)),
+    text(0, middle + gap - 8, "labels", { class: "name" }),
+    found.bins.map((bin) => bar(bin, x, bottom, high, most)),
     xAxis(x, bottom, PERCENTS, "confidence", [left, right]),
   );
 }
 
+function across(bin, x) {
+  const from = x(bin.low) + 1.5;
+  return { x: from, width: x(bin.high) - 1.5 - from };
+}
+
+/** The interval's place. */
+function reach(bin, x, y) {
+  const { low, high } = bin.accuracy;
+  return { ...across(bin, x), y: y(high), height: y(low) - y(high), rx: 3 };
+}
+
 function point(bin, x, y) {
   const { confidence, accuracy } = bin;
-  const [from, to] = [x(bin.low) + 1.5, x(bin.high) - 1.5];
   const off = isOff(bin);
   const [cx, cy] = [x(confidence), y(accuracy.share)];
   return s(
     "g",
     { class: off ? "bin off" : "bin", "data-right": accuracy.count, "data-of": accuracy.total },
     s("title", {}, `Confidence ${range(bin)}: ${count(accuracy.count)} of ${count(accuracy.total)} right, ${withInterval(accuracy)}`),
-    s("rect", { x: from, y: y(accuracy.high), width: to - from, height: y(accuracy.low) - y(accuracy.high), rx: 3, class: "band" }),
+    s("rect", { ...reach(bin, x, y), class: "reach" }),
     off ? diamond(cx, cy, 5.5, { class: "mark" }) : s("circle", { cx, cy, r: 4, class: "mark" }),
   );
 }
 
-function bar(bin, x, bottom, high) {
+function bar(bin, x, bottom, high, most) {
   const { total } = bin.accuracy;
   if (total === 0) return null;
-  const [from, to] = [x(bin.low) + 1.5, x(bin.high) - 1.5];
+  const place = across(bin, x);
   const height = Math.max(1, high(total));
   const short = total < 1000 ? String(total) : `${(total / 1000).toFixed(total < 9950 ? 1 : 0)}k`;
   return s(
     "g",
     { class: "count" },
     s("title", {}, `Confidence ${range(bin)}: ${many(total, "label")}`),
-    s("rect", { x: from, y: bottom - height, width: to - from, height, rx: 1.5 }),
-    to - from > 5.5 * short.length
-      ? text((from + to) / 2, bottom - height - 4, short, { "text-anchor": "middle", class: "small" })
+    s("rect", { ...place, y: bottom - height, height, rx: 1.5 }),
+    (place.width > 13 && place.width + 3 >= 6 * short.length) || total === most
+      ? text(place.x + place.width / 2, bottom - height - 4, short, { "text-anchor": "middle", class: "small" })
       : null,
   );
 }

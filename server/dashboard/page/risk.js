@@ -38,9 +38,12 @@ export function showRisk(figure, found) {
     ),
     table(
       `Risk and coverage by ${DOUBTS[score]}`,
-      ["Answered", "Up to a doubt of", "Wrong", "Share wrong (95% interval)"],
+      ["Answered", "Doubt to", "Wrong", "Share, 95%"],
       thinned(points).map((point) => [
-        percent(point.coverage), nats(point.doubt), `${count(point.wrong.count)} of ${count(point.wrong.total)}`, withInterval(point.wrong),
+        percent(point.coverage),
+        nats(point.doubt),
+        `${count(point.wrong.count)} of ${count(point.wrong.total)}`,
+        withInterval(point.wrong),
       ]),
       open,
     ),
@@ -65,11 +68,12 @@ function finding(points, rule) {
 }
 
 function curve(points, rule, width) {
-  const [left, right, top] = [42, width - 8, 26];
+  const [left, right, top] = [42, width - 8, 30];
   const bottom = top + Math.min(330, width * 0.85);
   // The first few answers have bands as wide as the figure: they are drawn, and the axis is not theirs.
   const steady = points.filter((point) => point.wrong.total >= 10);
-  const most = Math.min(1, Math.max(0.05, 1.15 * Math.max(...(steady.length ? steady : points).map((point) => point.wrong.high))));
+  const ticks = roundTicks(Math.min(1, Math.max(0.05, 1.1 * Math.max(...(steady.length ? steady : points).map((point) => point.wrong.high)))));
+  const most = ticks.at(-1)[0];
   const x = scale([0, 1], [left, right]);
   const y = scale([0, most], [bottom, top]);
   const at = (value) => Math.max(top, y(value));
@@ -81,7 +85,7 @@ function curve(points, rule, width) {
     width,
     bottom + 42,
     `Risk–coverage curve. ${finding(points, rule)}`,
-    yAxis(y, roundTicks(most), "wrong among the answered", [left, right], top),
+    yAxis(y, ticks, "wrong among the answered", [left, right], top),
     s("path", { d: `M${[...there, ...back].join("L")}Z`, class: "band" }),
     line(left, y(all), right, y(all), "whole"),
     s("path", { d: path, class: "curve" }),

@@ -24,12 +24,17 @@ export function percent(value, digits = 1) {
 }
 
 export function nats(value) {
-  if (value > 0 && value < 0.0001) return "<0.0001";
-  return String(Number(value.toPrecision(value < 0.001 ? 1 : 3)));
+  if (value < 0.0001) return value > 0 ? "<0.0001" : "0";
+  return value < 0.001 ? value.toFixed(4) : value.toPrecision(3);
 }
 
 export function time(text) {
   return TIME.format(new Date(text));
+}
+
+/** From one time to another, what they share said once. */
+export function times(from, to) {
+  return TIME.formatRange(new Date(from), new Date(to));
 }
 
 /** "80.0% (54.8 to 93.0)". */
