@@ -10,7 +10,7 @@ let drawn = ""; // the JSON that the list was made from
 /** Fill the list, unless it is so already or someone is at work in it. `labelled` is called when a label has been stored or given up. */
 export function showDoubtful({ list, title, about }, stored, labelled) {
   const json = JSON.stringify([stored.abstains, stored.doubtful]);
-  if (list.querySelector("form") !== null || (json === drawn && list.hasChildNodes())) return;
+  if (list.querySelector("form, button:disabled") !== null || (json === drawn && list.hasChildNodes())) return;
   drawn = json;
   const held = list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : undefined;
   title.textContent = stored.abstains ? "Recent abstentions" : "Most doubtful of late";
