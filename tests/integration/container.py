@@ -132,7 +132,16 @@ class Container:
         """The image's user, without capabilities and without a way to get any."""
         limits = ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", *limits, "env", "-i", *variables]
+        return [
+            "setpriv",
+            f"--reuid={self.user}",
+            f"--regid={self.user}",
+            *limits,
+            "env",
+            f"--chdir={self.config['WorkingDir']}",
+            "-i",
+            *variables,
+        ]
 
     @property
     def log(self) -> str:
@@ -157,7 +166,7 @@ class Container:
 
     def execute(self, *command: str, root: bool = False) -> subprocess.CompletedProcess[str]:
         """A command in the container, as its user or as root."""
-        inside = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root"]
+        inside = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--wd"]
         return subprocess.run(
             [*inside, *([] if root else self._as_user()), *command], capture_output=True, text=True, timeout=60
         )
