@@ -123,7 +123,7 @@ class Container:
         self.log_file = self._folder / "log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", "\n".join(lines)],
+                ["unshare", "--mount", "--pid", "--fork", "sh", "-c", "\n".join(lines)],
                 stderr=log,
                 stdout=log,
             )
@@ -183,7 +183,8 @@ class Container:
         return self.process.wait(seconds)
 
     def close(self) -> None:
-        self.process.kill()
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)  # process 1: whatever else runs there ends with it
         self.process.wait(60)
         shutil.rmtree(self._folder, ignore_errors=True)
 
