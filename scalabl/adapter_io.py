@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -158,7 +158,8 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
+        # Not save_file: that leaves a file which only its owner can read, and a server may run as somebody else.
+        (Path(scratch) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         os.replace(Path(scratch) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     save_config(folder, config)
 

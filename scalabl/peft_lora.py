@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -98,7 +98,7 @@ def export_peft(
                 tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * weights[f"{module}.lora_A"]
                 tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
             (root / name).mkdir(parents=True)
-            save_file(tensors, root / name / WEIGHTS_FILE, metadata={"format": "pt"})
+            (root / name / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             _write_json(root / name / CONFIG_FILE, settings)
         note = {
             "how_to_read": HOW_TO_READ,

@@ -62,7 +62,7 @@ def fetch(folder: Path) -> Path:
 def _convert(source: Path, target: Path) -> None:
     print("converting it to safetensors (half a minute, once)", file=sys.stderr)
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
@@ -72,7 +72,8 @@ def _convert(source: Path, target: Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    # Not save_file: that leaves a file which only its owner can read, and a container's user is another.
+    (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     tokenizer.save_pretrained(target)
     del model.config.quantization_config  # the weights are float32 now
     model.config.save_pretrained(target)

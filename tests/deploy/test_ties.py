@@ -270,6 +270,37 @@ def test_the_compose_file_runs_it_as_the_dockerfile_means_it() -> None:
     assert {"VARIANT", "MODELS", "BASE_IMAGE", "TORCH_INDEX", "REVISION"} <= set(dockerfile.arguments())
 
 
+def test_prometheus_and_grafana_find_what_the_compose_file_mounts() -> None:
+    def inside(service: str, path: str) -> Path:
+        """The file or folder of the repository that a service sees at a path."""
+        for volume in COMPOSE["services"][service]["volumes"]:
+            source, target = volume.removesuffix(":ro").split(":")
+            if Path(path).is_relative_to(target) and source.startswith("."):
+                return (ROOT / "docker" / source / Path(path).relative_to(target)).resolve()
+        raise AssertionError(f"{service} has nothing at {path}")
+
+    configuration = inside("prometheus", "/etc/prometheus/prometheus.yml")
+    prometheus = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+    (scraped,) = prometheus["scrape_configs"]
+    port = in_a_container(SERVER["environment"]).port
+    assert scraped["static_configs"] == [{"targets": [f"server:{port}"]}]
+    assert scraped.get("metrics_path", "/metrics") in paths(None)["http"]
+    (pattern,) = prometheus["rule_files"]
+    rules = inside("prometheus", f"/etc/prometheus/{Path(pattern).parent}")
+    assert sorted(rules.glob(Path(pattern).name)) == sorted((ROOT / "deploy" / "prometheus" / "rules").iterdir())
+
+    provisioning = inside("grafana", "/etc/grafana/provisioning")
+    for file in (provisioning / "dashboards").iterdir():
+        for provider in yaml.safe_load(file.read_text(encoding="utf-8"))["providers"]:
+            assert len(list(inside("grafana", provider["options"]["path"]).glob("*.json"))) == 2
+    for file in (provisioning / "datasources").iterdir():
+        for source in yaml.safe_load(file.read_text(encoding="utf-8"))["datasources"]:
+            (published,) = COMPOSE["services"]["prometheus"]["ports"]
+            assert source["url"] == f"http://prometheus:{published.rpartition(':')[2]}"
+    # One job name for both ways of scraping, since rules and dashboards may ask for it.
+    assert scraped["job_name"] == one(rendered("base"), "Service")["metadata"]["name"]
+
+
 def test_every_service_is_confined_and_only_this_machine_reaches_it() -> None:
     for name, service in COMPOSE["services"].items():
         assert service["read_only"] is True, name

@@ -123,7 +123,7 @@ class Container:
         self.log_file = self._folder / "log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", "\n".join(lines)],
+                ["unshare", "--mount", "--pid", "--fork", "sh", "-c", "\n".join(lines)],
                 stderr=log,
                 stdout=log,
             )
@@ -132,7 +132,16 @@ class Container:
         """The image's user, without capabilities and without a way to get any."""
         limits = ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", *limits, "env", "-i", *variables]
+        return [
+            "setpriv",
+            f"--reuid={self.user}",
+            f"--regid={self.user}",
+            *limits,
+            "env",
+            f"--chdir={self.config['WorkingDir']}",
+            "-i",
+            *variables,
+        ]
 
     @property
     def log(self) -> str:
@@ -157,7 +166,7 @@ class Container:
 
     def execute(self, *command: str, root: bool = False) -> subprocess.CompletedProcess[str]:
         """A command in the container, as its user or as root."""
-        inside = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root"]
+        inside = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--wd"]
         return subprocess.run(
             [*inside, *([] if root else self._as_user()), *command], capture_output=True, text=True, timeout=60
         )
@@ -174,7 +183,8 @@ class Container:
         return self.process.wait(seconds)
 
     def close(self) -> None:
-        self.process.kill()
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)  # process 1: whatever else runs there ends with it
         self.process.wait(60)
         shutil.rmtree(self._folder, ignore_errors=True)
 

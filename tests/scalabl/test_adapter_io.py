@@ -59,6 +59,12 @@ def test_names_and_files_are_the_ones_of_the_contract(adapter: Path) -> None:
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "SCALABL"
 
 
+def test_whoever_may_read_one_file_may_read_both(adapter: Path) -> None:
+    """A server in a container is another user than the one who trained."""
+    modes = {path.name: path.stat().st_mode & 0o777 for path in adapter.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+
+
 def test_an_adapter_serves_in_the_base_models_dtype(adapter: Path) -> None:
     model = load_adapter(tiny.base_model().to(torch.bfloat16), adapter)
     assert {name.rpartition(".")[2]: p.dtype for name, p in model.adapter_parameters().items()} == {
