@@ -44,8 +44,12 @@ def _gaps(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _tempered_nll(gaps: Tensor, temperature: float) -> float:
+    return float(_row_nll(gaps, temperature).mean())
+
+
+def _row_nll(gaps: Tensor, temperature: float) -> Tensor:
     log_p = -torch.logsumexp(gaps / temperature, dim=-1)  # [N, K], of the answer
-    return float(math.log(gaps.shape[1]) - torch.logsumexp(log_p, dim=-1).mean())
+    return math.log(gaps.shape[1]) - torch.logsumexp(log_p, dim=-1)
 
 
 def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> tuple[float, float]:
@@ -91,7 +95,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class ScaleFit:
-    """The best trial with its logits [N, K, C], and every trial in the order of its scale."""
+    """The trial that was chosen with its logits [N, K, C], and every trial in the order of its scale."""
 
     best: Trial
     logits: Tensor
@@ -99,10 +103,12 @@ class ScaleFit:
 
 
 def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> ScaleFit:
-    """The posterior scale and temperature of the lowest NLL.
+    """The posterior scale and temperature of the lowest NLL; scale 1, where the data do not tell it from the best.
 
     Each scale costs one pass over the data; its temperature is found on the logits of that pass. Scale 1 is always among
-    them, and temperature 1, so that the fit is never worse than none.
+    them, and temperature 1, so that the fit is never worse than none. NLL is often flat in the scale, since the temperature
+    makes up for it, and mutual information is not: so the posterior as trained stays unless another is better by more than
+    the standard error of the difference over the rows (the one-standard-error rule of Breiman et al., 1984).
 
     Args:
         logits_at: [N, K, C] for a posterior scale, with the same draws each time.
@@ -110,24 +116,29 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> S
         tolerance: in ln tau; NLL is flat around its minimum, and no data tells scales apart that are closer.
     """
     trials: list[Trial] = []
-    kept = torch.empty(0)
+    kept: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
 
     def best_nll(scale: float) -> float:
-        nonlocal kept
         logits = logits_at(scale)
         gaps = _gaps(logits, answers)
         untempered = _tempered_nll(gaps, 1.0)
         temperature, nll = minimise(lambda t: _tempered_nll(gaps, t), TEMPERATURES, 1e-3)
         if nll >= untempered:
             temperature, nll = 1.0, untempered
+        found = logits, _row_nll(gaps, temperature)
         if all(nll < trial.nll for trial in trials):
-            kept = logits
+            kept["best"] = found
+        if scale == 1:
+            kept["unscaled"] = found
         trials.append(Trial(scale, temperature, nll, untempered))
         return nll
 
     minimise(best_nll, SCALES, tolerance)
-    best = min(trials, key=lambda trial: trial.nll)
-    return ScaleFit(best, kept, sorted(trials, key=lambda trial: trial.posterior_scale))
+    chosen, which = min(trials, key=lambda trial: trial.nll), "best"
+    gain = kept["unscaled"][1] - kept["best"][1]
+    if float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
+        chosen, which = next(trial for trial in trials if trial.posterior_scale == 1), "unscaled"
+    return ScaleFit(chosen, kept[which][0], sorted(trials, key=lambda trial: trial.posterior_scale))
 
 
 def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:

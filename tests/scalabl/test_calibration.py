@@ -58,6 +58,17 @@ def test_a_fit_is_never_worse_than_none_and_knows_its_own_logits(seed: int) -> N
     assert mixture_nll(fit.logits, answers, fit.best.temperature) == pytest.approx(fit.best.nll)
 
 
+def test_a_scale_that_the_data_do_not_tell_from_the_trained_one_is_left_alone() -> None:
+    mean, deviation, generator = _world(300, 8)
+    answers = _answers(mean + deviation, 1.0, generator)
+    fit = fit_scale(lambda tau: mean + tau * deviation, answers)
+    lowest = min(fit.trials, key=lambda trial: trial.nll)
+    assert lowest.posterior_scale != 1, "by chance another fits these rows a little better"
+    assert fit.best.posterior_scale == 1
+    assert torch.equal(fit.logits, mean + deviation)
+    assert fit.best.nll - lowest.nll < 0.01
+
+
 def test_the_nll_is_that_of_the_predictive() -> None:
     mean, deviation, generator = _world(50, 8)
     logits, answers = mean + deviation, torch.randint(4, (50,), generator=generator)
