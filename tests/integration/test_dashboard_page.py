@@ -283,6 +283,9 @@ def test_an_answer_that_is_refused_says_what_to_change(visit: Visit, server: Ser
         page.select_option("#method", "linearized")
         page.click("#ask")
         page.locator("#answer", has_text="linearised").wait_for()
+        page.select_option("#method", "control_variate")
+        page.click("#ask")
+        page.locator("#answer", has_text="corrected by the linearisation").wait_for()
 
 
 def test_a_server_that_stores_nothing_answers_all_the_same(visit: Visit, models: Path, tmp_path: Path) -> None:

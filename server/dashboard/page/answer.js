@@ -112,7 +112,8 @@ function bar(probability, error = null, dots = []) {
 }
 
 function caption(answer) {
-  const dots = answer.samples ? "Each dot is a posterior sample, the bar their mean" : "Bars are probabilities";
+  const mean = answer.method === "control_variate" ? "their mean, corrected by the linearisation" : "their mean";
+  const dots = answer.samples ? `Each dot is a posterior sample, the bar ${mean}` : "Bars are probabilities";
   const error = answer.standard_error.probabilities[answer.prediction] === null ? "" : "; ± is the error of averaging so few samples";
   return `${dots}${error}.`;
 }

@@ -150,7 +150,7 @@ function question(chosen) {
     choices = body.choices.length;
   }
   if (byId("coverage").value !== "") body.coverage = Number(byId("coverage").value);
-  if (method === "monte_carlo") {
+  if (method !== "linearized") {
     body.num_samples = Number(byId("samples").value) || info.defaults.num_samples;
     body.return_samples = body.num_samples * choices <= info.limits.max_sample_values;
   }
@@ -230,7 +230,7 @@ byId("adapter").addEventListener("change", () => {
   look();
 });
 byId("method").addEventListener("change", () => {
-  byId("samples").disabled = byId("method").value !== "monte_carlo";
+  byId("samples").disabled = byId("method").value === "linearized";
 });
 byId("query").addEventListener("submit", put);
 byId("query").addEventListener("keydown", (event) => {
