@@ -16,7 +16,8 @@ export function showDoubtful({ list, title, about }, stored, labelled) {
   title.textContent = stored.abstains ? "Recent abstentions" : "Most doubtful of late";
   about.textContent = stored.abstains
     ? "What the adapter would not answer. A label here teaches you most about it."
-    : "The adapter has no abstention rule (scalabl calibrate finds one), so these are its recent answers of the largest entropy.";
+    : "None of its recent predictions could abstain (scalabl calibrate finds a rule), so these are those of the largest entropy.";
+  about.hidden = stored.doubtful.length === 0;
   if (stored.doubtful.length === 0) {
     list.replaceChildren(h("li", { class: "empty" }, stored.abstains ? "None among its recent predictions." : "No predictions yet."));
     return;

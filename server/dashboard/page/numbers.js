@@ -30,5 +30,5 @@ function interval(share) {
 }
 
 function abstained({ abstains, totals }) {
-  return abstains || totals.abstained.count > 0 ? `${count(totals.abstained.count)} of ${count(totals.abstained.total)}` : "no rule to abstain by";
+  return abstains || totals.abstained.count > 0 ? `${count(totals.abstained.count)} of ${count(totals.abstained.total)}` : "none could abstain";
 }
