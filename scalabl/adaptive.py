@@ -82,6 +82,10 @@ class Rule:
             count *= 2
         return (*counts, self.most)
 
+    def after(self, num_samples: int) -> int:
+        """K of the round that follows the one that ends with so many."""
+        return next(count for count in self.rounds() if count > num_samples)
+
 
 def settled(outcome: Predictive, rule: Rule, scheme: Scheme) -> Tensor:
     """Whether K samples are enough for each of B inputs: [B] bool; never where K is too small for a standard error."""
