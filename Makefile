@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve models test lint kernel-report check-kernel deploy-check integration soak lock clean
+.PHONY: serve models test lint kernel-report check-kernel deploy-check integration soak bench lock clean
 
 # One environment; what serving needs comes first, what testing needs on top when it is asked for.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -76,6 +76,11 @@ integration: $(VENV)/.installed-dev
 # An hour at 80% of capacity; SOAK_SECONDS=300 shortens it.
 soak: $(VENV)/.installed-dev
 	$(OFFLINE) $(BIN)/pytest -s -m soak tests/integration/test_soak.py $(ARGS)
+
+# What K samples cost, beside a loop over them and PEFT: hours in full; ARGS='--only brute --prompts medium --samples 10' is one
+# table. On a machine that does nothing else.
+bench: $(VENV)/.installed-dev
+	@base=$(BASE) && $(OFFLINE) $(BIN)/python -m benchmarks.serving --model "$$base" --output build/bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -29,6 +29,10 @@ class Draws:
     @property
     def num_samples(self) -> int:
         return int(self.epsilon.shape[0])
+
+    def part(self, start: int, stop: int) -> Draws:
+        """Draws `start` to `stop` - 1 of the same sequence."""
+        return replace(self, epsilon=self.epsilon[start:stop])
 
 
 def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_SCHEME) -> Draws:

@@ -107,15 +107,20 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
         mutual_information=mutual_information,
         sample_probabilities=p,
         standard_error=StandardErrors(
-            probabilities=_standard_error(p.transpose(-1, -2), scheme),
-            entropy=_standard_error(cross_entropy, scheme),
-            expected_entropy=_standard_error(sample_entropy, scheme),
-            mutual_information=_standard_error(divergence, scheme),
+            probabilities=standard_error(p.transpose(-1, -2), scheme),
+            entropy=standard_error(cross_entropy, scheme),
+            expected_entropy=standard_error(sample_entropy, scheme),
+            mutual_information=standard_error(divergence, scheme),
         ),
     )
 
 
-def _standard_error(values: Tensor, scheme: Scheme) -> Tensor:
+def independent_units(num_samples: int, scheme: Scheme) -> int:
+    """How many of K samples count as independent of one another: pairs, where they are antithetic."""
+    return num_samples // 2 if scheme == "antithetic" and num_samples > 1 else num_samples
+
+
+def standard_error(values: Tensor, scheme: Scheme) -> Tensor:
     """Standard error of the mean over the last dimension [..., K] -> [...]; NaN with fewer than two independent units."""
     count = values.shape[-1]
     if scheme == "antithetic" and count > 1:

@@ -64,7 +64,7 @@ def prediction_of(
             expected_entropy=_known(float(error.expected_entropy)),
             mutual_information=_known(float(error.mutual_information)),
         ),
-        num_samples=asked.num_samples,
+        num_samples=0 if asked.method == "linearized" else len(outcome.sample_probabilities),
         method=asked.method,
         recorded=True,
         **decided,

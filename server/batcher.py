@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from server.admission import Admission, Place
 from server.faults import classify
-from server.methods import Job, Result
+from server.methods import Job, Result, rows_of
 from server.metrics import Metrics
 from server.problems import ProblemError
 from server.trace import Stages
@@ -222,7 +222,7 @@ class Batcher(Generic[Target]):
             self._admission.running_tokens = 0
         if failure is None:
             ended = time.perf_counter()
-            self._observe(part, ended - started)
+            self._observe(part, results, ended - started)
             for queued in part:
                 queued.stages.took(started, ended)
             for queued, logits in zip(part, results, strict=True):
@@ -249,8 +249,9 @@ class Batcher(Generic[Target]):
         finally:
             self._pass_began = None
 
-    def _observe(self, part: Sequence[QueuedInput[Target]], seconds: float) -> None:
-        rows = sum(queued.rows for queued in part)
-        tokens = sum(queued.tokens for queued in part)
+    def _observe(self, part: Sequence[QueuedInput[Target]], results: Sequence[Result], seconds: float) -> None:
+        each = [rows_of(queued.job, result) for queued, result in zip(part, results, strict=True)]
+        rows = sum(each)
+        tokens = sum(taken * len(queued.token_ids) for queued, taken in zip(part, each, strict=True))
         self._admission.observe_pass(tokens, seconds)
         self._metrics.observe_batch(rows, rows * max(len(queued.token_ids) for queued in part), tokens, seconds)

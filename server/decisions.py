@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from scalabl.config import Calibration
 from scalabl.conformal import prediction_sets
@@ -14,7 +14,9 @@ from server.problems import ProblemError
 from server.schemas import Method, PredictionSet
 
 
-def uncalibrated(calibration: Calibration | None, method: Method, num_samples: int, seed: int, scheme: Scheme) -> str | None:
+def uncalibrated(
+    calibration: Calibration | None, method: Method, num_samples: int | Literal["auto"], seed: int, scheme: Scheme
+) -> str | None:
     """Why an answer's set and abstention cannot be had: thresholds hold for the predictive that they were found with."""
     if calibration is None:
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scalabl.adaptive import Rule, settled
 from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, controlled, linearize
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
@@ -42,6 +43,32 @@ class ControlledJob:
 
 
 @dataclass(frozen=True)
+class AutoJob:
+    """An input that gets samples until it has enough.
+
+    Attributes:
+        draws: the most that it may take; it takes a beginning of them.
+        num_choices: its own, over which the rule is applied.
+    """
+
+    draws: Draws
+    rule: Rule
+    num_choices: int
+
+    @property
+    def num_samples(self) -> int:
+        """The rows that it counts as until it is known how many it takes."""
+        return self.draws.num_samples
+
+    def has_enough(self, logits: Tensor, temperature: float) -> bool:
+        """Whether the rule is met by logits [K, C], or no more can be had; numbers that are none need no more samples."""
+        if len(logits) >= self.num_samples or not bool(logits.isfinite().all()):
+            return True
+        outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, self.draws.scheme)
+        return bool(settled(outcome, self.rule, self.draws.scheme))
+
+
+@dataclass(frozen=True)
 class Controlled:
     """What a `ControlledJob` gives: logits [K, C], and the linearisation of the same input."""
 
@@ -49,7 +76,7 @@ class Controlled:
     linear: Linearization
 
 
-Job = Draws | LinearJob | ControlledJob
+Job = Draws | LinearJob | ControlledJob | AutoJob
 Result = Tensor | Linearization | Controlled  # a tensor: [K, C] of an input's samples; a linearisation: of one input, B = 1
 
 
@@ -59,6 +86,12 @@ def check_method(request: PredictRequest) -> None:
     Raises:
         ProblemError: `invalid-field`.
     """
+    if request.num_samples != "auto":
+        for field in ("target", "tolerance"):
+            if getattr(request, field) is not None:
+                raise ProblemError(
+                    "invalid-field", f"{field}: it goes with num_samples 'auto'; leave it out, or send that too"
+                )
     if request.method == "linearized":
         for field in ("num_samples", "seed", "return_samples"):
             value = getattr(request, field)
@@ -71,8 +104,27 @@ def check_method(request: PredictRequest) -> None:
         )
 
 
+def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
+    """When to stop drawing samples, where the request leaves that to the server.
+
+    Raises:
+        ProblemError: `invalid-field`.
+    """
+    if request.num_samples != "auto":
+        return None
+    if request.method != "monte_carlo":
+        raise ProblemError("invalid-field", "num_samples: 'auto' is for the method monte_carlo; send a number")
+    target, most = request.target or Rule.target, min(Rule.most, max_samples)
+    if target == "decision" and request.tolerance is not None and request.tolerance >= 1:
+        raise ProblemError("invalid-field", "tolerance: for the target decision it is a probability; send one below 1")
+    return Rule(target, request.tolerance, min(Rule.first, most), most)
+
+
 def jobs_for(served: Served, asked: Asked) -> list[Job]:
     """What each input of a request needs."""
+    if asked.rule is not None:
+        draws = served.draws(asked.num_samples, asked.seed)
+        return [AutoJob(draws, asked.rule, len(names)) for names in asked.choices]
     if asked.method == "monte_carlo":
         return [served.draws(asked.num_samples, asked.seed)] * len(asked.texts)
     linear = [LinearJob(asked.rows - asked.num_samples, len(names)) for names in asked.choices]
@@ -80,6 +132,11 @@ def jobs_for(served: Served, asked: Asked) -> list[Job]:
         return list(linear)
     draws = served.draws(asked.num_samples, asked.seed)
     return [ControlledJob(draws, job) for job in linear]
+
+
+def rows_of(job: Job, result: Result) -> int:
+    """The rows that an input took in its pass, or its passes."""
+    return len(result) if isinstance(job, AutoJob) and isinstance(result, Tensor) else job.num_samples
 
 
 def is_finite(result: Result) -> bool:
@@ -91,22 +148,20 @@ def is_finite(result: Result) -> bool:
 
 
 def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-    """B prompts, each with its job; one forward pass for all that are sampled."""
+    """B prompts, each with its job; one forward pass for all that are sampled, and more for those that go on."""
     logits_of: dict[int, Tensor] = {}
-    sampled = [
-        (index, job if isinstance(job, Draws) else job.draws)
-        for index, job in enumerate(jobs)
-        if not isinstance(job, LinearJob)
-    ]
+    firsts: dict[tuple[int, int], Draws] = {}  # the same object for the same draws
+    sampled = [(index, _first_draws(job, firsts)) for index, job in enumerate(jobs) if not isinstance(job, LinearJob)]
     if sampled:
         batch = TokenBatch.of([sequences[index] for index, _ in sampled])
         for (index, _), logits in zip(sampled, model.logits_each(batch, [draws for _, draws in sampled]), strict=True):
             logits_of[index] = logits.cpu()
+        _add_rounds(model, sequences, jobs, logits_of)
     linear_of: dict[int, Linearization] = {}
     linear = [
         (index, job if isinstance(job, LinearJob) else job.linear)
         for index, job in enumerate(jobs)
-        if not isinstance(job, Draws)
+        if isinstance(job, LinearJob | ControlledJob)
     ]
     if linear:
         batch = TokenBatch.of([sequences[index] for index, _ in linear])
@@ -114,6 +169,34 @@ def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequ
         found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
         linear_of = {index: found.of_input(row) for row, (index, _) in enumerate(linear)}
     return [_result(logits_of.get(index), linear_of.get(index)) for index in range(len(jobs))]
+
+
+def _first_draws(job: Draws | ControlledJob | AutoJob, made: dict[tuple[int, int], Draws]) -> Draws:
+    if isinstance(job, AutoJob):
+        first = job.rule.rounds()[0]
+        return made.setdefault((id(job.draws), first), job.draws.part(0, first))
+    return job if isinstance(job, Draws) else job.draws
+
+
+def _add_rounds(
+    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], logits_of: dict[int, Tensor]
+) -> None:
+    """More samples for the inputs that have not enough, a pass for each round, until all have."""
+    going = {index: job for index, job in enumerate(jobs) if isinstance(job, AutoJob)}
+    while True:
+        temperature = model.config.temperature
+        going = {index: job for index, job in going.items() if not job.has_enough(logits_of[index], temperature)}
+        if not going:
+            return
+        made: dict[tuple[int, int, int], Draws] = {}
+        parts = []
+        for index, job in going.items():
+            start = len(logits_of[index])
+            stop = job.rule.after(start)
+            parts.append(made.setdefault((id(job.draws), start, stop), job.draws.part(start, stop)))
+        batch = TokenBatch.of([sequences[index] for index in going])
+        for index, more in zip(going, model.logits_each(batch, parts), strict=True):
+            logits_of[index] = torch.cat([logits_of[index], more.cpu()])
 
 
 def _result(logits: Tensor | None, linear: Linearization | None) -> Result:
@@ -128,9 +211,10 @@ def outcome_of(result: Result, num_choices: int, job: Job, temperature: float) -
 
     The shares are empty for samples, which do not tell the layers apart.
     """
-    if isinstance(job, Draws):
+    if isinstance(job, Draws | AutoJob):
         assert isinstance(result, Tensor)
-        return predictive(result[:, :num_choices], temperature, job.scheme), {}
+        scheme = job.scheme if isinstance(job, Draws) else job.draws.scheme
+        return predictive(result[:, :num_choices], temperature, scheme), {}
     assert not isinstance(result, Tensor)
     linear = (result.linear if isinstance(result, Controlled) else result).of_choices(num_choices)
     shares = {name: float(share[0]) for name, share in linear.layer_shares(temperature).items()}

@@ -72,7 +72,7 @@ class ProblemError(Exception):
 
 
 CLOSING = ("bad-request", "receive-timeout", "body-too-large", "headers-too-large")  # the rest is not worth reading
-UNION_TAGS = ("str", "list[", "object[")
+UNION_TAGS = ("str", "list[", "object[", "constrained-int", "literal[")
 NOT_AN_OBJECT = ("missing", "model_attributes_type")
 MOST_ERRORS_TOLD = 8
 LONGEST_DETAIL, LONGEST_PATH_SHOWN = 2000, 200  # characters

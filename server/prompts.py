@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from scalabl.adaptive import Rule
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import InputTooLongError, PromptError
 from scalabl.prompt import Prompter
 from server.decisions import level_for, uncalibrated
-from server.methods import check_method
+from server.methods import check_method, rule_of
 from server.problems import ProblemError
 from server.schemas import Method, PredictRequest
 from server.settings import ServeSettings
@@ -25,7 +27,8 @@ class Asked:
     texts: list[str]
     choices: list[Sequence[str]]
     method: Method
-    num_samples: int  # K; 0 where none are drawn
+    num_samples: int  # K, the most of them with a rule; 0 where none are drawn
+    rule: Rule | None  # when each input has enough samples, where that is left to the server
     rows: int  # of a pass, which each input costs: its samples, and one for each choice that is linearised
     seed: int
     level: str | None  # the calibrated coverage
@@ -59,7 +62,12 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         ProblemError: `invalid-field` or `input-too-large`, naming field, value and limit.
     """
     check_method(request)
-    num_samples = 0 if request.method == "linearized" else request.num_samples or settings.num_samples
+    rule = rule_of(request, settings.max_samples)
+    num_samples = 0 if request.method == "linearized" else settings.num_samples
+    if rule is not None:
+        num_samples = rule.most
+    elif isinstance(request.num_samples, int):
+        num_samples = request.num_samples
     if num_samples > settings.max_samples:
         raise ProblemError(
             "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
@@ -87,12 +95,14 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
                 f"{settings.max_sample_values} in one answer; send fewer inputs at once or lower num_samples",
             )
     seed = settings.seed if request.seed is None else request.seed
-    unlike = uncalibrated(config.calibration, request.method, num_samples, seed, settings.draw_scheme)
+    drawn: int | Literal["auto"] = num_samples if rule is None else "auto"
+    unlike = uncalibrated(config.calibration, request.method, drawn, seed, settings.draw_scheme)
     return Asked(
         texts=[text[:limit] for text in texts] if request.truncate else texts,
         choices=choices,
         method=request.method,
         num_samples=num_samples,
+        rule=rule,
         rows=num_samples + (0 if request.method == "monte_carlo" else len(config.task.choices)),
         seed=seed,
         level=level_for(config.calibration, request.coverage, unlike),

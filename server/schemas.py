@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from scalabl.adaptive import Target
 from scalabl.config import Calibration, SetMethod
 
 # A list ends at its first wrong element, so that a large one cannot make a large answer.
@@ -30,8 +31,26 @@ class PredictRequest(BaseModel):
     choices: Choices | Annotated[list[Choices], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="Multiple choice only: the choices for all inputs, or one list for each."
     )
-    num_samples: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        default=None, description="K, the number of posterior samples (default: the server's)."
+    num_samples: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description=(
+            "K, the number of posterior samples (default: the server's). auto: for each input as many as what `target` "
+            "names needs, at most 64."
+        ),
+    )
+    target: Target | None = Field(
+        default=None,
+        description=(
+            "With num_samples auto, what is to be known well enough: decision (the default), which choice is the most "
+            "probable; probabilities; or mutual_information."
+        ),
+    )
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description=(
+            "With num_samples auto: the probability of stopping at another choice than many samples would choose (default: "
+            "0.005), or the standard error of the probabilities, or of the mutual information in nats (default: 0.01)."
+        ),
     )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = Field(
         default=None, description="Seed of the draws (default: the server's)."
@@ -85,7 +104,7 @@ class Prediction(BaseModel):
     expected_entropy: float = Field(description="Aleatoric part: mean over samples of their entropy.")
     mutual_information: float = Field(description="Epistemic part: how much the samples disagree.")
     standard_error: StandardError
-    num_samples: int = Field(description="K; 0 for linearized, which draws none.")
+    num_samples: int = Field(description="K, where auto was asked for the K it took; 0 for linearized, which draws none.")
     method: str
     prediction_set: PredictionSet | None = Field(description="Null while the adapter is not calibrated.")
     abstain: bool | None = Field(

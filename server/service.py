@@ -229,7 +229,7 @@ class Service:
             adapter=served.name,
             predictions=predictions,
             **optional,
-            usage=Usage(tokens=seen.tokens, rows=len(predictions) * asked.rows),
+            usage=Usage(tokens=seen.tokens, rows=_rows(predictions, asked)),
         )
 
     async def _compute(
@@ -285,6 +285,10 @@ class Service:
         """
         engine, _ = self._serving()
         return describe(engine)
+
+
+def _rows(predictions: Sequence[Prediction], asked: Asked) -> int:
+    return len(predictions) * asked.rows if asked.rule is None else sum(each.num_samples for each in predictions)
 
 
 def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:

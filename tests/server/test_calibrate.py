@@ -222,6 +222,7 @@ def test_a_risk_that_the_answers_do_not_allow_is_an_error_that_says_what_was_kep
     ("changes", "said"),
     [
         ({"num_samples": 1}, r"num_samples 1 \(calibrated with 8\)"),
+        ({"num_samples": "auto"}, r"num_samples auto \(calibrated with 8\)"),
         ({"seed": 3}, r"seed 3 \(calibrated with 0\)"),
         ({"method": "linearized"}, r"method linearized \(calibrated with monte_carlo\)"),
     ],
