@@ -158,6 +158,11 @@ class Container:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
+    def processor_seconds(self) -> float:
+        """Processor time of the server so far, which says more than the clock on a busy machine."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def root_options(self) -> list[str]:
         """How the server's root is mounted."""
         fields = [line.split() for line in Path(f"/proc/{self.pid}/mountinfo").read_text().splitlines()]

@@ -79,6 +79,7 @@ def running(built: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path) -> I
         "SCALABL_THREADS": "2",
         "SCALABL_REQUEST_TIMEOUT": "180",  # a machine with other work
         "SCALABL_SHUTDOWN_TIMEOUT": "180",
+        "SCALABL_DRAIN_DELAY": "8",  # for the health check to be asked meanwhile
     }
     made = Container(root, config, environment, {"/models/base": base, "/data": data})
     try:
@@ -137,7 +138,7 @@ def test_it_holds_no_compiler_no_cache_and_no_build(built: tuple[Path, dict[str,
 
 def test_it_serves_the_example_unprivileged_over_a_read_only_root(running: Container) -> None:
     url, seconds = wait_until_ready(running)
-    print(f"\nready after {seconds:.1f} s")
+    print(f"\nready after {seconds:.1f} s, {running.processor_seconds():.1f} s of processor time")
     status = running.status()
     assert status["Uid"].split() == ["10001"] * 4
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
@@ -162,7 +163,7 @@ def test_it_serves_the_example_unprivileged_over_a_read_only_root(running: Conta
 def test_it_drains_on_its_stop_signal_and_ends_with_0(running: Container) -> None:
     url, _ = wait_until_ready(running)
     with ThreadPoolExecutor(1) as pool:
-        body = {"inputs": ["how do i move money to my savings account"] * 64}
+        body = {"inputs": ["how do i move money to my savings account"] * 64, "num_samples": 4}
         accepted = pool.submit(httpx.post, f"{url}/predict", json=body, timeout=200)
         deadline = time.monotonic() + 120
         while "scalabl_batch_rows_count 0.0" in httpx.get(f"{url}/metrics").text:  # until its first pass has ended
