@@ -55,7 +55,7 @@ def test_the_admin_port_has_metrics_and_outlives_the_drain(models: Path) -> None
         assert [status(f"{base}/metrics") for base in (admin, server.url)] == [200, 404]
         assert [status(f"{base}/info") for base in (admin, server.url)] == [404, 200]
         assert status(f"{admin}/docs") == status(f"{admin}/openapi.json") == 404
-        body = {"inputs": ["some words " * 30] * 60, "num_samples": 64}
+        body = {"inputs": ["some words " * 30] * 60, "num_samples": 256}
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(httpx.post, f"{server.url}/predict", json=body, timeout=120)
             wait_until(lambda: "scalabl_batch_rows_count 0.0" not in httpx.get(f"{admin}/metrics").text)
