@@ -49,21 +49,23 @@ def status(url: str, **options: object) -> int | None:
 
 def test_the_admin_port_has_metrics_and_outlives_the_drain(models: Path) -> None:
     port = free_port()
-    with served(models, admin_port=port, num_samples=32, max_samples=256, max_batch_tokens=100_000) as server:
+    limits = {"max_samples": 256, "max_batch_tokens": 100_000}
+    with served(models, admin_port=port, num_samples=32, **limits) as server:
         admin = f"http://127.0.0.1:{port}"
         assert [status(f"{base}/health/ready") for base in (admin, server.url)] == [200, 200]
         assert [status(f"{base}/metrics") for base in (admin, server.url)] == [200, 404]
         assert [status(f"{base}/info") for base in (admin, server.url)] == [404, 200]
         assert status(f"{admin}/docs") == status(f"{admin}/openapi.json") == 404
-        body = {"inputs": ["some words " * 30] * 60, "num_samples": 256}
+        body = {"inputs": ["some words " * 30] * 60, "num_samples": 64}
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(httpx.post, f"{server.url}/predict", json=body, timeout=120)
             wait_until(lambda: "scalabl_batch_rows_count 0.0" not in httpx.get(f"{admin}/metrics").text)
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: status(f"{server.url}/health/live") is None)  # no new connections
+            wait_until(lambda: status(f"{server.url}/health/ready") == 503)
+            assert httpx.post(f"{server.url}/predict", json={"inputs": "one more"}).status_code == 503
             assert status(f"{admin}/health/ready") == 503
             assert "scalabl_ready 0.0" in httpx.get(f"{admin}/metrics").text
-            assert not running.done()
+            assert not running.done(), running.result().text[:500]
             assert running.result().status_code == 200
         assert server.process.wait(30) == 0
         assert status(f"{admin}/metrics") is None
