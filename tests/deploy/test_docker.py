@@ -83,7 +83,7 @@ def test_the_image_has_everything_that_the_package_asks_for() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + [each for extra in lock.EXTRAS for each in project["optional-dependencies"][extra]]
-    names = {re.match(r"[\w-]+", each).group().lower().replace("_", "-") for each in wanted}  # type: ignore[union-attr]
+    names = {re.split(r"[^\w-]", each, maxsplit=1)[0].lower().replace("_", "-") for each in wanted}
     has = set(requirements("requirements.txt")) | {"torch"}
     assert names - has == {"triton"}  # which only a GPU uses
     assert "triton" in requirements("requirements-cuda.txt")
@@ -140,7 +140,7 @@ def test_triton_gets_its_driver_from_the_stand_in_compiler_and_nothing_else(tmp_
 
 class _Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health/ready" and not self.server.draining else 503)  # type: ignore[attr-defined]
+        self.send_response(200 if self.path == "/health/ready" and not self.server.draining else 503)  # type: ignore[attr-defined]  # set below
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -151,7 +151,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 def listening(draining: bool = False, certificate: Path | None = None) -> Iterator[int]:
     """Something that is ready, or not, on a port of its own."""
     server = http.server.HTTPServer(("127.0.0.1", 0), _Answer)
-    server.draining = draining  # type: ignore[attr-defined]
+    server.draining = draining  # type: ignore[attr-defined]  # for the handler above
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,7 @@ def paths(admin_port: int | None) -> dict[str, set[str]]:
 
 
 def seconds(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([smh])", text).groups()  # type: ignore[union-attr]
-    return int(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    return int(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
 
 
 def test_every_variable_is_a_flag_of_the_server() -> None:

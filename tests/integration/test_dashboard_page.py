@@ -172,7 +172,7 @@ def test_a_question_is_answered_with_its_uncertainty(visit: Visit, server: Serve
         assert page.inner_text(".verdict .sure").startswith(f"{100 * answer['confidence']:.1f}%")
         ranked = sorted(answer["probabilities"], key=answer["probabilities"].__getitem__, reverse=True)
         rows = page.query_selector_all(".distribution li")
-        assert [row.query_selector(".name").inner_text() for row in rows] == ranked  # type: ignore[union-attr]
+        assert [row.query_selector(".name").inner_text() for row in rows] == ranked  # type: ignore[union-attr]  # each row has one
         for row, name in zip(rows, ranked, strict=True):
             value = row.query_selector(".value")
             assert value is not None
