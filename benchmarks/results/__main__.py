@@ -13,10 +13,10 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.results.precision import SCALES, Precision
-from benchmarks.results.runs import Run, execute, keep_ensemble, scores_of, sweep_runs, table_runs
+from benchmarks.results.runs import Run, execute, keep_ensemble, our_runs, peer_runs, scores_of, sweep_runs
 from benchmarks.results.study import Study
 
-PARTS = ("table", "sweep", "precision", "times", "page")
+PARTS = ("peers", "sweep", "ours", "precision", "times", "page")
 MAIN = "train-scalabl-0"
 
 
@@ -34,14 +34,13 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     study = Study.of(options.model, options.data, options.folder)
-    if "table" in parts:
-        for run in table_runs():
-            _run(study, run)
+    for part, runs in (("peers", peer_runs()), ("sweep", sweep_runs()), ("ours", our_runs())):
+        if part in parts:
+            for run in runs:
+                _run(study, run)
+    if "peers" in parts:
         for rows in ("train", "few"):
             keep_ensemble(study, rows)
-    if "sweep" in parts:
-        for run in sweep_runs():
-            _run(study, run)
     for scale in SCALES:
         if "precision" in parts:
             Precision(study, MAIN, scale).measure()
