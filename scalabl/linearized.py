@@ -17,7 +17,7 @@ from torch import Tensor
 from scalabl.evaluation import ABSENT, EncodedSet, batches, without_absent
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, draw
-from scalabl.predictive import Predictive, StandardErrors, predictive
+from scalabl.predictive import Predictive, StandardErrors, predictive, standard_error
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
 NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
@@ -157,8 +157,8 @@ def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature:
 
     f(z_k) - f(z_k linearised) + E[f(z linearised)] has the expectation of f(z_k), and little variance where the two agree.
     Probabilities and expected entropy are so estimated without bias; entropy and mutual information are functions of these,
-    brought back to their ranges where noise has led outside. For independent draws the standard errors are those of the
-    corrected terms; Sobol draws do better.
+    brought back to their ranges where noise has led outside. The standard errors are those of the corrected terms, with the
+    two of an antithetic pair as one; Sobol draws do better.
 
     Args:
         logits: [B, K, C] of `draws`, finite, as is `linear` of the same inputs.
@@ -174,10 +174,10 @@ def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature:
     expected = torch.minimum((exact.expected_entropy + terms.mean(1)).clamp_min(0), entropy)
     cross = -(differences * p.log().unsqueeze(1)).sum(-1)  # how a sample moves H(p), to first order
     error = StandardErrors(
-        probabilities=_standard_error(differences, 1),
-        entropy=_standard_error(cross, 1),
-        expected_entropy=_standard_error(terms, 1),
-        mutual_information=_standard_error(cross - terms, 1),
+        probabilities=standard_error(differences.transpose(1, 2), draws.scheme),
+        entropy=standard_error(cross, draws.scheme),
+        expected_entropy=standard_error(terms, draws.scheme),
+        mutual_information=standard_error(cross - terms, draws.scheme),
     )
     return Predictive(p, entropy, expected, entropy - expected, sampled.sample_probabilities, error)
 
@@ -185,10 +185,3 @@ def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature:
 def _entropies(p: Tensor) -> Tensor:
     entropies: Tensor = torch.special.entr(p).sum(-1)
     return entropies
-
-
-def _standard_error(values: Tensor, dimension: int) -> Tensor:
-    count = values.shape[dimension]
-    if count < 2:
-        return torch.full_like(values.select(dimension, 0), math.nan)
-    return values.std(dimension) / math.sqrt(count)

@@ -66,6 +66,7 @@ class Lora:
 @contextmanager
 def lora(study: Study, dropout: float, seed: int) -> Iterator[Lora]:
     """A fresh LoRA in the study's base model, which is as before afterwards."""
+    _ = study.caches  # made by a model of their own, which must not come between
     base = study.pretrained.model
     host = Host.of(base)
     layers = study.config.layers_to_transform or ()

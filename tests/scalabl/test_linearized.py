@@ -11,7 +11,7 @@ from torch import Tensor
 from scalabl.evaluation import EncodedSet
 from scalabl.linearized import NEGLIGIBLE, controlled, linearize, linearized_predictive, relative_spread
 from scalabl.model import GRADIENT_TOKENS, ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
+from scalabl.posterior import Draws, Scheme
 from scalabl.predictive import Predictive, predictive
 from tests import tiny
 
@@ -160,14 +160,14 @@ def test_the_spread_is_relative_to_the_mean_and_scaled() -> None:
     assert relative_spread(model) == pytest.approx(float(ratios.median()), rel=1e-5)
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.4])
-def test_controlled_samples_are_unbiased_and_know_their_error(sigma: float) -> None:
+@pytest.mark.parametrize(("sigma", "scheme"), [(0.05, "gaussian"), (0.4, "gaussian"), (0.4, "antithetic")])
+def test_controlled_samples_are_unbiased_and_know_their_error(sigma: float, scheme: Scheme) -> None:
     model = _adapted(sigma)
     linear, repeats = linearize(model, BATCH), 100
     reference = predictive(model.logits(BATCH, model.draws(8192, 77)))
     plain, fixed = [], []
     for seed in range(repeats):
-        draws = model.draws(16, seed, "gaussian")
+        draws = model.draws(16, seed, scheme)
         logits = model.logits(BATCH, draws)
         plain.append(predictive(logits))
         fixed.append(controlled(logits, linear, draws))
