@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.figures import save_figures
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights
@@ -102,11 +103,12 @@ class Report:
         self._lines.append(text)
 
     def save(self) -> None:
-        """Write both files, where they were asked for."""
+        """Write text, numbers and figures, where they were asked for."""
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "serving.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
             (self._folder / "serving.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+            save_figures(self.results, self._folder)
 
 
 def inputs_of(prompter: Prompter, kind: str, count: int) -> list[list[int]]:
