@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kernels import subspace_projection
+from scalabl.packing import Packing
 
 
 @dataclass
@@ -21,12 +22,14 @@ class RowSamples:
         sample: [M] int64, the row of `s` for each row of the batch.
         fan_out: consecutive rows of the batch that are samples of one input; 1 where their numbers differ.
         inputs: [M] int64, the input of each row; None where each row has an input of its own.
+        packing: where the rows' tokens lie in a pass without padding; None for a padded one.
     """
 
     s: Tensor
     sample: Tensor
     fan_out: int = 1
     inputs: Tensor | None = None
+    packing: Packing | None = None
 
 
 class SampleContext:
@@ -104,19 +107,31 @@ class SubspaceLinear(nn.Module):
         if rows is None:
             plain: Tensor = self.base(x)
             return plain
+        if rows.packing is not None:
+            return self._packed(x.flatten(0, -2), rows, rows.packing).view(*x.shape[:-1], self.d_out)
         if self.shared_input and rows.fan_out > 1:
             # The same x for every sample of an input: multiply it once, by the base layer and by A.
             x = x[:: rows.fan_out].contiguous()
             y = self.base(x).repeat_interleave(rows.fan_out, dim=0)
         else:
             y = self.base(x)
+        return self._project(y, x, rows.s, rows.sample)
+
+    def _packed(self, x: Tensor, rows: RowSamples, packing: Packing) -> Tensor:
+        """[N, d_in] -> [N, d_out] for N tokens of all rows, or one of each row where only that is computed."""
+        if x.shape[0] != packing.rows.tokens:
+            return self._project(self.base(x), x, rows.s, rows.sample)
+        y = self.base(x[packing.copy])[packing.source] if self.shared_input and rows.inputs is not None else self.base(x)
+        return self._project(y, x, rows.s, rows.sample[packing.row_of_token])
+
+    def _project(self, y: Tensor, x: Tensor, s: Tensor, sample: Tensor) -> Tensor:
         return subspace_projection(
             y,
             x.to(y.dtype),
             self.lora_A.to(y.dtype),
             self.lora_B.to(y.dtype),
-            rows.s[:, self._columns],
-            rows.sample,
+            s[:, self._columns],
+            sample,
             self.scaling,
             inplace=not torch.is_grad_enabled(),
         )
@@ -137,14 +152,16 @@ class ChoiceHead(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.last: Tensor | None = None  # [B or M] int64: the position to read in each row, set before each pass
+        self.last: Tensor | None = None  # [B or M] int64: the position to read of each row, set before each pass
         self.inputs: Tensor | None = None  # [M] int64: where rows fan out only here
+        self.packed = False  # one row holds the tokens of all
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[M, T, D] -> [M, 1, C]; [B, T, D] -> [M, 1, C] with `inputs`."""
+        """[M, T, D] -> [M, 1, C]; [B, T, D] -> [M, 1, C] with `inputs`; [1, N, D] in place of either when packed."""
         if self.last is None:
             raise RuntimeError("ChoiceHead.last is not set; run the model through ScalaBLModel.logits")
-        picked = hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last.to(hidden.device)]
+        last = self.last.to(hidden.device)
+        picked = hidden[0, last] if self.packed else hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         if self.inputs is not None:
             picked = picked[self.inputs]
         logits: Tensor = self.inner(picked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from scalabl.attachment import Attachment, Host
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
+from scalabl.packing import Packing, may_pack, packed
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
 from scalabl.trunk import FanOut, Trunk
 
+PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of an architecture's own code
 GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
 
 
@@ -130,6 +132,7 @@ class ScalaBLModel(nn.Module):
                 cut = layer
         self._head = ChoiceHead(cut)
         self._fan_out = FanOut()
+        self.packs = False  # whether `logits` runs without padding; see `find_shared_work`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name], self._fan_out)
         self._attachment = Attachment(host, {**self.adapted, host.head_name: self._head}, self.trunk)
         if attach:
@@ -199,6 +202,8 @@ class ScalaBLModel(nn.Module):
 
         * The trunk and the last block's MLP (`trunk.Trunk`): whether rows that fan out only after the one, and are cut to
           the position that is read before the other, get the numbers that they get without.
+        * Padding (`packing`): whether rows that lie end to end get the numbers that padded ones get. On a CPU only, where
+          attention for one length after the other costs less than padding does.
         * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
           same tensor (q, k and v of one attention). They multiply each input once.
         """
@@ -208,6 +213,7 @@ class ScalaBLModel(nn.Module):
         expected = self._probe(fans_out=False, trims=False)
         trunk.verified = trunk.possible and self._agrees(expected, fans_out=True, trims=False)
         trunk.trims = bool(trunk.blocks) and self._agrees(expected, fans_out=trunk.verified, trims=True)
+        self.packs = trunk.verified and may_pack(self.base) and self._packs_alike(expected)
         calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -224,8 +230,25 @@ class ScalaBLModel(nn.Module):
         for name, layer in self.adapted.items():
             layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
 
-    def _probe(self, *, fans_out: bool, trims: bool) -> list[Tensor]:
-        """Logits of a few inputs under two samples, with and without the trunk and the trimming."""
+    def _packs_alike(self, expected: list[Tensor]) -> bool:
+        """Whether passes without padding are possible and get the numbers of those with it."""
+
+        def run(count: int) -> int:
+            ids, lengths = self._probe_inputs(count)
+            packing = Packing.of(lengths, [1] * count)
+            s = self.sample(torch.zeros(1, self.num_stochastic_parameters))
+            self.run_rows(ids, lengths, RowSamples(s, torch.zeros_like(lengths), packing=packing))
+            return packing.rows.tokens
+
+        try:
+            if self.trunk.blocks:
+                self.trunk.learn_packed(run)
+        except PROBE_ERRORS:
+            return False
+        return self._agrees(expected, fans_out=True, trims=self.trunk.trims, packs=True)
+
+    def _probe(self, *, fans_out: bool, trims: bool, packs: bool = False) -> list[Tensor]:
+        """Logits of a few inputs under two samples, with and without the trunk, the trimming and padding."""
         generator = torch.Generator().manual_seed(0)
         kept = self.trunk.verified, self.trunk.trims
         found = []
@@ -235,21 +258,22 @@ class ScalaBLModel(nn.Module):
                 ids, lengths = self._probe_inputs(count)
                 s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
                 rows = torch.arange(2 * count, device=self.device)
-                found.append(self.run_rows(ids, lengths, RowSamples(s, rows % 2, fan_out=2, inputs=rows // 2)))
+                packing = Packing.of(lengths, [2] * count) if packs else None
+                found.append(self.run_rows(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2, packing)))
         finally:
             self.trunk.verified, self.trunk.trims = kept
         return found
 
     def _probe_inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """(ids [B, 5], lengths [B]): random, for a check of shapes and numbers."""
+        """(ids [B, 5], lengths [B], ascending): random, for a check of shapes and numbers."""
         vocabulary = self.base.get_input_embeddings().num_embeddings
         ids = torch.randint(vocabulary, (count, 5), generator=torch.Generator().manual_seed(count))
-        return ids.to(self.device), torch.arange(5, 5 - count, -1, device=self.device)
+        return ids.to(self.device), torch.arange(6 - count, 6, device=self.device)
 
-    def _agrees(self, expected: list[Tensor], *, fans_out: bool, trims: bool) -> bool:
+    def _agrees(self, expected: list[Tensor], *, fans_out: bool, trims: bool, packs: bool = False) -> bool:
         try:
-            found = self._probe(fans_out=fans_out, trims=trims)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            found = self._probe(fans_out=fans_out, trims=trims, packs=packs)
+        except PROBE_ERRORS:
             return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
         tolerance = 1e-4 if self.base.dtype == torch.float32 else 2e-2
         return all(
@@ -267,7 +291,8 @@ class ScalaBLModel(nn.Module):
     def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None, states: Tensor | None = None) -> Tensor:
         """One forward pass over B right-padded inputs, M rows: logits [M, C] float32 at each row's last position.
 
-        Causal attention never looks right, so right padding needs no mask and cannot reach an answer.
+        Causal attention never looks right, so right padding needs no mask and cannot reach an answer. With `rows.packing`
+        the padding is left out; inputs then stand in order of their lengths.
         `rows` None runs the base model without its adapter. The context keeps `rows` afterwards, since gradient
         checkpointing runs layers again in the backward pass.
 
@@ -277,15 +302,25 @@ class ScalaBLModel(nn.Module):
         """
         self.attach()
         self._context.rows = rows
-        inputs = None if rows is None else rows.inputs
+        inputs, packing = (None, None) if rows is None else (rows.inputs, rows.packing)
         if inputs is not None and not self.trunk.verified:
+            assert packing is None  # needs the trunk to be verified
             input_ids, lengths, inputs = input_ids[inputs], lengths[inputs], None
-        self._fan_out.inputs, self._fan_out.count, self._fan_out.states = inputs, input_ids.shape[0], states
+        self._fan_out.inputs, self._fan_out.count, self._fan_out.packing = inputs, input_ids.shape[0], packing
         in_blocks = bool(self.trunk.blocks)  # else rows fan out at the head
-        self._head.last = self._fan_out.last = (lengths if inputs is None or not in_blocks else lengths[inputs]) - 1
-        self._head.inputs = None if in_blocks else inputs
-        with nullcontext() if states is None else self.trunk.skipped():
-            output = self.base(input_ids=input_ids, use_cache=False)
+        spread = inputs is not None and in_blocks
+        self._head.inputs, self._head.packed = None if in_blocks else inputs, packing is not None
+        if packing is None:
+            last = (lengths[inputs] if spread else lengths) - 1
+        else:
+            last = (packing.rows if spread else packing.inputs).last
+            input_ids, states = packing.pack(input_ids), None if states is None else packing.pack(states)
+        self._fan_out.states, self._head.last, self._fan_out.last = states, last, last
+        with ExitStack() as form:
+            if states is not None:
+                form.enter_context(self.trunk.skipped())
+            places = {} if packing is None else form.enter_context(packed(self.base, packing))
+            output = self.base(input_ids=input_ids, use_cache=False, **places)
         logits: Tensor = output.logits[:, 0].float()
         return logits
 
@@ -293,7 +328,7 @@ class ScalaBLModel(nn.Module):
     def trunk_states(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.verified` and a block that is adapted."""
         self.attach()
-        self._context.rows, self._fan_out.inputs, self._fan_out.states = None, None, None
+        self._context.rows, self._fan_out.inputs, self._fan_out.states, self._fan_out.packing = None, None, None, None
         return self.trunk.states(lambda: self.base(input_ids=input_ids, use_cache=False))
 
     @torch.inference_mode()
@@ -314,6 +349,16 @@ class ScalaBLModel(nn.Module):
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         if len(draws) != ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
+        if not self.packs:
+            return self._logits_each(ids, lengths, draws, states)
+        order = torch.argsort(lengths, stable=True)
+        places = order.tolist()
+        states = None if states is None else states[order]
+        found = self._logits_each(ids[order], lengths[order], [draws[place] for place in places], states)
+        return [logits for _, logits in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
+
+    def _logits_each(self, ids: Tensor, lengths: Tensor, draws: Sequence[Draws], states: Tensor | None) -> list[Tensor]:
+        """As `logits_each`, of inputs in the order in which they run."""
         tables: dict[int, tuple[int, Draws]] = {}  # id of the draws -> (first row in s, draws)
         first = 0
         for each in draws:
@@ -326,7 +371,8 @@ class ScalaBLModel(nn.Module):
         expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         try:
             fan_out = counts[0] if len(set(counts)) == 1 else 1
-            rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None)
+            packing = Packing.of(lengths, counts) if self.packs else None
+            rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None, packing)
             return list(torch.split(self.run_rows(ids, lengths, rows, states), counts))
         finally:
             self._context.rows = None

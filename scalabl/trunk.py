@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scalabl.attachment import Host
+from scalabl.packing import Packing
 
 Path = tuple[int | str, ...]  # of an argument: its place or name, and the places or keys within it
 
@@ -27,8 +28,10 @@ class FanOut:
         inputs: [M] int64; None where the pass has a row for each of its inputs and nothing fans out.
         count: B, the inputs of the pass.
         states: [B, T, D], what the trunk gave for these inputs; None to run it.
-        last: [M], the position that is read in each row.
+        last: [M], the position that is read of each row.
+        packing: of a pass without padding, where blocks see one row [1, N, D]; None for a padded one.
         shared: which of a block's arguments were seen not to have an entry for each input, as long as they may be.
+        by_token: which of a packed pass's arguments, [1, N, ...], were seen to have an entry for each token.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,9 @@ class FanOut:
         self.last: Tensor | None = None
         self.count = 0
         self.states: Tensor | None = None
+        self.packing: Packing | None = None
         self.shared: frozenset[Path] = frozenset()
+        self.by_token: frozenset[Path] = frozenset()
 
 
 def _blocks_of(host: Host, adapted: Sequence[str]) -> tuple[list[nn.Module], int] | None:
@@ -89,15 +94,29 @@ class Trunk:
             hook = _hook(self._fan_out, first=index == 0)
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if mlp := dict(self.blocks[-1].named_children()).get("mlp") if self.blocks else None:
-            self._handles.append(mlp.register_forward_pre_hook(self._trim))
+            self._handles += [mlp.register_forward_pre_hook(self._trim), mlp.register_forward_hook(self._widen)]
 
     def _trim(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """[M, T, D] -> [M, 1, D]: the block adds the MLP's output to every position, and only this one is read."""
+        """[M, T, D] -> [M, 1, D]: the block adds the MLP's output to every position, and only this one is read.
+
+        [1, N, D] -> [1, M, D] of a packed pass.
+        """
         last = self._fan_out.last
         if not self.trims or last is None or not args:
             return None
-        hidden = args[0]
-        return hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)].unsqueeze(1), *args[1:]
+        hidden, last = args[0], last.to(args[0].device)
+        if self._fan_out.packing is not None:
+            return hidden[:, last], *args[1:]
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1), *args[1:]
+
+    def _widen(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """[1, M, D] -> [1, N, D], zeros where a packed pass has not computed the MLP."""
+        packing, last = self._fan_out.packing, self._fan_out.last
+        if not self.trims or last is None or packing is None:
+            return None
+        wide = output.new_zeros(1, packing.rows.tokens, output.shape[2])
+        wide[:, last.to(output.device)] = output
+        return wide
 
     def detach(self) -> None:
         """Take them out."""
@@ -128,6 +147,30 @@ class Trunk:
             for handle in handles:
                 handle.remove()
         self._fan_out.shared = frozenset(path for path, size in seen[2].items() if (size, seen[3].get(path)) != (2, 3))
+
+    def learn_packed(self, run: Callable[[int], int]) -> None:
+        """Find out which arguments of a packed pass have an entry for each token.
+
+        Args:
+            run: a packed pass over so many inputs, which does not fan out; gives its tokens.
+        """
+        seen: dict[int, dict[Path, int]] = {}
+        tokens: list[int] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {place: value for place, value in enumerate(args) if place} | kwargs
+            found = {path: tensor.shape[1] for path, tensor in _tensors(rest, ()) if tensor.dim() > 1 and len(tensor) == 1}
+            seen.setdefault(len(tokens), {}).update(found)
+
+        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks[self.depth :]]
+        try:
+            tokens += [run(2)]
+            tokens += [run(3)]
+        finally:
+            for handle in handles:
+                handle.remove()
+        both = {path: [size, seen[1].get(path)] for path, size in seen[0].items()}
+        self._fan_out.by_token = frozenset(path for path, sizes in both.items() if sizes == tokens)
 
     def states(self, run: Callable[[], object]) -> Tensor:
         """What enters the first block after the trunk [B, T, D] in the pass `run`, which goes no further."""
@@ -176,11 +219,14 @@ def _hook(fan_out: FanOut, *, first: bool) -> Callable[..., tuple[tuple[Any, ...
         rest |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if first and states is not None:
             hidden = states.to(hidden)
-        if rows is not None:
-            if first:
-                hidden = hidden[rows.to(hidden.device)]
+        if rows is not None and fan_out.packing is not None:
+            source = fan_out.packing.source
+            hidden = hidden[:, source.to(hidden.device)] if first else hidden
+            rest = _changed(rest, _expand_packed(fan_out, source))
+        elif rows is not None:
+            hidden = hidden[rows.to(hidden.device)] if first else hidden
             if fan_out.count > 1:  # what has one entry for all inputs is broadcast to all rows as well
-                rest = _expand(rest, fan_out, ())
+                rest = _changed(rest, _expand(fan_out, rows))
         places = tuple(rest[place] for place in range(1, len(args)))
         return (hidden, *places), {name: value for name, value in rest.items() if isinstance(name, str)}
 
@@ -196,14 +242,28 @@ def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
             yield from _tensors(each, (*path, key))
 
 
-def _expand(value: Any, fan_out: FanOut, path: Path) -> Any:
-    """The tensors that have an entry for each input, with one for each row."""
+def _changed(value: Any, change: Callable[[Tensor, Path], Tensor], path: Path = ()) -> Any:
+    """The same nested tuples, lists and dicts, with each tensor as `change` has it."""
     if isinstance(value, Tensor):
-        if not value.dim() or value.shape[0] != fan_out.count or path in fan_out.shared or fan_out.inputs is None:
-            return value
-        return value[fan_out.inputs.to(value.device)]
+        return change(value, path)
     if isinstance(value, tuple | list):
-        return type(value)(_expand(each, fan_out, (*path, place)) for place, each in enumerate(value))
+        return type(value)(_changed(each, change, (*path, place)) for place, each in enumerate(value))
     if isinstance(value, dict):
-        return {key: _expand(each, fan_out, (*path, key)) for key, each in value.items()}
+        return {key: _changed(each, change, (*path, key)) for key, each in value.items()}
     return value
+
+
+def _expand(fan_out: FanOut, rows: Tensor) -> Callable[[Tensor, Path], Tensor]:
+    """The tensors that have an entry for each input, with one for each row."""
+
+    def change(value: Tensor, path: Path) -> Tensor:
+        if not value.dim() or value.shape[0] != fan_out.count or path in fan_out.shared:
+            return value
+        return value[rows.to(value.device)]
+
+    return change
+
+
+def _expand_packed(fan_out: FanOut, source: Tensor) -> Callable[[Tensor, Path], Tensor]:
+    """The tensors that have an entry for each of the inputs' tokens, with one for each of the rows' tokens."""
+    return lambda value, path: value[:, source.to(value.device)] if path in fan_out.by_token else value

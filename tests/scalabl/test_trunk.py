@@ -24,11 +24,11 @@ def _pair(name: str, **changes: Any) -> tuple[ScalaBLModel, ScalaBLModel]:
     return plain, split
 
 
-def _rows_of(model: ScalaBLModel, block: int) -> list[int]:
-    """Hears how many rows enter a decoder block in each pass."""
-    seen: list[int] = []
+def _entering(model: ScalaBLModel, block: int) -> list[tuple[int, ...]]:
+    """Hears what enters a decoder block in each pass: [rows, tokens]."""
+    seen: list[tuple[int, ...]] = []
     blocks = next(m for m in model.base.modules() if isinstance(m, nn.ModuleList))
-    blocks[block].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0].shape[0]), with_kwargs=True)
+    blocks[block].register_forward_pre_hook(lambda _, args, kwargs: seen.append(tuple(args[0].shape[:2])), with_kwargs=True)
     return seen
 
 
@@ -51,9 +51,12 @@ def test_the_trunk_changes_no_number(name: str, layers: tuple[int, ...] | None) 
 def test_blocks_before_the_first_adapted_one_see_a_row_for_each_input() -> None:
     model = tiny.adapted(layers_to_transform=(1,))
     model.find_shared_work()
-    first, second = _rows_of(model, 0), _rows_of(model, 1)
+    first, second = _entering(model, 0), _entering(model, 1)
     model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
-    assert (first, second) == ([4], [32])
+    model.packs = False
+    model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
+    assert first == [(1, 27), (4, 14)]
+    assert second == [(1, 8 * 27), (32, 14)]
 
 
 def test_the_last_mlp_computes_the_position_that_is_read() -> None:
@@ -63,7 +66,9 @@ def test_the_last_mlp_computes_the_position_that_is_read() -> None:
     for block in model.base.model.layers:
         block.mlp.act_fn.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
-    assert seen == [(32, 14), (32, 1)]
+    model.packs = False
+    model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
+    assert seen == [(1, 8 * 27), (1, 32), (32, 14), (32, 1)]
 
 
 def test_a_block_that_mixes_positions_after_its_mlp_is_not_trimmed() -> None:
@@ -79,9 +84,9 @@ def test_a_block_that_mixes_positions_after_its_mlp_is_not_trimmed() -> None:
 def test_with_the_head_alone_adapted_every_block_is_trunk() -> None:
     plain, split = _pair("llama", target_modules=("lm_head",))
     batch, draws = TokenBatch.of(SEQUENCES), split.draws(8)
-    last = _rows_of(split, 1)
+    last = _entering(split, 1)
     torch.testing.assert_close(split.logits(batch, draws), plain.logits(batch, draws), rtol=0, atol=1e-5)
-    assert last == [4]
+    assert last == [(1, 27)]
 
 
 @pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
@@ -92,9 +97,9 @@ def test_a_pass_may_start_from_the_trunk_s_states(name: str) -> None:
     samples = RowSamples(model.sample(model.draws(4).epsilon), torch.arange(4))
     expected = model.run_rows(ids, lengths, samples)
     states = model.trunk_states(ids)
-    first = _rows_of(model, 0)
+    first = _entering(model, 0)
     torch.testing.assert_close(model.run_rows(torch.zeros_like(ids), lengths, samples, states), expected)
-    assert first == [4]  # passed on, not computed
+    assert first == [(4, 14)]  # passed on, not computed
     torch.testing.assert_close(model.run_rows(ids, lengths, samples), expected)  # and the trunk is back afterwards
 
 
@@ -117,6 +122,7 @@ def test_an_argument_as_long_as_there_are_inputs_is_not_taken_for_one_of_theirs(
     model.find_shared_work()
     assert model.trunk.verified
     found.clear()
+    model.packs = False
     model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
     assert found == [(4, 7), (32, 1)]
 
