@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.config import Task
-from scalabl.errors import InputTooLongError, PromptError
+from scalabl.errors import AdapterError, InputTooLongError, PromptError
 
 PROBE = "x"
 
@@ -37,6 +37,21 @@ class Prompter:
         natural, self._suffix = self._resolve_choices()
         self.choice_tokens: tuple[int, ...] = task.choice_tokens or natural
         self.mismatched = [c for c, a, b in zip(task.choices, self.choice_tokens, natural, strict=True) if a != b]
+
+    def check_tokenizer(self, base_model: str) -> None:
+        """Refuse a tokenizer that gives a choice another token than the one the adapter was trained with.
+
+        Args:
+            base_model: the one that it was trained with, for the message.
+
+        Raises:
+            AdapterError: naming the choice.
+        """
+        if self.mismatched:
+            raise AdapterError(
+                f"the adapter was trained with another token for the choice {self.mismatched[0]!r} than this base "
+                f"model's tokenizer gives; serve it with the base model it was trained on ({base_model})"
+            )
 
     @property
     def resolved_task(self) -> Task:

@@ -103,8 +103,8 @@ class AdapterLoader:
 
     async def _read(self, name: str, folder: Path) -> Served:
         loop, engine = asyncio.get_running_loop(), self._engine
-        model = await asyncio.to_thread(engine.read, folder)
-        served = await loop.run_in_executor(self._prompt_thread, engine.serve, name, model)
+        serve = await asyncio.to_thread(engine.read, name, folder)
+        served = await loop.run_in_executor(self._prompt_thread, serve)
         await loop.run_in_executor(self._model_thread, engine.check, served)
         return served
 
@@ -112,7 +112,7 @@ class AdapterLoader:
         self._metrics.adapters.set(len(self._engine.adapters))
         logger.info("%s; now there are: %s", what, ", ".join(sorted(self._engine.adapters)) or "none")
         if old is not None:  # nothing of it stays in the base model once its last pass is over
-            await asyncio.get_running_loop().run_in_executor(self._model_thread, old.model.detach)
+            await asyncio.get_running_loop().run_in_executor(self._model_thread, self._engine.release, old)
 
     def _folder(self, path: str) -> Path:
         """The folder that a request names, with links resolved, when it and its files lie below the root."""

@@ -9,15 +9,15 @@ from server.schemas import AdapterInfo, Info, ModelInfo
 
 def describe(engine: Engine) -> Info:
     """`/info` of a loaded engine."""
-    settings, base = engine.settings, engine.pretrained.model
+    settings = engine.settings
     default = engine.adapters.get(engine.default_adapter)
     return Info(
         version=__version__,
         model=ModelInfo(
             name=engine.model_name,
-            architecture=type(base).__name__,
-            dtype=str(base.dtype).removeprefix("torch."),
-            device=str(base.device),
+            architecture=engine.architecture,
+            dtype=engine.dtype,
+            device=engine.device,
         ),
         adapter=describe_adapter(default) if default is not None else None,
         adapters=[describe_adapter(served) for _, served in sorted(engine.adapters.items())],
@@ -41,14 +41,14 @@ def describe(engine: Engine) -> Info:
 
 def describe_adapter(served: Served) -> AdapterInfo:
     """One adapter's entry."""
-    model, config = served.model, served.model.config
+    config = served.config
     return AdapterInfo(
         name=served.name,
         r=config.r,
         lora_alpha=config.lora_alpha,
-        adapted_layers=len(model.adapted),
-        stochastic_parameters=model.num_stochastic_parameters,
-        additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
+        adapted_layers=served.adapted_layers,
+        stochastic_parameters=served.stochastic_parameters,
+        additional_parameters=served.additional_parameters,
         posterior_scale=config.posterior_scale,
         relative_spread=served.relative_spread,
         temperature=config.temperature,

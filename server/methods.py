@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from scalabl.adaptive import Rule, settled
-from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, controlled, linearize
-from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.linearized import SPREAD_LIMIT, Linearization, controlled
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive, predictive
 from server.problems import ProblemError
@@ -78,6 +77,8 @@ class Controlled:
 
 Job = Draws | LinearJob | ControlledJob | AutoJob
 Result = Tensor | Linearization | Controlled  # a tensor: [K, C] of an input's samples; a linearisation: of one input, B = 1
+# (indices of inputs, the draws of each) -> their logits [K, C] on the CPU, from one pass
+RunSamples = Callable[[Sequence[int], Sequence[Draws]], Sequence[Tensor]]
 
 
 def check_method(request: PredictRequest) -> None:
@@ -147,28 +148,27 @@ def is_finite(result: Result) -> bool:
     return all(bool(part.isfinite().all()) for part in parts)
 
 
-def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-    """B prompts, each with its job; one forward pass for all that are sampled, and more for those that go on."""
-    logits_of: dict[int, Tensor] = {}
+def sample_jobs(run: RunSamples, jobs: Sequence[Job], temperature: float) -> dict[int, Tensor]:
+    """Logits [K, C] of every job that draws samples, by its index: one pass for all of them, and one for each round of those
+    that go on."""
     firsts: dict[tuple[int, int], Draws] = {}  # the same object for the same draws
-    sampled = [(index, _first_draws(job, firsts)) for index, job in enumerate(jobs) if not isinstance(job, LinearJob)]
-    if sampled:
-        batch = TokenBatch.of([sequences[index] for index, _ in sampled])
-        for (index, _), logits in zip(sampled, model.logits_each(batch, [draws for _, draws in sampled]), strict=True):
-            logits_of[index] = logits.cpu()
-        _add_rounds(model, sequences, jobs, logits_of)
-    linear_of: dict[int, Linearization] = {}
-    linear = [
-        (index, job if isinstance(job, LinearJob) else job.linear)
-        for index, job in enumerate(jobs)
-        if isinstance(job, LinearJob | ControlledJob)
-    ]
-    if linear:
-        batch = TokenBatch.of([sequences[index] for index, _ in linear])
-        counts = torch.tensor([job.num_choices for _, job in linear])
-        found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
-        linear_of = {index: found.of_input(row) for row, (index, _) in enumerate(linear)}
-    return [_result(logits_of.get(index), linear_of.get(index)) for index in range(len(jobs))]
+    sampled = {index: _first_draws(job, firsts) for index, job in enumerate(jobs) if not isinstance(job, LinearJob)}
+    if not sampled:
+        return {}
+    logits_of = dict(zip(sampled, run(list(sampled), list(sampled.values())), strict=True))
+    going = {index: job for index, job in enumerate(jobs) if isinstance(job, AutoJob)}
+    while True:
+        going = {index: job for index, job in going.items() if not job.has_enough(logits_of[index], temperature)}
+        if not going:
+            return logits_of
+        made: dict[tuple[int, int, int], Draws] = {}
+        parts = []
+        for index, job in going.items():
+            start = len(logits_of[index])
+            stop = job.rule.after(start)
+            parts.append(made.setdefault((id(job.draws), start, stop), job.draws.part(start, stop)))
+        for index, more in zip(going, run(list(going), parts), strict=True):
+            logits_of[index] = torch.cat([logits_of[index], more])
 
 
 def _first_draws(job: Draws | ControlledJob | AutoJob, made: dict[tuple[int, int], Draws]) -> Draws:
@@ -178,25 +178,18 @@ def _first_draws(job: Draws | ControlledJob | AutoJob, made: dict[tuple[int, int
     return job if isinstance(job, Draws) else job.draws
 
 
-def _add_rounds(
-    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], logits_of: dict[int, Tensor]
-) -> None:
-    """More samples for the inputs that have not enough, a pass for each round, until all have."""
-    going = {index: job for index, job in enumerate(jobs) if isinstance(job, AutoJob)}
-    while True:
-        temperature = model.config.temperature
-        going = {index: job for index, job in going.items() if not job.has_enough(logits_of[index], temperature)}
-        if not going:
-            return
-        made: dict[tuple[int, int, int], Draws] = {}
-        parts = []
-        for index, job in going.items():
-            start = len(logits_of[index])
-            stop = job.rule.after(start)
-            parts.append(made.setdefault((id(job.draws), start, stop), job.draws.part(start, stop)))
-        batch = TokenBatch.of([sequences[index] for index in going])
-        for index, more in zip(going, model.logits_each(batch, parts), strict=True):
-            logits_of[index] = torch.cat([logits_of[index], more.cpu()])
+def linear_jobs(jobs: Sequence[Job]) -> dict[int, LinearJob]:
+    """What is to be linearised, by its index among the jobs."""
+    return {
+        index: job if isinstance(job, LinearJob) else job.linear
+        for index, job in enumerate(jobs)
+        if isinstance(job, LinearJob | ControlledJob)
+    }
+
+
+def joined(logits_of: dict[int, Tensor], linear_of: dict[int, Linearization], count: int) -> list[Result]:
+    """Each job's result, from its logits, its linearisation or both."""
+    return [_result(logits_of.get(index), linear_of.get(index)) for index in range(count)]
 
 
 def _result(logits: Tensor | None, linear: Linearization | None) -> Result:

@@ -192,11 +192,11 @@ class Service:
         engine, batcher = self._serving()
         started = time.perf_counter()
         served = engine.adapter(request.adapter)
-        asked = read_request(request, served.model.config, self.settings, engine.max_input_tokens)
+        asked = read_request(request, served.config, self.settings, engine.max_input_tokens)
         seconds = min(self.settings.request_timeout, timeout or self.settings.request_timeout)
         seen = trace.current()
         seen.adapter, seen.inputs, seen.characters = served.name, len(asked.texts), sum(map(len, asked.texts))
-        seen.compute_type = served.model.device.type
+        seen.compute_type = engine.device.partition(":")[0]
         places = self.admission.enter(asked.estimated_tokens(engine.max_input_tokens), seconds)
         self.in_flight += 1
         try:
@@ -248,7 +248,7 @@ class Service:
             for future in pending:
                 future.cancel()
         return await asyncio.get_running_loop().run_in_executor(
-            self._answer_threads, answers_of, results, asked, served.model.config, jobs
+            self._answer_threads, answers_of, results, asked, served.config, jobs
         )
 
     async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], list[Job]]:

@@ -62,7 +62,7 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
         survey = await service.outcomes.survey(served.name)
         if survey is None:
             return Dashboard(adapter=served.name, stored=None)
-        found = await asyncio.to_thread(stored, survey, served.model.config.calibration)
+        found = await asyncio.to_thread(stored, survey, served.config.calibration)
         return Dashboard(adapter=served.name, stored=found)
 
     return router

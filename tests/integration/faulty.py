@@ -7,22 +7,24 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from scalabl.posterior import Draws
 from server.cli import app
-from server.engine import Engine, Served
+from server.engine import Served
+from server.methods import Job, Result
+from server.transformers_engine import TransformersEngine
 
 EXCEPTION, OUT_OF_MEMORY, STUCK, DEAD = "exception", "out of memory", "stuck", "dead"
 
-_run = Engine.run
+_run = TransformersEngine.run
 
 
 class WorkerDeath(BaseException):
     """What no handler of errors catches."""
 
 
-def _faulty(self: Engine, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+def _faulty(
+    self: TransformersEngine, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]
+) -> list[Result]:
     texts = [self.pretrained.tokenizer.decode(ids) for ids in sequences]
     if any(f"!{EXCEPTION}!" in text for text in texts):
         raise ValueError("secret of /some/path")
@@ -32,10 +34,10 @@ def _faulty(self: Engine, served: Served, sequences: Sequence[Sequence[int]], dr
         threading.Event().wait()
     if any(f"!{DEAD}!" in text for text in texts):
         raise WorkerDeath
-    return _run(self, served, sequences, draws)
+    return _run(self, served, sequences, jobs)
 
 
-Engine.run = _faulty  # type: ignore[method-assign]  # the fault is injected where a device would have it
+TransformersEngine.run = _faulty  # type: ignore[method-assign]  # the fault is injected where a device would have it
 
 if __name__ == "__main__":
     sys.exit(app())

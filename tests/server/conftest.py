@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from torch import Tensor
 
-from scalabl.posterior import Draws
+from scalabl.model import ScalaBLModel
 from server.app import create_app
 from server.engine import Engine, Served, load_engine
+from server.methods import Job, Result
 from server.settings import ServeSettings
+from server.transformers_engine import LocalAdapter, TransformersEngine
 from tests import tiny
 
 Load = Callable[[ServeSettings], Engine]
@@ -45,6 +46,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings_for(folders: Path, adapter: str = "colours", **changes: Any) -> ServeSettings:
     fields = {"adapter": folders / adapter, "model": str(folders / "base"), "device": "cpu", "max_input_tokens": 120}
     return ServeSettings(**fields | changes)
+
+
+def model_of(engine: Engine | None, adapter: str | None = None) -> ScalaBLModel:
+    """What answers for an adapter of the default engine."""
+    assert engine is not None
+    served = engine.adapter(adapter)
+    assert isinstance(served, LocalAdapter)
+    return served.model
 
 
 @contextmanager
@@ -85,20 +94,20 @@ def serve(folders: Path) -> Iterator[Callable[..., TestClient]]:
         yield start
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GatedEngine(Engine):
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class GatedEngine(TransformersEngine):
     """An engine whose passes wait at a gate, and fail while `broken` is set."""
 
     gate: threading.Event
     broken: threading.Event
     entered: threading.Event
 
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         self.entered.set()
         assert self.gate.wait(30)
         if self.broken.is_set():
             raise RuntimeError("secret detail of /a/path")
-        return super().run(served, sequences, draws)
+        return super().run(served, sequences, jobs)
 
 
 @dataclasses.dataclass

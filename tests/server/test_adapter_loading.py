@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
 from scalabl.attachment import Host
+from server.transformers_engine import TransformersEngine
 from tests import tiny
 from tests.server.conftest import Gate, wait_until
 from tests.server.test_limits import service_of
@@ -250,7 +251,7 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
         assert running.result() == pytest.approx(after, abs=1e-5)
         assert waiting.result() == pytest.approx(after, abs=1e-5)
     engine = service_of(client)._engine
-    assert engine is not None
+    assert isinstance(engine, TransformersEngine)
     assert Host.of(engine.pretrained.model).attached is None, "nothing of an unloaded adapter stays"
 
 

@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.server.conftest import model_of
 from tests.server.test_limits import service_of
 from tests.server.test_refusals import refused
 
@@ -113,8 +114,7 @@ def test_it_counts_as_the_most_it_may_take(serve: Callable[..., TestClient]) -> 
 
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
-    served = service_of(client).adapter(None)
-    served.model.adapted["lm_head"].lora_B.fill_(float("inf"))
+    model_of(service_of(client)._engine).adapted["lm_head"].lora_B.fill_(float("inf"))
     refused(client.post("/predict", json={"inputs": "a", "num_samples": "auto"}), 500, "internal-error", "inputs.0 logits")
 
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.service import Service
-from tests.server.conftest import Gate, wait_until
+from tests.server.conftest import Gate, model_of, wait_until
 from tests.server.test_refusals import ask, refused
 
 
@@ -156,6 +156,5 @@ def test_a_large_request_does_not_hold_up_the_tokenising_of_others(serve: Callab
 
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
-    served = service_of(client)._engine.adapter(None)  # type: ignore[union-attr]
-    served.model.adapted["lm_head"].lora_B.fill_(float("inf"))
+    model_of(service_of(client)._engine).adapted["lm_head"].lora_B.fill_(float("inf"))
     refused(ask(client, inputs="a"), 500, "internal-error", "inputs.0 logits that are not finite")

@@ -19,7 +19,7 @@ from scalabl.prompt import Prompter
 from server.engine import Engine, load_engine
 from server.settings import ServeSettings
 from tests import tiny
-from tests.server.conftest import serving, settings_for
+from tests.server.conftest import model_of, serving, settings_for
 
 
 def _ask(client: TestClient, **body: Any) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_letters_that_an_input_has_no_choice_for_take_nothing_from_its_doubt(
 ) -> None:
     def load(settings: ServeSettings) -> Engine:
         engine = load_engine(settings)
-        tiny.prefer(engine.adapter(None).model, (2, 3))
+        tiny.prefer(model_of(engine), (2, 3))
         return engine
 
     # In one pass with an input that has the letters: only what an input itself lacks is left out.

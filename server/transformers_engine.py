@@ -1,0 +1,210 @@
+"""The default engine: transformers in this process. The one module of the server that touches a `ScalaBLModel`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from scalabl.adapter_io import check_effect, read_adapter, read_config
+from scalabl.errors import AdapterError, ScalaBLError
+from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import Draws
+from scalabl.pretrained import Pretrained, load_pretrained
+from scalabl.prompt import Prompter
+from server.engine import Engine, Served
+from server.faults import classify
+from server.methods import Job, LinearJob, Result, joined, linear_jobs, sample_jobs
+from server.settings import ServeSettings
+
+logger = logging.getLogger("scalabl")
+
+CPU_TARGET_BATCH_TOKENS = 2048
+
+
+class CapacityError(ScalaBLError):
+    """What the settings allow does not fit in this machine's memory."""
+
+
+@dataclass(eq=False)
+class LocalAdapter(Served):
+    """An adapter over the base model in this process."""
+
+    model: ScalaBLModel
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TransformersEngine(Engine):
+    """The base model in this process, its weights once, with any number of adapters over it."""
+
+    pretrained: Pretrained
+
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        """One forward pass for all that are sampled, more for those that go on, and the passes of the linearised."""
+        model = _model_of(served)
+        try:
+            return run_jobs(model, sequences, jobs)
+        finally:
+            if self.adapters.get(served.name) is not served:  # unloaded or replaced while its requests waited
+                model.detach()
+
+    def read(self, name: str, folder: Path) -> Callable[[], Served]:
+        model = read_adapter(self.pretrained.model, folder)
+        return lambda: self._serve(name, model)
+
+    def _serve(self, name: str, model: ScalaBLModel) -> Served:
+        prompter = Prompter(model.config.task, self.pretrained.tokenizer)
+        prompter.check_tokenizer(model.config.base_model_name_or_path)
+        return LocalAdapter(
+            name=name,
+            config=model.config,
+            prompter=prompter,
+            scheme=self.settings.draw_scheme,
+            adapted_layers=len(model.adapted),
+            stochastic_parameters=model.num_stochastic_parameters,
+            additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
+            relative_spread=relative_spread(model),
+            model=model,
+        )
+
+    def check(self, served: Served) -> None:
+        """The first passes of an adapter: what its layers see, its effect, and every launch shape."""
+        model = _model_of(served)
+        try:
+            try:
+                served.draws(self.settings.num_samples, self.settings.seed)
+            except ValueError as error:
+                raise AdapterError(str(error)) from None
+            model.find_shared_work()
+            check_effect(model)
+            model.warm_up()
+            if served.relative_spread > SPREAD_LIMIT:
+                logger.warning(
+                    "adapter %s: sigma is %.2g of |mu| in the median; its answers by the method linearized will be biased",
+                    served.name,
+                    served.relative_spread,
+                )
+        except BaseException:
+            model.detach()
+            raise
+
+    def release(self, served: Served) -> None:
+        _model_of(served).detach()
+
+    def warm_up(self) -> None:
+        """Passes of the default adapter, of the largest shapes when the settings say so.
+
+        Raises:
+            CapacityError: a pass that requests may ask for does not fit in memory.
+        """
+        served, settings = self.adapter(None), self.settings
+        shapes = [(1, settings.num_samples, min(16, self.max_input_tokens))]  # inputs, samples, length
+        full = settings.warmup == "full" or (settings.warmup == "auto" and self.pretrained.model.device.type != "cpu")
+        if full:
+            longest = min(self.max_input_tokens, settings.max_batch_tokens)
+            for tokens, length in ((self.target_batch_tokens, min(16, longest)), (settings.max_batch_tokens, longest)):
+                rows = max(1, tokens // length)
+                samples = min(settings.num_samples, rows)
+                shapes.append((rows // samples, samples, length))
+        for inputs, samples, length in shapes:
+            try:
+                self.run(served, [[0] * length] * inputs, [served.draws(samples, settings.seed)] * inputs)
+            except Exception as error:
+                if classify(error).kind != "out-of-memory":
+                    raise
+                raise CapacityError(
+                    f"a pass over {inputs} inputs x {samples} samples x {length} tokens, which --max-batch-tokens "
+                    f"{settings.max_batch_tokens} allows, does not fit in memory; lower it or --max-input-tokens"
+                ) from None
+
+
+def load(settings: ServeSettings) -> Engine:
+    """Load, check and warm up what the settings name.
+
+    Raises:
+        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
+    """
+    started = time.perf_counter()
+    disable_progress_bar()  # a log has no use for it
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folders = settings.adapter_folders()
+    configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
+    name = settings.model or configs[0].base_model_name_or_path
+    pretrained = load_pretrained(
+        name,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        gguf_file=settings.gguf_file,
+        allow_pickle=settings.allow_pickle,
+    )
+    limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+    target = settings.target_batch_tokens
+    if target is None:
+        target = CPU_TARGET_BATCH_TOKENS if pretrained.model.device.type == "cpu" else settings.max_batch_tokens
+    engine = TransformersEngine(
+        pretrained=pretrained,
+        default_adapter=settings.default_adapter,
+        model_name=Path(name).name if Path(name).is_dir() else name,
+        architecture=type(pretrained.model).__name__,
+        dtype=str(pretrained.model.dtype).removeprefix("torch."),
+        device=str(pretrained.model.device),
+        max_input_tokens=limit,
+        target_batch_tokens=min(target, settings.max_batch_tokens),
+        settings=settings,
+    )
+    for each, folder in folders.items():
+        served = engine.read(each, folder)()
+        engine.check(served)
+        engine.adapters[each] = served
+        logger.info(
+            "adapter %s: %d adapted layers, %d stochastic parameters",
+            each,
+            served.adapted_layers,
+            served.stochastic_parameters,
+        )
+    engine.warm_up()
+    logger.info(
+        "%s with %s ready in %.1f s: %s on %s",
+        engine.model_name,
+        ", ".join(engine.adapters),
+        time.perf_counter() - started,
+        engine.dtype,
+        engine.device,
+    )
+    return engine
+
+
+def _model_of(served: Served) -> ScalaBLModel:
+    assert isinstance(served, LocalAdapter)  # `_serve` makes no other
+    return served.model
+
+
+def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    """B prompts, each with its job."""
+
+    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
+        batch = TokenBatch.of([sequences[index] for index in indices])
+        return [logits.cpu() for logits in model.logits_each(batch, draws)]
+
+    logits_of = sample_jobs(run, jobs, model.config.temperature)
+    linear = linear_jobs(jobs)
+    return joined(logits_of, _linearize(model, sequences, linear), len(jobs))
+
+
+def _linearize(
+    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: dict[int, LinearJob]
+) -> dict[int, Linearization]:
+    if not jobs:
+        return {}
+    batch = TokenBatch.of([sequences[index] for index in jobs])
+    counts = torch.tensor([job.num_choices for job in jobs.values()])
+    found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+    return {index: found.of_input(row) for row, index in enumerate(jobs)}

@@ -1,0 +1,54 @@
+"""The engines' border: what the rest of the server may know of how logits come about. Read from its source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SERVER = Path(__file__).parents[2] / "server"
+ENGINES = {"transformers_engine"}
+# The commands that work on an adapter without a server have the model to themselves.
+COMMANDS = {"cli", "converting", "measuring"}
+INTERNALS = (
+    "transformers",
+    "scalabl.attachment",
+    "scalabl.layer",
+    "scalabl.model",
+    "scalabl.pretrained",
+    "scalabl.trunk",
+    *(f"server.{name}" for name in sorted(ENGINES)),
+)
+MODULES = sorted(path for path in SERVER.rglob("*.py") if path.stem not in ENGINES | COMMANDS)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at the top or in a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SERVER)))
+def test_the_server_knows_no_engine_from_inside(path: Path) -> None:
+    found = [name for name in imports(path) if any(within(name, internal) for internal in INTERNALS)]
+    loaders = [name for name in found if within(name, "server") and name.endswith(".load")]
+    if path.stem == "engine":  # which chooses one
+        assert {name.split(".")[1] for name in loaders} == ENGINES
+        found = [name for name in found if name not in loaders]
+    assert not found, f"{path.name} imports {found[0]}: only the engine's own module may"
+
+
+def test_the_interface_fits_on_a_screen() -> None:
+    tree = ast.parse((SERVER / "engine.py").read_text(encoding="utf-8"))
+    (engine,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Engine"]
+    assert engine.end_lineno is not None
+    assert engine.end_lineno - engine.lineno < 60
