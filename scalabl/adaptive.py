@@ -82,6 +82,12 @@ class Rule:
             count *= 2
         return (*counts, self.most)
 
+    @property
+    def largest_round(self) -> int:
+        """The most samples that a round adds to an input."""
+        rounds = self.rounds()
+        return max(stop - start for start, stop in zip((0, *rounds), rounds, strict=False))
+
     def after(self, num_samples: int) -> int:
         """K of the round that follows the one that ends with so many."""
         return next(count for count in self.rounds() if count > num_samples)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
+from scalabl.adaptive import Rule, Target
 from server.metrics import Metrics, Reason
 from server.problems import ProblemError
 
@@ -14,22 +17,22 @@ SMOOTHING = 0.1  # weight of the newest pass in the running speed
 class Place:
     """What one input takes of the queue from its request's arrival until its pass begins or it is given up.
 
-    `tokens` (rows x length) is an estimate until the prompt is tokenised.
+    `tokens` (rows x length) is an estimate until the prompt is tokenised. `priority`: lower is earlier.
     """
 
-    def __init__(self, admission: Admission, tokens: int) -> None:
-        self._admission, self.tokens, self._held = admission, tokens, True
+    def __init__(self, admission: Admission, tokens: int, priority: int) -> None:
+        self._admission, self.tokens, self.priority, self._held = admission, tokens, priority, True
 
     def free(self) -> None:
         """Give the place back; a second time changes nothing."""
         if self._held:
             self._held = False
-            self._admission.change(-1, -self.tokens)
+            self._admission.change(-1, -self.tokens, self.priority)
 
     def resize(self, tokens: int) -> None:
         """The tokens are known now."""
         if self._held:
-            self._admission.change(0, tokens - self.tokens)
+            self._admission.change(0, tokens - self.tokens, self.priority)
         self.tokens = tokens
 
 
@@ -46,27 +49,30 @@ class Admission:
         metrics.queue_limit_tokens.set(max_tokens)
         self.inputs = self.tokens = 0
         self.running_tokens = 0  # in the pass that runs now
+        self._tokens_at = Counter[int]()  # by priority
         self._pass_seconds = self._pass_tokens = 0.0  # running means
+        self._share_taken: dict[Target, float] = {}  # of the most samples, by inputs that took as many as they needed
 
-    def enter(self, tokens: Sequence[int], seconds_left: float) -> list[Place]:
+    def enter(self, tokens: Sequence[int], seconds_left: float, priority: int = 0) -> list[Place]:
         """A place for each input of a request, all of them or none.
 
         Args:
             tokens: of each input, an estimate.
             seconds_left: until the request's deadline.
+            priority: it waits for nothing that has a later one.
 
         Raises:
             ProblemError: `queue-full` with a time to come back, or `input-too-large` for what never fits.
         """
         self._check_size(len(tokens), sum(tokens))
         self._check_room(len(tokens), sum(tokens))
-        wait = self.expected_wait(self.tokens + self.running_tokens)
+        wait = self.expected_wait(self._ahead_of(priority))
         if wait > HEADROOM * seconds_left:
             raise self._full(
                 "wait", f"what waits already takes about {wait:.1f} s and this request's deadline is {seconds_left:g} s"
             )
-        self.change(len(tokens), sum(tokens))
-        return [Place(self, each) for each in tokens]
+        self.change(len(tokens), sum(tokens), priority)
+        return [Place(self, each, priority) for each in tokens]
 
     def settle(self, places: Sequence[Place], tokens: Sequence[int]) -> None:
         """The request's tokens are counted now: check again and correct its places.
@@ -81,10 +87,11 @@ class Admission:
         for place, each in zip(places, tokens, strict=True):
             place.resize(each)
 
-    def change(self, inputs: int, tokens: int) -> None:
+    def change(self, inputs: int, tokens: int, priority: int) -> None:
         """Called by `Place`."""
         self.inputs += inputs
         self.tokens += tokens
+        self._tokens_at[priority] += tokens
         self._metrics.queue_inputs.set(self.inputs)
         self._metrics.queue_tokens.set(self.tokens)
 
@@ -93,9 +100,21 @@ class Admission:
         self._pass_tokens += SMOOTHING * (tokens - self._pass_tokens)
         self._pass_seconds += SMOOTHING * (seconds - self._pass_seconds)
 
+    def observe_rows(self, rule: Rule, taken: int) -> None:
+        """An input that gets samples until it has enough has taken so many."""
+        share = self._share_taken.setdefault(rule.target, 1.0)
+        self._share_taken[rule.target] = share + SMOOTHING * (taken / rule.most - share)
+
+    def expected_rows(self, rule: Rule) -> int:
+        """Rows that such an input is expected to take, by what others with the same target took; at first the most."""
+        return max(rule.first, math.ceil(rule.most * self._share_taken.get(rule.target, 1.0)))
+
     def expected_wait(self, tokens: int) -> float:
         """Seconds until so many tokens are computed; 0 before the first pass."""
         return tokens * self._pass_seconds / self._pass_tokens if self._pass_tokens else 0.0
+
+    def _ahead_of(self, priority: int) -> int:
+        return self.running_tokens + sum(tokens for each, tokens in self._tokens_at.items() if each <= priority)
 
     def _check_size(self, inputs: int, tokens: int) -> None:
         if inputs > self.max_inputs:

@@ -56,12 +56,12 @@ class AutoJob:
 
     @property
     def num_samples(self) -> int:
-        """The rows that it counts as until it is known how many it takes."""
-        return self.draws.num_samples
+        """The rows that it counts as: the most that one of its passes has of it."""
+        return self.rule.largest_round
 
     def has_enough(self, logits: Tensor, temperature: float) -> bool:
         """Whether the rule is met by logits [K, C], or no more can be had; numbers that are none need no more samples."""
-        if len(logits) >= self.num_samples or not bool(logits.isfinite().all()):
+        if len(logits) >= self.draws.num_samples or not bool(logits.isfinite().all()):
             return True
         outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, self.draws.scheme)
         return bool(settled(outcome, self.rule, self.draws.scheme))

@@ -11,6 +11,7 @@ from scalabl.predictive import Predictive
 from server.faults import Kind
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+GAPS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1)
 NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
 DELAYS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400, 90 * 86400)
 Stage = Literal["tokenise", "queue", "forward", "total"]
@@ -69,6 +70,9 @@ class Metrics:
                 counter.labels(value)  # at 0 from the start, so that the first one is seen as an increase
         self.batch_splits = Counter("scalabl_batch_splits", "Batches cut in two after they failed.", registry=self.registry)
         self.adapters = Gauge("scalabl_adapters_loaded", "Adapters that answer.", registry=self.registry)
+        self.pass_gap = self._histogram(
+            "scalabl_pass_gap_seconds", "Time of the model's thread between two passes, the second chosen before.", GAPS
+        )
         self.batch_rows = self._histogram("scalabl_batch_rows", "Rows (inputs x samples) of a pass.", POWERS)
         self.batch_tokens = self._histogram("scalabl_batch_tokens", "Rows x padded length of a pass.", POWERS)
         self.predictions = Counter("scalabl_predictions", "Inputs answered.", ["adapter"], registry=self.registry)

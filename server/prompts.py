@@ -31,15 +31,16 @@ class Asked:
     rule: Rule | None  # when each input has enough samples, where that is left to the server
     rows: int  # of a pass, which each input costs: its samples, and one for each choice that is linearised
     seed: int
+    priority: int
     level: str | None  # the calibrated coverage
     uncalibrated: str | None  # why there is none, although the adapter is calibrated
     truncate: bool
     return_samples: bool
     explain: bool
 
-    def estimated_tokens(self, max_tokens: int) -> list[int]:
+    def estimated_tokens(self, rows: int, max_tokens: int) -> list[int]:
         """Rows x length of each input, before it is tokenised."""
-        return [self.rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
+        return [rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
 
     def slices(self) -> Iterator[range]:
         """The inputs' positions in runs of few characters."""
@@ -71,6 +72,13 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
     if num_samples > settings.max_samples:
         raise ProblemError(
             "invalid-field", f"num_samples: {num_samples} is above this server's limit of {settings.max_samples}"
+        )
+    if abs(request.priority) > settings.max_priority:
+        raise ProblemError(
+            "invalid-field",
+            f"priority: {request.priority} is outside this server's -{settings.max_priority} to {settings.max_priority}"
+            if settings.max_priority
+            else "priority: this server takes requests as they come; leave the field out",
         )
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     if len(texts) > settings.max_inputs:
@@ -105,6 +113,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         rule=rule,
         rows=num_samples + (0 if request.method == "monte_carlo" else len(config.task.choices)),
         seed=seed,
+        priority=request.priority,
         level=level_for(config.calibration, request.coverage, unlike),
         uncalibrated=unlike,
         truncate=request.truncate,

@@ -65,6 +65,13 @@ class PredictRequest(BaseModel):
             "control_variate: the samples, corrected by what the linearisation says of the same samples."
         ),
     )
+    priority: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = Field(
+        default=0,
+        description=(
+            "Lower means earlier; a step counts as much as a second of waiting. The server bounds it; where its bound is 0, "
+            "any priority but 0 is refused."
+        ),
+    )
     explain: bool = Field(default=False, description="Except by monte_carlo: also each layer's share of the variance.")
     return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
     truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")

@@ -197,11 +197,13 @@ class Service:
         seen = trace.current()
         seen.adapter, seen.inputs, seen.characters = served.name, len(asked.texts), sum(map(len, asked.texts))
         seen.compute_type = engine.device.partition(":")[0]
-        places = self.admission.enter(asked.estimated_tokens(engine.max_input_tokens), seconds)
+        rows = asked.rows if asked.rule is None else self.admission.expected_rows(asked.rule)
+        estimated = asked.estimated_tokens(rows, engine.max_input_tokens)
+        places = self.admission.enter(estimated, seconds, asked.priority)
         self.in_flight += 1
         try:
             async with asyncio.timeout(seconds):
-                outcomes, predictions = await self._compute(engine, batcher, served, asked, places)
+                outcomes, predictions = await self._compute(engine, batcher, served, asked, places, started + seconds)
             texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
             left = max(0.0, started + seconds - time.perf_counter())
             predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions, left)
@@ -233,15 +235,19 @@ class Service:
         )
 
     async def _compute(
-        self, engine: Engine, batcher: Batcher[Served], served: Served, asked: Asked, places: Sequence[Place]
+        self, engine: Engine, batcher: Batcher[Served], served: Served, asked: Asked, places: Sequence[Place], until: float
     ) -> tuple[list[Predictive], list[Prediction]]:
-        """What the samples come to, and its JSON, of each input."""
+        """What the samples come to, and its JSON, of each input.
+
+        Args:
+            until: its deadline, by `time.perf_counter`.
+        """
         seen, started = trace.current(), time.perf_counter()
         sequences, jobs = await self._tokenise(served, asked, engine.max_input_tokens)
         self.metrics.stage("tokenise", time.perf_counter() - started)
         seen.tokens = sum(map(len, sequences))
         seen.stages.tokenized_in(started)
-        pending = batcher.submit(served, sequences, jobs, places, seen.stages)
+        pending = batcher.submit(served, sequences, jobs, places, seen.stages, until)
         try:
             results = await asyncio.gather(*pending)
         finally:

@@ -71,6 +71,12 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="The most tokens (inputs x samples x length) that may wait (default: 64 times max_batch_tokens).",
     )
+    max_priority: int = Field(
+        default=10,
+        ge=0,
+        description="The furthest from 0 that a request's priority may be; a step is worth a second of waiting (0: no "
+        "priorities).",
+    )
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="The largest request body.")
     max_header_bytes: int = Field(default=16_384, ge=256, description="The most bytes of a request's path and headers.")
     header_timeout: float = Field(default=10.0, gt=0, description="Seconds that a request's headers may take to arrive.")

@@ -87,6 +87,7 @@ class InferParameters(BaseModel):
     num_samples: int | None = None
     seed: int | None = None
     method: str | None = None
+    priority: int | None = None
     truncate: bool | None = None
     choices: str | Strings | Rows | None = None
     binary_data_output: bool = False

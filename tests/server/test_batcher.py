@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
 
+from scalabl.adaptive import Rule
 from scalabl.posterior import Draws
 from server.admission import Admission
 from server.batcher import Batcher
+from server.methods import AutoJob, Job, Result
 from server.metrics import Metrics
 from server.problems import ProblemError
 
@@ -32,7 +35,7 @@ class Passes:
         self.memory = 10**9  # tokens
         self.error: BaseException | None = None
 
-    def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], draws: Sequence[Draws]) -> list[Tensor]:
+    def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         self.lengths.append([len(ids) for ids in sequences])
         self.targets.append(target)
         self.firsts.append([ids[0] for ids in sequences])
@@ -40,11 +43,11 @@ class Passes:
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
-        if sum(len(ids) * each.num_samples for ids, each in zip(sequences, draws, strict=True)) > self.memory:
+        if sum(len(ids) * each.num_samples for ids, each in zip(sequences, jobs, strict=True)) > self.memory:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         if any(ids[0] == UNLUCKY for ids in sequences):
             raise RuntimeError("unlucky")
-        return [torch.full((each.num_samples, 2), float(ids[0])) for ids, each in zip(sequences, draws, strict=True)]
+        return [torch.full((each.num_samples, 2), float(ids[0])) for ids, each in zip(sequences, jobs, strict=True)]
 
 
 def draws(num_samples: int = 2) -> Draws:
@@ -52,11 +55,17 @@ def draws(num_samples: int = 2) -> Draws:
 
 
 def submit(
-    batcher: Batcher[str | None], target: str | None, sequences: list[list[int]], made: Draws, seconds_left: float = 60
-) -> list[asyncio.Future[Tensor]]:
+    batcher: Batcher[str | None],
+    target: str | None,
+    sequences: list[list[int]],
+    made: Job,
+    *,
+    priority: int = 0,
+    deadline: float = math.inf,
+) -> list[asyncio.Future[Result]]:
     """As a request does it: take places, queue."""
-    places = admission_of(batcher).enter([1] * len(sequences), seconds_left)
-    futures = batcher.submit(target, sequences, [made] * len(sequences), places)
+    places = admission_of(batcher).enter([1] * len(sequences), 10**6, priority)
+    futures = batcher.submit(target, sequences, [made] * len(sequences), places, deadline=deadline)
     for future, place in zip(futures, places, strict=True):
         future.add_done_callback(lambda _, place=place: place.free())
     return futures
@@ -92,12 +101,25 @@ def with_batcher(
     return passes
 
 
-async def hold(batcher: Batcher[str | None], passes: Passes) -> asyncio.Future[Tensor]:
+async def hold(batcher: Batcher[str | None], passes: Passes) -> asyncio.Future[Result]:
     """Occupy the worker with one input of its own, so that what follows has to wait."""
     passes.gate.clear()
     (held,) = submit(batcher, None, [[1]], draws())
     assert await asyncio.to_thread(passes.entered.wait, 30)
     return held
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        await asyncio.sleep(0)
+
+
+def chosen(batcher: Batcher[str | None]) -> list[int]:
+    """The first tokens of the inputs that are to go next."""
+    slot = batcher._slot
+    return [] if slot is None else [queued.token_ids[0] for queued in slot.inputs]
 
 
 def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
@@ -114,15 +136,15 @@ def test_what_waits_is_joined_up_to_the_target_in_order_of_arrival() -> None:
     assert passes.firsts == [[1], [2, 3, 4], [5, 6]], "3 inputs x 2 samples x 10 tokens fill a pass"
 
 
-def test_the_target_counts_padding() -> None:
+def test_inputs_of_like_length_share_a_pass_and_little_is_padded() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
-        waiting = submit(batcher, None, [[2] * 20, [3], [4]], draws(num_samples=2))
+        waiting = submit(batcher, None, [[2] * 20, [3], [4] * 19, [5]], draws(num_samples=2))
         passes.gate.set()
         await asyncio.gather(*waiting)
 
     passes = with_batcher(scenario, target_tokens=80)
-    assert passes.lengths == [[1], [20, 1], [1]]
+    assert passes.lengths == [[1], [20, 19], [1, 1]]
 
 
 def test_an_input_above_the_target_runs_alone() -> None:
@@ -132,7 +154,7 @@ def test_an_input_above_the_target_runs_alone() -> None:
         passes.gate.set()
         await asyncio.gather(*waiting)
 
-    assert with_batcher(scenario, target_tokens=100).firsts == [[1], [2], [3], [4]]
+    assert with_batcher(scenario, target_tokens=100).firsts == [[1], [2, 4], [3]]
 
 
 def test_inputs_with_different_draws_share_a_pass() -> None:
@@ -277,6 +299,136 @@ def test_a_loop_that_has_died_is_a_fault() -> None:
         assert "has ended; the server must be restarted" in (batcher.fault(300) or "")
 
     with_batcher(scenario)
+
+
+def test_an_error_of_the_batchers_own_is_a_fault_that_leaves_nobody_waiting() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        held = await hold(batcher, passes)
+        (waiting,) = submit(batcher, None, [[2]], draws())
+        admission_of(batcher).observe_pass = None  # type: ignore[assignment]  # what an answer calls first
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        passes.gate.set()
+        for future in (held, waiting):
+            with pytest.raises(ProblemError, match="must be restarted") as caught:
+                await future
+            assert caught.value.slug == "stuck"
+        assert batcher.fault(300) is not None
+        with pytest.raises(ProblemError, match="must be restarted"):
+            submit(batcher, None, [[3]], draws())
+
+    with_batcher(scenario)
+
+
+def test_the_next_pass_is_chosen_while_one_runs_and_takes_in_what_still_comes() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = submit(batcher, None, [[2]], draws())
+        await until(lambda: chosen(batcher) == [2])
+        waiting += submit(batcher, None, [[3]], draws())
+        await until(lambda: chosen(batcher) == [2, 3])
+        waiting += submit(batcher, None, [[4]], draws(), priority=-1)
+        await until(lambda: chosen(batcher) == [4, 2, 3])
+        waiting[0].cancel()
+        await until(lambda: chosen(batcher) == [4, 3])
+        assert admission_of(batcher).inputs == 2, "they wait until the pass begins"
+        passes.gate.set()
+        await asyncio.gather(*waiting[1:])
+        assert admission_of(batcher).inputs == 0
+
+    assert with_batcher(scenario).firsts == [[1], [4, 3]]
+
+
+def test_what_is_given_up_after_it_was_chosen_does_not_run_even_if_the_loop_has_not_noticed() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        gone, kept = submit(batcher, None, [[2], [3]], draws())
+        await until(lambda: chosen(batcher) == [2, 3])
+        gone.cancel()
+        passes.entered.clear()
+        passes.gate.set()
+        assert passes.entered.wait(30), "on the worker's thread, while this one keeps the loop"
+        await kept
+
+    assert with_batcher(scenario).firsts == [[1], [3]]
+
+
+def test_the_thread_goes_to_the_next_pass_while_the_loop_is_busy() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = submit(batcher, None, [[2]], draws())
+        await until(lambda: chosen(batcher) == [2])
+        passes.gate.set()
+        deadline = time.monotonic() + 30
+        while passes.firsts != [[1], [2]]:  # without a turn of the loop
+            assert time.monotonic() < deadline
+        await asyncio.gather(*waiting)
+        gaps = next(iter(batcher._metrics.pass_gap.collect()))
+        assert next(each.value for each in gaps.samples if each.name.endswith("_count")) == 1
+
+    with_batcher(scenario)
+
+
+def test_others_get_the_thread_between_two_passes() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = submit(batcher, None, [[first] * (10 * first) for first in range(2, 8)], draws())
+        await until(lambda: chosen(batcher) != [])
+        seen = batcher._executor.submit(lambda: len(passes.firsts))
+        passes.gate.set()
+        await asyncio.gather(*waiting)
+        assert seen.result() < len(passes.firsts)
+
+    with_batcher(scenario)
+
+
+def test_lower_priorities_go_first_and_none_waits_for_ever() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = []
+        for first, priority in ((2, 1), (3, 0), (4, -1), (5, 0), (6, -1)):
+            waiting += submit(batcher, None, [[first] * 50], draws(), priority=priority)
+        passes.gate.set()
+        await asyncio.gather(*waiting)
+
+    assert with_batcher(scenario).firsts == [[1], [4], [6], [3], [5], [2]]
+
+
+def test_a_deadline_that_cannot_be_met_ends_the_wait_before_the_pass() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        for _ in range(50):
+            admission_of(batcher).observe_pass(tokens=100, seconds=1000.0)
+        await hold(batcher, passes)
+        (hopeless,) = submit(batcher, None, [[2] * 10], draws(), deadline=time.perf_counter() + 90)
+        (tight,) = submit(batcher, None, [[3] * 10], draws(), deadline=time.perf_counter() + 150)
+        passes.gate.set()
+        await tight
+        with pytest.raises(TimeoutError):
+            await hopeless
+        assert admission_of(batcher).inputs == 0
+
+    assert with_batcher(scenario).firsts == [[1], [3]], "20 tokens at 10 s each: half of that is 100 s"
+
+
+def test_inputs_that_take_as_many_samples_as_they_need_count_as_what_others_took() -> None:
+    rule = Rule(most=64)
+    job = AutoJob(draws(64), rule, num_choices=2)
+
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        queue = admission_of(batcher)
+        assert queue.expected_rows(rule) == 64
+        for _ in range(100):
+            queue.observe_rows(rule, 8)
+        assert queue.expected_rows(rule) == 8 + 1
+        await hold(batcher, passes)
+        waiting = submit(batcher, None, [[2] * 2, [3] * 2, [4] * 2, [5] * 2], job)
+        assert queue.tokens == 4 * 2 * 9
+        passes.gate.set()
+        await asyncio.gather(*waiting)
+        with pytest.raises(ProblemError, match="6 tokens x 32 samples = 192, above the limit of 191"):
+            submit(batcher, None, [[2] * 6], job)
+
+    passes = with_batcher(scenario, target_tokens=1000, max_tokens=191)
+    assert passes.firsts == [[1], [2, 3], [4, 5]], "a round may have 32 rows of each, and the pass holds 95 for 2 tokens"
 
 
 def test_stopping_answers_what_still_waits() -> None:

@@ -154,6 +154,43 @@ def test_a_large_request_does_not_hold_up_the_tokenising_of_others(serve: Callab
     assert order == [200] * 4, "20,000 characters at a time"
 
 
+@pytest.mark.parametrize(
+    ("limit", "priority", "detail"),
+    [
+        (10, 11, "priority: 11 is outside this server's -10 to 10"),
+        (10, -11, "priority: -11 is outside this server's -10 to 10"),
+        (0, 1, "priority: this server takes requests as they come; leave the field out"),
+        (10, 2**63, "priority: Input should be less than"),
+        (10, 1.5, "priority: Input should be a valid integer"),
+    ],
+)
+def test_a_priority_outside_the_bound_is_refused(
+    serve: Callable[..., TestClient], limit: int, priority: float, detail: str
+) -> None:
+    client = serve(max_priority=limit)
+    refused(ask(client, inputs="a", priority=priority), 422, "invalid-field", detail)
+    assert ask(client, inputs="a", priority=0).status_code == 200
+
+
+def test_the_next_pass_is_for_who_has_the_lowest_priority(serve: Callable[..., TestClient], gate: Gate) -> None:
+    client = serve(load=gate.load, target_batch_tokens=1)
+    service = service_of(client)
+    path = "/v2/models/colours/infer"
+    infer = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["c"]}], "parameters": {"priority": -1}}
+    with ThreadPoolExecutor(3) as pool:
+        running = pool.submit(ask, client, inputs="a")
+        assert gate.entered.wait(30)
+        first = pool.submit(ask, client, inputs="b")
+        wait_until(lambda: service.admission.inputs == 1)
+        urgent = pool.submit(client.post, path, json=infer)
+        wait_until(lambda: service.admission.inputs == 2)
+        batcher = service._batcher
+        assert batcher is not None  # while the server is ready
+        wait_until(lambda: batcher._slot is not None and batcher._slot.inputs[0].place.priority == -1)
+        gate.open.set()
+        assert {each.result().status_code for each in (running, first, urgent)} == {200}
+
+
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
     model_of(service_of(client)._engine).adapted["lm_head"].lora_B.fill_(float("inf"))
