@@ -54,7 +54,7 @@ class ServeSettings(BaseSettings):
         default=None,
         ge=1,
         description="Join waiting inputs up to this many rows times padded length "
-        "(default: max_batch_tokens on a GPU; 2048 on a CPU, where larger batches only add latency).",
+        "(default: measured at the start, on a CPU where larger passes gain nothing more, on a GPU what its memory holds).",
     )
     max_inputs: int = Field(default=256, ge=1, description="The most inputs in one request.")
     max_input_chars: int | None = Field(
@@ -95,7 +95,8 @@ class ServeSettings(BaseSettings):
     )
     warmup: Literal["auto", "full", "quick"] = Field(
         default="auto",
-        description="full: run the largest passes before being ready; quick: a small one (auto: full on a GPU).",
+        description="full: run the largest passes before being ready; quick: a small one, and measure nothing (auto: full "
+        "on a GPU).",
     )
     enable_adapter_loading: bool = Field(default=False, description="Load and unload adapters by request, at /v1.")
     adapter_root: Path | None = Field(default=None, description="The folder below which such adapters lie.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +18,13 @@ from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
+from server.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
 from server.engine import Engine, Served
 from server.faults import classify
 from server.methods import Job, LinearJob, Result, joined, linear_jobs, sample_jobs
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
-
-CPU_TARGET_BATCH_TOKENS = 2048
 
 
 class CapacityError(ScalaBLError):
@@ -97,6 +96,23 @@ class TransformersEngine(Engine):
     def release(self, served: Served) -> None:
         _model_of(served).detach()
 
+    def budget(self) -> int:
+        """The tokens that a pass should have, by a flag or by measuring passes of the default adapter."""
+        settings, device, most = self.settings, self.pretrained.model.device, self.settings.max_batch_tokens
+        if settings.target_batch_tokens is not None:
+            return min(settings.target_batch_tokens, most)
+        if settings.warmup == "quick":
+            return min(UNMEASURED_CPU_TOKENS, most) if device.type == "cpu" else most
+        served, length = self.adapter(None), min(LENGTH, self.max_input_tokens)
+        samples = max(1, min(settings.num_samples, most // length))
+        draws = served.draws(samples, settings.seed)
+
+        def run(tokens: int) -> None:
+            inputs = max(1, tokens // (samples * length))
+            self.run(served, [[0] * length] * inputs, [draws] * inputs)
+
+        return find_budget(run, device, samples * length, most)
+
     def warm_up(self) -> None:
         """Passes of the default adapter, of the largest shapes when the settings say so.
 
@@ -146,9 +162,6 @@ def load(settings: ServeSettings) -> Engine:
         allow_pickle=settings.allow_pickle,
     )
     limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
-    target = settings.target_batch_tokens
-    if target is None:
-        target = CPU_TARGET_BATCH_TOKENS if pretrained.model.device.type == "cpu" else settings.max_batch_tokens
     engine = TransformersEngine(
         pretrained=pretrained,
         default_adapter=settings.default_adapter,
@@ -157,7 +170,7 @@ def load(settings: ServeSettings) -> Engine:
         dtype=str(pretrained.model.dtype).removeprefix("torch."),
         device=str(pretrained.model.device),
         max_input_tokens=limit,
-        target_batch_tokens=min(target, settings.max_batch_tokens),
+        target_batch_tokens=settings.max_batch_tokens,  # until it is measured
         settings=settings,
     )
     for each, folder in folders.items():
@@ -170,6 +183,7 @@ def load(settings: ServeSettings) -> Engine:
             served.adapted_layers,
             served.stochastic_parameters,
         )
+    engine = replace(engine, target_batch_tokens=engine.budget())
     engine.warm_up()
     logger.info(
         "%s with %s ready in %.1f s: %s on %s",

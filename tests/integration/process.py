@@ -56,7 +56,8 @@ def served(
 ) -> Iterator[Served]:
     """Serve an adapter of `write_models(folder)` with these settings until the context ends; True: a flag without value."""
     port = free_port()
-    options = {"model": folder / "base", "adapter": folder / adapter, "port": port, "device": "cpu", "threads": 1} | settings
+    options = {"model": folder / "base", "adapter": folder / adapter, "port": port, "device": "cpu", "threads": 1}
+    options |= {"warmup": "quick"} | settings
     flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     arguments = [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
     log = folder / f"server-{port}.log"
