@@ -38,6 +38,13 @@ class Host:
             base._scalabl_host = host
         return host
 
+    @staticmethod
+    def forget(base: PreTrainedModel) -> None:
+        """Before modules of the base are exchanged for good; the adapters that were made for it are of no use then."""
+        host: Host | None = base.__dict__.pop("_scalabl_host", None)
+        if host is not None and host.attached is not None:
+            host.attached.detach()
+
 
 class Hooks(Protocol):
     """What comes and goes with an adapter beside its modules."""

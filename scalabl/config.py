@@ -11,6 +11,7 @@ FORMAT_VERSION = 1
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
+Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # of a base model's linear layers
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer with transformers: device, dtype, safe weight formats, clear errors."""
+"""Loading a base model and its tokenizer with transformers: device, dtype, precision, safe weight formats, clear errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from scalabl.config import Quantization
 from scalabl.errors import BaseModelError
+from scalabl.int8 import to_int8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +78,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTra
 def _load_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
         raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
@@ -81,31 +92,46 @@ def load_pretrained(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
     allow_pickle: bool = False,
+    quantization: Quantization | None = None,
 ) -> Pretrained:
     """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
 
     Args:
         gguf_file: a file of the model; its weights are de-quantised to `dtype`.
         allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
+        quantization: of the linear layers' weights but the head's: int8 on a CPU, or bitsandbytes', made for GPUs.
 
     Raises:
-        BaseModelError: the name leads nowhere, is not a causal language model, or has no safetensors weights.
+        BaseModelError: the name leads nowhere, is not a causal language model, has no safetensors weights, or cannot be
+            had in this precision.
     """
     where = resolve_device(device)
+    weights: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "use_safetensors": None if allow_pickle else True}
+    if quantization in ("bnb-8bit", "bnb-4bit"):
+        weights |= {"quantization_config": _bitsandbytes(quantization, weights["dtype"]), "device_map": {"": where}}
     with _load_errors(name):
         source = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
         config = AutoConfig.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=resolve_dtype(dtype, where),
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **source,
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers and a warning
         raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
-    model.to(where).requires_grad_(False).eval()
+    if "device_map" not in weights:
+        model.to(where)
+    model.requires_grad_(False).eval()
+    if quantization == "int8":
+        to_int8(model)
     text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
     return Pretrained(model, tokenizer, min(int(limit) for limit in limits if limit))
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if missing := [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]:
+        raise BaseModelError(
+            f"quantization {quantization} needs the package {missing[0]}; "
+            "install it with: pip install 'scalabl[bitsandbytes]'"
+        )
+    if quantization == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

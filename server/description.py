@@ -18,6 +18,7 @@ def describe(engine: Engine) -> Info:
             architecture=engine.architecture,
             dtype=engine.dtype,
             device=engine.device,
+            quantization=engine.settings.quantization,
         ),
         adapter=describe_adapter(default) if default is not None else None,
         adapters=[describe_adapter(served) for _, served in sorted(engine.adapters.items())],
@@ -57,4 +58,5 @@ def describe_adapter(served: Served) -> AdapterInfo:
         task=config.task.kind,
         choices=list(config.task.choices),
         calibration=config.calibration,
+        quantization_change=served.quantization_change,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from scalabl.config import AdapterConfig
 from scalabl.posterior import Draws, Scheme, draw
 from scalabl.prompt import Prompter
+from scalabl.quantization import QuantizationChange
 from server.methods import Job, Result
 from server.problems import ProblemError
 from server.settings import ServeSettings
@@ -24,6 +25,7 @@ class Served:
         draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
             once. Any thread may ask.
         relative_spread: by which a linearisation is trusted or not.
+        quantization_change: what `--quantization` changes in its answers; None where it is not known.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Served:
     additional_parameters: int
     relative_spread: float
     draws: Callable[[int, int], Draws] = field(init=False)
+    quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         # A cache of its own, so that it goes when the adapter goes.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from scalabl.config import SetMethod
+from scalabl.config import Quantization, SetMethod
 from scalabl.errors import ScalaBLError
 from scalabl.posterior import DEFAULT_SCHEME
 from server.options import errors_as_messages, split
@@ -35,6 +35,7 @@ Model = Annotated[str | None, typer.Option(help="Base model (default: the one th
 NumSamples = Annotated[int, typer.Option(min=1, help="K, posterior samples per input.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")]
+Precision = Annotated[Quantization | None, typer.Option(help="Linear layers in lower precision, as in serve.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Loaded:
         return encode_examples(self.prompter, rows, self.max_tokens)
 
 
-def _load(adapter: Path, model: str | None, device: str) -> Loaded:
+def _load(adapter: Path, model: str | None, device: str, quantization: Quantization | None) -> Loaded:
     from scalabl.adapter_io import load_adapter, read_config
     from scalabl.pretrained import load_pretrained
     from scalabl.prompt import Prompter
 
     config = read_config(adapter)
-    pretrained = load_pretrained(model or config.base_model_name_or_path, device=device)
+    pretrained = load_pretrained(model or config.base_model_name_or_path, device=device, quantization=quantization)
     prompter = Prompter(config.task, pretrained.tokenizer)
     return Loaded(load_adapter(pretrained.model, adapter), prompter, pretrained.max_tokens)
 
@@ -76,6 +77,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw reliability, risk-coverage and MI into this folder.")] = None,
     device: Device = "auto",
+    quantization: Precision = None,
 ) -> None:
     """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs.
 
@@ -88,7 +90,7 @@ def evaluate(
         draw = _plots() if plots is not None else None
         examples = read_examples(data)
         others = {path: read_examples(path, labelled=False) for path in ood or []}
-        loaded = _load(adapter, model, device)
+        loaded = _load(adapter, model, device, quantization)
 
         def evaluated(rows: list[Example], path: Path) -> Evaluated:
             return _evaluate(loaded, rows, path, method, num_samples, seed)
@@ -101,6 +103,7 @@ def evaluate(
             "num_samples": 0 if method == "linearized" else num_samples,
             "seed": seed,
             "draw_scheme": DEFAULT_SCHEME,
+            "quantization": quantization,
             **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
         }
         if draw is not None:
@@ -169,12 +172,13 @@ def calibrate(
     split_seed: Annotated[int, typer.Option(min=0, help="Seed of the split into fit and threshold rows.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the fit into this file (.png, .svg, .pdf).")] = None,
     device: Device = "auto",
+    quantization: Precision = None,
 ) -> None:
     """Fit posterior scale and temperature on held-out labels, find thresholds for prediction sets and abstention, and write
     them into the adapter.
 
     Half of the rows, chosen at random, fit scale and temperature; the other half gives the thresholds and the numbers
-    before and after. Calibrate with the --num-samples that is served.
+    before and after. Calibrate with the --num-samples and the --quantization that are served.
     """
     parsed = _levels(levels)
     if plot is not None and (plot.suffix not in PLOT_FILES or not plot.absolute().parent.is_dir()):
@@ -189,7 +193,7 @@ def calibrate(
 
         plots = _plots() if plot is not None else None
         rows = read_examples(data)
-        loaded = _load(adapter, model, device)
+        loaded = _load(adapter, model, device, quantization)
         config = loaded.model.config
         loaded.model.config = config.model_copy(update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None})
         options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)

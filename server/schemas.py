@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from scalabl.adaptive import Target
 from scalabl.config import Calibration, SetMethod
+from scalabl.quantization import QuantizationChange
 
 # A list ends at its first wrong element, so that a large one cannot make a large answer.
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
@@ -216,6 +217,7 @@ class ModelInfo(BaseModel):
     architecture: str
     dtype: str
     device: str
+    quantization: str | None = Field(description="Of its linear layers; null when they are in the dtype.")
 
 
 class AdapterInfo(BaseModel):
@@ -233,6 +235,9 @@ class AdapterInfo(BaseModel):
     task: str
     choices: list[str]
     calibration: Calibration | None = Field(description="What `scalabl calibrate` found, and with which draws.")
+    quantization_change: QuantizationChange | None = Field(
+        description="What the base model's quantization changed at the start; null without, or when loaded later."
+    )
 
 
 class Info(BaseModel):

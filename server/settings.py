@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scalabl.config import Quantization
 from scalabl.posterior import DEFAULT_SCHEME, Scheme
 from server.logs import LogFormat
 
@@ -36,6 +37,15 @@ class ServeSettings(BaseSettings):
     device: str = Field(default="auto", description="cpu, cuda, cuda:1, … (auto: a GPU when there is one).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Weights and activations (auto: bfloat16 on a GPU that has it, else float32)."
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Linear layers in lower precision: int8 (weights and activations, on a CPU), or bitsandbytes' bnb-8bit "
+        "or bnb-4bit, made for a GPU (default: as the dtype says). What it changes is measured at the start.",
+    )
+    probe_file: Path | None = Field(
+        default=None,
+        description="Inputs on which that is measured, JSONL with text and choices (default: eight that come with it).",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the model (default: torch's choice).")
     num_samples: int = Field(default=16, ge=1, description="K, the posterior samples when a request names no number.")
@@ -182,6 +192,12 @@ class ServeSettings(BaseSettings):
     def _adapters_are_told_apart(self) -> Self:
         if self.default_adapter in dict(_pairs(self.adapters)):
             raise ValueError(f"--adapters: {self.default_adapter!r} is the name of --adapter already; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _probes_have_a_use(self) -> Self:
+        if self.probe_file is not None and self.quantization is None:
+            raise ValueError("--probe-file is for --quantization, which is not set")
         return self
 
     @model_validator(mode="after")

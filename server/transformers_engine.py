@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from scalabl.errors import AdapterError, ScalaBLError
 from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
+from scalabl.predictive import Predictive
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
+from scalabl.quantization import Probes, QuantizationChange, load_and_ask
 from server.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
 from server.engine import Engine, Served
 from server.faults import classify
@@ -113,6 +116,12 @@ class TransformersEngine(Engine):
 
         return find_budget(run, device, samples * length, most)
 
+    def compare(self, served: Served, before: Predictive) -> None:
+        """Find and log by how much an adapter's answers are others than these, of the base model as it was."""
+        after = _asker(self.settings)(_model_of(served), self.pretrained)
+        served.quantization_change = QuantizationChange.between(before, after)
+        logger.info("adapter %s: %s: %s", served.name, self.settings.quantization, served.quantization_change)
+
     def warm_up(self) -> None:
         """Passes of the default adapter, of the largest shapes when the settings say so.
 
@@ -153,14 +162,7 @@ def load(settings: ServeSettings) -> Engine:
     folders = settings.adapter_folders()
     configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
     name = settings.model or configs[0].base_model_name_or_path
-    pretrained = load_pretrained(
-        name,
-        device=settings.device,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        gguf_file=settings.gguf_file,
-        allow_pickle=settings.allow_pickle,
-    )
+    pretrained, unquantised = _load_base(settings, name, folders)
     limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
     engine = TransformersEngine(
         pretrained=pretrained,
@@ -176,6 +178,8 @@ def load(settings: ServeSettings) -> Engine:
     for each, folder in folders.items():
         served = engine.read(each, folder)()
         engine.check(served)
+        if each in unquantised:
+            engine.compare(served, unquantised[each])
         engine.adapters[each] = served
         logger.info(
             "adapter %s: %d adapted layers, %d stochastic parameters",
@@ -194,6 +198,34 @@ def load(settings: ServeSettings) -> Engine:
         engine.device,
     )
     return engine
+
+
+def _load_base(settings: ServeSettings, name: str, folders: dict[str, Path]) -> tuple[Pretrained, dict[str, Predictive]]:
+    """The base model, and what the adapters answered before it was quantised, where it is."""
+    load_as = functools.partial(
+        load_pretrained,
+        name,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        gguf_file=settings.gguf_file,
+        allow_pickle=settings.allow_pickle,
+    )
+    if settings.quantization is None:
+        return load_as(), {}
+    return load_and_ask(lambda precision: load_as(quantization=precision), settings.quantization, folders, _asker(settings))
+
+
+def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Predictive]:
+    """What an adapter is asked before and after its base model is quantised."""
+    probes = Probes(settings.probe_file)
+
+    def ask(model: ScalaBLModel, pretrained: Pretrained) -> Predictive:
+        limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+        prompter = Prompter(model.config.task, pretrained.tokenizer)
+        return probes.ask(model, prompter, limit, model.draws(settings.num_samples, settings.seed, settings.draw_scheme))
+
+    return ask
 
 
 def _model_of(served: Served) -> ScalaBLModel:

@@ -13,7 +13,8 @@ from tests import tiny
 def test_info_names_what_is_loaded_and_what_may_be_asked(colours: TestClient) -> None:
     info = colours.get("/info").json()
     assert info["version"] == __version__
-    assert info["model"] == {"name": "base", "architecture": "LlamaForCausalLM", "dtype": "float32", "device": "cpu"}
+    base = {"name": "base", "architecture": "LlamaForCausalLM", "dtype": "float32", "device": "cpu", "quantization": None}
+    assert info["model"] == base
     adapter = info["adapter"]
     assert (adapter["name"], adapter["r"], adapter["task"]) == ("colours", 4, "classification")
     assert (adapter["adapted_layers"], adapter["stochastic_parameters"]) == (5, 20)

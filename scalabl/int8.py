@@ -1,0 +1,192 @@
+"""Linear layers with 8-bit weights and 8-bit activations on a CPU, in the place of a base model's own.
+
+Each row of the input has a scale of its own, so that no row's answer depends on its neighbours in the batch: torch's dynamic
+quantisation has one scale for the whole tensor, which a single token's outlier (the first token of most models) spoils for
+all others. Channels that are large in every token are made smaller, and the weights that meet them larger (SmoothQuant:
+Xiao et al., ICML 2023, arXiv 2211.10438, eq. 4 with alpha = 1/2); how large they are is seen on random tokens, so that it
+needs no data and every replica finds the same.
+
+The products are oneDNN's (`torch.ops.onednn`): torch's own quantised tensors are deprecated.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scalabl.errors import BaseModelError
+
+ZERO = 128  # the unsigned 8-bit number that stands for 0
+QUIET = 0.01  # of the mean reach, below which no channel counts
+PROBE_ROWS, PROBE_LENGTH = 8, 32  # random tokens on which the channels are looked at
+
+
+class Int8Linear(nn.Module):
+    """[..., d_in] -> [..., d_out] in float32 or narrower, with the weights of a linear layer in 8 bits.
+
+    Gradients pass through as if nothing were rounded, by the weights as they are in 8 bits.
+
+    Args:
+        linear: nn.Linear, or GPT-2's Conv1D with its weights transposed; on a CPU.
+        reach: [d_in], the largest |x| that each channel of the input was seen to have; zeros where none was seen.
+    """
+
+    narrowing: Tensor  # [d_in], what each channel of the input is multiplied by
+    scale: Tensor  # [d_out], of the weights in 8 bits
+    zero_points: Tensor
+
+    def __init__(self, linear: nn.Linear | Conv1D, reach: Tensor) -> None:
+        super().__init__()
+        weight = _weight(linear).float()  # [d_out, d_in]
+        self.out_features, self.in_features = weight.shape
+        self.bias: nn.Parameter | None = linear.bias
+        # A channel that was nearly silent on random tokens need not be so on others.
+        smooth = (reach.clamp_min(QUIET * float(reach.mean())) / weight.abs().amax(0)).sqrt()
+        smooth[~(smooth.isfinite() & (smooth > 0))] = 1  # nothing was seen, or the weights are 0
+        self.register_buffer("narrowing", 1 / smooth)
+        scale = (weight * smooth).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / weight_levels()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_points", torch.zeros(self.out_features, dtype=torch.int64))
+        rounded = (weight * smooth / scale.unsqueeze(1)).round_().to(torch.int8)
+        # Not a buffer: opaque, it can be neither moved nor copied. oneDNN reads rows, whatever the strides say.
+        self._packed = torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product and the bias, without a graph."""
+        rows = x.reshape(-1, self.in_features) * self.narrowing
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 127).div_(127)
+        signed = rows.div_(scale).round_().to(torch.int8)
+        y = self._product(signed.view(torch.uint8).bitwise_xor_(ZERO)).mul_(scale)  # from -128 .. 127 to 0 .. 255
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def weight_as_multiplied(self) -> Tensor:
+        """[d_out, d_in] float32: the weights that the 8-bit ones come to. They cannot be read, but multiply the identity."""
+        unit = torch.full((self.in_features, self.in_features), ZERO, dtype=torch.uint8)
+        unit.diagonal().add_(1)
+        return (self._product(unit) * self.narrowing.unsqueeze(1)).T
+
+    def _product(self, unsigned: Tensor) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, ZERO, self._packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y
+
+
+class _StraightProduct(torch.autograd.Function):
+    """An `Int8Linear` with the derivative of the product that it stands for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.weight_as_multiplied().to(gradient.dtype), None
+
+
+@functools.cache
+def weight_levels() -> int:
+    """The largest 8-bit weight: 127, or 64 on a processor that adds products of 8-bit numbers in pairs of 16 bits first.
+
+    Without VNNI (AVX2, the first AVX-512) such a pair overflows silently beyond 32,767, and 2 x 255 x 64 does not.
+    """
+    largest, width = 127, 256
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, width), largest, dtype=torch.int8), None)
+    one, zero = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    x = torch.full((64, width), 255, dtype=torch.uint8)
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return largest if bool((y == 255 * largest * width).all()) else 64
+
+
+@torch.no_grad()
+def to_int8(model: PreTrainedModel) -> int:
+    """Put `Int8Linear` in the place of every linear layer of a model but its head; how many there are.
+
+    Before any adapter is made for the model. Weights that are not a linear layer's (embeddings, convolutions, experts that
+    share one tensor) stay as they are.
+
+    Raises:
+        BaseModelError: the processor has no such products, or the model reads its layers' weights itself.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if platform.machine().lower() not in ("x86_64", "amd64") or not has_onednn:
+        raise BaseModelError("quantization int8 needs an x86 processor and a torch with oneDNN; leave --quantization out")
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise BaseModelError("quantization int8 is for a base model in a CPU's memory; on a GPU use bnb-8bit or bnb-4bit")
+    places: dict[nn.Linear | Conv1D, list[tuple[nn.Module, str]]] = {}
+    for parent, name, module in _linears(model):
+        if module is not model.get_output_embeddings():
+            places.setdefault(module, []).append((parent, name))
+    reach = _reach(model, list(places))
+    count = len(places)
+    while places:  # one at a time, whose own weights go then
+        module, where = places.popitem()
+        replacement = Int8Linear(module, reach.pop(module))
+        for parent, name in where:
+            parent._modules[name] = replacement
+    try:
+        _run_probe(model)
+    except AttributeError as error:
+        raise BaseModelError(
+            f"quantization int8 does not fit {type(model).__name__}, which reads its layers' weights itself ({error}); "
+            "leave --quantization out"
+        ) from None
+    return count
+
+
+def rounds_activations(model: PreTrainedModel) -> bool:
+    """Whether products of a model's layers are of 8-bit activations: these layers', or those of bitsandbytes."""
+    return bool(getattr(model, "is_loaded_in_8bit", False)) or any(isinstance(m, Int8Linear) for m in model.modules())
+
+
+def _weight(linear: nn.Linear | Conv1D) -> Tensor:
+    weight: Tensor = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    return weight.detach()
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if type(module) in (nn.Linear, Conv1D):  # not what is derived from them, whose forward may be another
+                yield parent, name, module
+
+
+def _reach(model: PreTrainedModel, linears: list[nn.Linear | Conv1D]) -> dict[nn.Module, Tensor]:
+    """The largest |x| of each channel that each layer is given."""
+    seen: dict[nn.Module, Tensor] = {module: torch.zeros(_weight(module).shape[1]) for module in linears}
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach().float().reshape(-1, arguments[0].shape[-1])
+        if len(x):
+            torch.maximum(seen[module], x.abs().amax(0), out=seen[module])
+
+    handles = [module.register_forward_pre_hook(note) for module in linears]
+    try:
+        _run_probe(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _run_probe(model: PreTrainedModel) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_LENGTH
+    vocabulary = model.get_input_embeddings().num_embeddings
+    shape = (PROBE_ROWS, min(PROBE_LENGTH, limit))
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    model.base_model(input_ids=ids, use_cache=False)  # without the head
