@@ -44,7 +44,7 @@ def main() -> None:
     for scale in SCALES:
         if "precision" in parts:
             Precision(study, MAIN, scale).measure()
-        if "times" in parts and scale == SCALES[0]:
+        if "times" in parts and scale == 1:
             Precision(study, MAIN, scale).time()
     if "page" in parts:
         from benchmarks.results.page import write

@@ -163,8 +163,8 @@ def _precision() -> str:
     times = scores_of("precision times")
     text = [
         "## Precision for cost\n",
-        "RMS error of probabilities and of mutual information (nats) against 2,048 antithetic samples, over 200 inputs, half of them outside the",
-        "choices. Samples come from one sequence in blocks of K, for two seeds.\n",
+        "RMS error of probabilities and of mutual information (nats) against a reference of antithetic samples, over 200 inputs, half of them",
+        "outside the choices. Samples come from one sequence of 256 in blocks of K.\n",
     ]
     for scale in SCALES:
         found = scores_of(f"precision x{scale:g}")
@@ -173,7 +173,7 @@ def _precision() -> str:
             text.append(f"With {title}: not run yet.\n")
             continue
         text += [
-            f"### With {title} (median τσ/|μ| = {found['relative_spread']:.2f})\n",
+            f"### With {title} (median τσ/|μ| = {found['relative_spread']:.2f}), reference of {SCALES[scale]:,} samples\n",
             "| method | K | error of probabilities | error of MI | bias of MI | seconds per input |",
             "|---|---|---|---|---|---|",
         ]

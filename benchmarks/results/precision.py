@@ -23,11 +23,12 @@ from scalabl.posterior import SCHEMES, Draws, Scheme, draw
 from scalabl.predictive import Predictive, predictive
 
 INPUTS = 200  # half from the test set, half from outside the choices
-REFERENCE = 2048
 COUNTS = (4, 8, 16, 32, 64, 128, 256)
 CONTROLLED = (4, 8, 16, 32)
-SEEDS = (1, 2)
-SCALES = (1.0, 3.0)  # of sigma: as trained, and where the linearisation has to fail
+CONTROLLED_SCHEMES: tuple[Scheme, ...] = ("gaussian", "sobol")
+SEED = 1
+# of sigma: as trained, and where the linearisation has to fail -> samples of the reference
+SCALES = {1.0: 2048, 3.0: 512}
 PASS_SAMPLES = 256  # held at once
 TIMED_INPUTS = 40
 
@@ -74,20 +75,19 @@ class Precision:
         if kept is not None:
             return kept
         dimension = self.model.num_stochastic_parameters
-        truth = predictive(self.logits("reference", draw(10**9, REFERENCE, dimension, "antithetic")), 1.0, "antithetic")
+        truth = predictive(
+            self.logits("reference", draw(10**9, SCALES[self.scale], dimension, "antithetic")), 1.0, "antithetic"
+        )
         rows: list[dict[str, Any]] = []
-        sampled: dict[tuple[Scheme, int], tuple[Draws, Tensor]] = {}
+        sampled: dict[Scheme, tuple[Draws, Tensor]] = {}
         for scheme in SCHEMES:
-            for seed in SEEDS:
-                draws = draw(seed, max(COUNTS), dimension, scheme)
-                sampled[scheme, seed] = draws, self.logits(f"{scheme} {seed}", draws)
+            draws = draw(SEED, max(COUNTS), dimension, scheme)
+            logits = self.logits(f"{scheme} {SEED}", draws)
+            sampled[scheme] = draws, logits
             for count in COUNTS:
                 # Blocks of K of one sequence: independent for the first two schemes, nets of their own for Sobol.
                 blocks = [
-                    predictive(logits[:, start : start + count], 1.0, scheme)
-                    for (name, _), (_, logits) in sampled.items()
-                    if name == scheme
-                    for start in range(0, max(COUNTS), count)
+                    predictive(logits[:, start : start + count], 1.0, scheme) for start in range(0, max(COUNTS), count)
                 ]
                 rows.append({"method": f"MC, {scheme}", "num_samples": count, **_errors(blocks, truth)})
         linear = self.linearization()
@@ -98,12 +98,11 @@ class Precision:
                 **_errors([_gathered(linear, lambda one, _: one.predictive())], truth),
             }
         )
-        for scheme in ("gaussian", "sobol"):
+        for scheme in CONTROLLED_SCHEMES:
+            draws, logits = sampled[scheme]
             for count in CONTROLLED:
                 outcomes = [
                     _controlled(linear, logits, draws, slice(start, start + count))
-                    for (name, _), (draws, logits) in sampled.items()
-                    if name == scheme
                     for start in range(0, min(max(COUNTS), 8 * count), count)
                 ]
                 rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
