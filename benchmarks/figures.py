@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 def save_figures(results: dict[str, Any], folder: Path) -> list[Path]:
     """One PNG for each part that was measured."""
-    drawn = {"brute": _brute, "trunk": _trunk, "memory": _memory}
+    drawn = {"brute": _brute, "trunk": _trunk, "memory": _memory, "load": _load}
     saved = []
     for part, draw in drawn.items():
         if rows := results.get(part):
@@ -71,6 +71,33 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="posterior samples K", ylabel="MiB of a pass", title=f"{kind} prompts")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _load(found: dict[str, Any]) -> Figure:
+    """Latency and answers in time against offered load, and the memory of the soak; a panel for each that was measured."""
+    levels, soak = found.get("levels", []), found.get("soak")
+    count = 2 * bool(levels) + bool(soak)
+    figure = Figure(figsize=(4.6 * max(1, count), 3.8), layout="constrained")
+    panels = iter(_panels(figure, max(1, count)))
+    if levels:
+        axes, shares = next(panels), [row["share"] for row in levels]
+        for name in ("median", "p95", "p99"):
+            axes.plot(shares, [1000 * row["seconds"][name] for row in levels], "o-", label=name, markersize=4)
+        axes.set(xlabel="offered load, % of saturation", ylabel="latency from when it was due (ms)", yscale="log")
+        axes.legend(fontsize=8)
+        axes = next(panels)
+        offered = [row["offered"] for row in levels]
+        axes.plot(offered, offered, "--", color="tab:grey", label="offered")
+        axes.plot(offered, [row["goodput"] for row in levels], "o-", label="answered in time", markersize=4)
+        axes.set(xlabel="offered requests per second", ylabel="requests per second")
+        axes.legend(fontsize=8)
+    if soak:
+        axes = next(panels)
+        axes.plot([at for at, _ in soak["rss"]], [rss / 2**20 for _, rss in soak["rss"]], "o-", markersize=3)
+        axes.set(xlabel="requests answered", ylabel="resident memory (MiB)", ylim=(0, None))
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
     return figure
 
 

@@ -1,6 +1,6 @@
 """K samples by what one would do otherwise and by ours, feature by feature: time, share of the matrix peak, memory.
 
-python -m benchmarks.serving --model <folder> [--only brute,trunk,memory] [--prompts medium] [--samples 10] [--rounds 5]
+python -m benchmarks.serving --model <folder> [--only brute,trunk,memory,load] [--prompts medium] [--samples 10] [--rounds 5]
 
 Every table is of one run in which the methods take turns; its ratios are of times within a round, and their median. All
 methods are first seen to give the same probabilities. Runs on the device that `load_pretrained` chooses; made for a CPU.
@@ -10,6 +10,7 @@ Without --adapter it is a fresh one of rank 8 on every q_proj and v_proj and on 
 * `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it.
 * `trunk`: the adapter cut to the last third of the blocks, with and without the shared trunk.
 * `memory`: what a pass takes beyond what the process holds, each in a process of its own.
+* `load`: a real server under load (`benchmarks.load`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import load
 from benchmarks.figures import save_figures
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
@@ -40,7 +42,7 @@ from scalabl.pretrained import load_pretrained
 from scalabl.prompt import Prompter
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
-PARTS = ("brute", "trunk", "memory")
+PARTS = ("brute", "trunk", "memory", "load")
 LENGTHS = {"short": (10, 20), "medium": (50, 90), "long": (220, 380)}  # tokens of the shortest and the longest input
 SAME = 1e-4  # how far probabilities of two methods may be apart
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out the loop and PEFT")
     parser.add_argument("--output", type=Path, help="a folder for serving.txt and serving.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a process that measures itself: "method K"
+    load.arguments(parser)
     options = parser.parse_args()
     parts = options.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -77,10 +80,10 @@ def main() -> None:
     report = Report(options)
     with tempfile.TemporaryDirectory() as scratch:
         options.adapter = options.adapter or fresh_adapter(options.model, Path(scratch))
-        for part, measure in (("brute", brute), ("trunk", trunk), ("memory", memory)):
+        for part, measure in (("brute", brute), ("trunk", trunk), ("memory", memory), ("load", load.load)):
             if part in parts:
                 report.results[part] = measure(options, report.line)
-                report.save()
+    report.save()
 
 
 def fresh_adapter(model: str, folder: Path) -> Path:

@@ -21,8 +21,8 @@ logger = logging.getLogger("scalabl")
 UNMEASURED_CPU_TOKENS = 2048
 LENGTH = 16  # tokens of the inputs that are run to measure: short, so that the smallest pass is small
 SECONDS = 8.0  # for all passes on a CPU, expected ones too
-SURE_SECONDS = 0.05  # shorter passes are timed more than once
-FLAT = 0.02  # of a rate; twice the tokens that gain less than that are the end
+SURE_SECONDS, TIMES = 0.1, 5  # passes shorter than that are timed again, so often at most
+FLAT = 0.02  # of the best rate before; two sizes in turn that gain less than that are the end
 MEMORY_SHARE = 0.8  # of a GPU's memory, that a full pass may lead to; the rest is for what passes differ in
 
 RunPass = Callable[[int], None]  # of so many tokens (rows x length)
@@ -86,14 +86,14 @@ def measure_rates(
             if not points or classify(error).kind != "out-of-memory":
                 raise
             break
-        if len(points) > 1 and points[-1].rate < (1 + FLAT) * points[-2].rate:
+        if len(points) > 2 and max(p.rate for p in points[-2:]) < (1 + FLAT) * max(p.rate for p in points[:-2]):
             break
     return points
 
 
 def _seconds_of(run: RunPass, tokens: int, clock: Callable[[], float]) -> float:
     taken: list[float] = []
-    while sum(taken) < SURE_SECONDS and len(taken) < 3:
+    while sum(taken) < SURE_SECONDS and len(taken) < TIMES:
         began = clock()
         run(tokens)
         taken.append(clock() - began)
