@@ -43,13 +43,11 @@ class TokenBatch:
         """Right-padded batch of B token lists."""
         if not sequences or not all(sequences):
             raise ValueError("a batch needs at least one sequence, and each sequence at least one token")
-        width = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-        mask = torch.zeros(len(sequences), width, dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        return cls(ids, mask)
+        lengths = [len(sequence) for sequence in sequences]
+        width = max(lengths)
+        ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
+        mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+        return cls(ids, mask.long())
 
     def right_padded(self) -> tuple[Tensor, Tensor]:
         """(ids [B, T'], lengths [B]): each row's tokens moved to the left end, T' the longest row."""

@@ -45,6 +45,7 @@ class Batcher(Generic[Target]):
         run: the forward pass, called on `executor`.
         target_tokens: join inputs while expected rows x padded length stays within this; one input alone may exceed it.
         max_tokens: refuse an input whose own rows x length exceed this; no pass holds more at once.
+        pads: whether passes for an adapter compute the padding of their inputs.
         admission: counts what waits; an input's place is free once its pass begins.
     """
 
@@ -57,9 +58,10 @@ class Batcher(Generic[Target]):
         *,
         target_tokens: int,
         max_tokens: int,
+        pads: Callable[[Target], bool] = lambda _: True,
     ) -> None:
         self._run, self._executor, self._admission, self._metrics = run, executor, admission, metrics
-        self._target_tokens, self._max_tokens = target_tokens, max_tokens
+        self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
         self._numbers = itertools.count()
         self._queue: list[QueuedInput[Target]] = []  # in order
         self._slot_lock = threading.Lock()
@@ -208,7 +210,7 @@ class Batcher(Generic[Target]):
                     insort(self._queue, queued, key=_order)
         self._slot, self._stale = None, False
         if self._queue:
-            self._slot = select(self._queue, self._target_tokens, self._max_tokens)
+            self._slot = select(self._queue, self._target_tokens, self._max_tokens, self._pads)
             members = set(map(id, self._slot.inputs))
             self._queue = [queued for queued in self._queue if id(queued) not in members]
 
@@ -332,7 +334,8 @@ class Batcher(Generic[Target]):
         rows = sum(each)
         tokens = sum(taken * queued.length for queued, taken in zip(part, each, strict=True))
         self._admission.observe_pass(tokens, seconds)
-        self._metrics.observe_batch(rows, rows * max(queued.length for queued in part), tokens, seconds)
+        padded = rows * max(queued.length for queued in part) if self._pads(part[0].target) else tokens
+        self._metrics.observe_batch(rows, padded, tokens, seconds)
 
 
 def _order(queued: QueuedInput[Any]) -> tuple[float, int]:

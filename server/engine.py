@@ -25,6 +25,7 @@ class Served:
         draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
             once. Any thread may ask.
         relative_spread: by which a linearisation is trusted or not.
+        pads: whether a pass computes the padding of its inputs.
         quantization_change: what `--quantization` changes in its answers; None where it is not known.
     """
 
@@ -36,6 +37,7 @@ class Served:
     stochastic_parameters: int
     additional_parameters: int
     relative_spread: float
+    pads: bool = field(default=True, init=False)
     draws: Callable[[int, int], Draws] = field(init=False)
     quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
 

@@ -1,7 +1,8 @@
 """Which of the inputs that wait go into the next pass: the first one always, and those beside it that waste little padding.
 
 Pure: the queue is `batcher`'s. A pass is thought to cost its rows times its padded length, and a fixed part beside that. An
-input joins where the padding that it adds costs less than that fixed part, which a pass of its own would pay again.
+input joins where the padding that it adds costs less than that fixed part, which a pass of its own would pay again. Where
+passes have no padding, inputs go as they came.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -77,30 +78,40 @@ class Choice(Generic[Target]):
 class _Pass(Generic[Target]):
     """A pass that grows, within the budgets."""
 
-    def __init__(self, first: QueuedInput[Target], target_tokens: int, max_tokens: int) -> None:
-        self.inputs = [first]
-        self._target_tokens, self._max_tokens = target_tokens, max_tokens
-        self._rows, self._peak, self.longest = first.rows, first.job.num_samples, first.length
+    def __init__(self, first: QueuedInput[Target], target_tokens: int, max_tokens: int, pads: bool) -> None:
+        self.inputs: list[QueuedInput[Target]] = []
+        self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
+        self._rows = self._peak = self._longest = self._tokens = self._peak_tokens = 0
+        self.add(first)
 
     def fits(self, queued: QueuedInput[Target]) -> bool:
         """By the rows that are expected, and by the most that a pass may hold at once."""
-        longest = max(self.longest, queued.length)
-        expected, peak = self._rows + queued.rows, self._peak + queued.job.num_samples
-        return expected * longest <= self._target_tokens and peak * longest <= self._max_tokens
+        if self._pads:
+            longest = max(self._longest, queued.length)
+            expected, peak = (self._rows + queued.rows) * longest, (self._peak + queued.job.num_samples) * longest
+        else:
+            expected, peak = self._tokens + queued.tokens, self._peak_tokens + queued.job.num_samples * queued.length
+        return expected <= self._target_tokens and peak <= self._max_tokens
 
     def padding(self, queued: QueuedInput[Target]) -> int:
         """Tokens of padding that it would add, its own and that of the others."""
-        longest = max(self.longest, queued.length)
-        return queued.rows * (longest - queued.length) + self._rows * (longest - self.longest)
+        if not self._pads:
+            return 0
+        longest = max(self._longest, queued.length)
+        return queued.rows * (longest - queued.length) + self._rows * (longest - self._longest)
 
     def add(self, queued: QueuedInput[Target]) -> None:
         self.inputs.append(queued)
         self._rows += queued.rows
         self._peak += queued.job.num_samples
-        self.longest = max(self.longest, queued.length)
+        self._longest = max(self._longest, queued.length)
+        self._tokens += queued.tokens
+        self._peak_tokens += queued.job.num_samples * queued.length
 
 
-def select(waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_tokens: int) -> Choice[Target]:
+def select(
+    waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_tokens: int, pads: Callable[[Target], bool]
+) -> Choice[Target]:
     """The next pass of those that wait, which stand in order.
 
     The first one is in it, whatever its size, and none but those for the same adapter. Then come those that have been
@@ -108,11 +119,13 @@ def select(waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_token
     nearest to the first one's length are preferred, and among equals those that came first.
 
     Args:
+        pads: whether a pass for this adapter computes padding; without, real length counts, and the order alone.
         target_tokens: bounds expected rows x padded length, but for the first input.
         max_tokens: bounds the rows that one pass may hold, x padded length; `Batcher.check_input` holds every input to it.
     """
     first = waiting[0]
-    chosen = _Pass(first, target_tokens, max_tokens)
+    padded = pads(first.target)
+    chosen = _Pass(first, target_tokens, max_tokens, padded)
     full = False
     others: list[QueuedInput[Target]] = []
     for queued in islice(waiting, 1, WINDOW):
@@ -125,7 +138,8 @@ def select(waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_token
         else:
             full = True
             break
-    others.sort(key=lambda queued: abs(queued.length - first.length))  # stable: those that came first before their equals
+    if padded:
+        others.sort(key=lambda queued: abs(queued.length - first.length))  # stable: first come among equals
     spare = FIXED_SHARE * target_tokens
     for queued in others:
         if not chosen.fits(queued):

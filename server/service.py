@@ -95,6 +95,7 @@ class Service:
             self.metrics,
             target_tokens=engine.target_batch_tokens,
             max_tokens=self.settings.max_batch_tokens,
+            pads=lambda served: served.pads,
         )
         self._loader = AdapterLoader(
             engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self.outcomes.show

@@ -84,6 +84,7 @@ class TransformersEngine(Engine):
             except ValueError as error:
                 raise AdapterError(str(error)) from None
             model.find_shared_work()
+            served.pads = not model.packs
             check_effect(model)
             model.warm_up()
             if served.relative_spread > SPREAD_LIMIT:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests import tiny
+from tests.server.conftest import serving, settings_for
 
 
 def _samples(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -77,11 +81,17 @@ def test_refusals_failed_passes_and_losses_are_there_at_0_before_the_first(clien
     assert counts["scalabl_predictions_unrecorded_total", (("adapter", "colours"),)] == 0
 
 
-def test_padding_is_counted(client: TestClient) -> None:
-    client.post("/predict", json={"inputs": "a" * 9, "num_samples": 4})
+def test_padding_is_counted_where_passes_have_it(client: TestClient, tmp_path: Path) -> None:
+    body = {"inputs": ["a", "a" * 9], "num_samples": 4}
+    client.post("/predict", json=body)
     assert _samples(client)["scalabl_padding_tokens_total", ()] == 0
-    client.post("/predict", json={"inputs": ["a", "a" * 9], "num_samples": 4})
-    assert _samples(client)["scalabl_padding_tokens_total", ()] == 4 * 8
+    tiny.write_base(tmp_path / "base", "gpt2")
+    tiny.write_adapter(tmp_path / "adapter", "gpt2")
+    with serving(settings_for(tmp_path, "adapter")) as other:
+        other.post("/predict", json=body | {"inputs": "a" * 9})
+        assert _samples(other)["scalabl_padding_tokens_total", ()] == 0
+        other.post("/predict", json=body)
+        assert _samples(other)["scalabl_padding_tokens_total", ()] == 4 * 8
 
 
 def test_refused_inputs_are_no_predictions(client: TestClient) -> None:

@@ -24,6 +24,10 @@ def queued(
     return QueuedInput(target, [1] * length, cast(Any, job), rows, cast(Any, None), cast(Any, None), order)
 
 
+def choose(waiting: list[QueuedInput[str]], target: int, most: int, pads: bool = True) -> Choice[str]:
+    return select(waiting, target, most, lambda _: pads)
+
+
 inputs = st.builds(
     queued,
     length=st.integers(1, 60),
@@ -44,7 +48,7 @@ def padded(choice: Choice[str]) -> int:
 def test_the_first_is_in_it_and_the_budgets_hold_but_for_a_single_input(
     waiting: list[QueuedInput[str]], target: int, most: int
 ) -> None:
-    choice = select(waiting, target, most)
+    choice = choose(waiting, target, most)
     assert choice.inputs[0] is waiting[0]
     assert len({id(each) for each in choice.inputs}) == len(choice.inputs)
     assert all(each in waiting and each.target == waiting[0].target for each in choice.inputs)
@@ -53,9 +57,26 @@ def test_the_first_is_in_it_and_the_budgets_hold_but_for_a_single_input(
     assert held <= most or len(choice.inputs) == 1
 
 
+@given(queues, budgets, st.integers(1200, 3000))
+def test_without_padding_the_budgets_count_real_tokens_and_inputs_go_as_they_came(
+    waiting: list[QueuedInput[str]], target: int, most: int
+) -> None:
+    choice = choose(waiting, target, most, pads=False)
+    assert choice.inputs[0] is waiting[0]
+    assert sum(each.tokens for each in choice.inputs) <= target or len(choice.inputs) == 1
+    alike = [each for each in waiting if each.target == waiting[0].target]
+    room = target - waiting[0].tokens
+    expected = [waiting[0]]
+    for each in alike[1:]:
+        if each.tokens <= room and sum(one.tokens for one in [*expected, each]) <= most:
+            expected.append(each)
+            room -= each.tokens
+    assert choice.inputs == expected
+
+
 @given(queues, budgets)
 def test_the_order_is_kept_within_a_pass_and_among_equals(waiting: list[QueuedInput[str]], target: int) -> None:
-    choice = select(waiting, target, 10**6)
+    choice = choose(waiting, target, 10**6)
     assert [each.order for each in choice.inputs] == sorted(each.order for each in choice.inputs)
     for stays in choice.overtaken:
         assert stays not in choice.inputs
@@ -67,14 +88,14 @@ def test_the_order_is_kept_within_a_pass_and_among_equals(waiting: list[QueuedIn
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=2, max_size=40), st.integers(100, 5000))
 def test_what_joins_adds_less_padding_than_another_pass_would_cost(shapes: list[tuple[int, int]], target: int) -> None:
-    choice = select([queued(length, rows) for length, rows in shapes], target, 10**6)
+    choice = choose([queued(length, rows) for length, rows in shapes], target, 10**6)
     real = sum(each.tokens for each in choice.inputs)
     assert padded(choice) - real <= FIXED_SHARE * target * (len(choice.inputs) - 1)
 
 
 def test_those_of_like_length_are_preferred_to_those_that_came_before_them() -> None:
     first, long, like, short, other = (queued(each, rows=1) for each in (20, 40, 21, 10, 20))
-    choice = select([first, long, like, short, other], 64, 10**6)
+    choice = choose([first, long, like, short, other], 64, 10**6)
     assert choice.inputs == [first, like, other]
     assert choice.overtaken == [long, short]
     assert choice.full
@@ -82,15 +103,15 @@ def test_those_of_like_length_are_preferred_to_those_that_came_before_them() -> 
 
 def test_when_little_waits_a_small_difference_does_not_keep_inputs_apart() -> None:
     waiting = [queued(each, rows=1) for each in (20, 23, 17)]
-    choice = select(waiting, 200, 10**6)
+    choice = choose(waiting, 200, 10**6)
     assert choice.inputs == waiting
     assert not choice.full
 
 
 def test_the_most_that_a_pass_may_hold_bounds_it_beside_what_is_expected() -> None:
     waiting = [queued(10, rows=8, peak=32) for _ in range(6)]
-    assert len(select(waiting, 10**6, 1000).inputs) == 3
-    assert len(select(waiting, 170, 1000).inputs) == 2
+    assert len(choose(waiting, 10**6, 1000).inputs) == 3
+    assert len(choose(waiting, 170, 1000).inputs) == 2
 
 
 @st.composite
@@ -118,7 +139,7 @@ def run(stream: list[list[QueuedInput[str]]], target: int) -> list[Choice[str]]:
             if arrived is None:
                 return passes
             continue
-        choice = select(waiting, target, 10**6)
+        choice = choose(waiting, target, 10**6)
         passes.append(choice)
         for each in choice.overtaken:
             each.overtaken += 1
