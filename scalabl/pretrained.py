@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -121,9 +122,7 @@ def load_pretrained(
     model.requires_grad_(False).eval()
     if quantization == "int8":
         to_int8(model)
-    text = config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
-    return Pretrained(model, tokenizer, min(int(limit) for limit in limits if limit))
+    return Pretrained(model, tokenizer, longest_prompt(config, tokenizer))
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -135,3 +134,9 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
     if quantization == "bnb-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a base model was made for."""
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    return min(int(limit) for limit in limits if limit)

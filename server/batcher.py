@@ -266,7 +266,7 @@ class Batcher(Generic[Target]):
             self._pass_ended, self._pass_began = time.perf_counter(), None
         self._metrics.failed_passes.labels(failure.kind).inc()
         self._device_failed = self._device_failed or failure.lasting
-        if len(part) > 1 and not failure.lasting:
+        if len(part) > 1 and failure.of_one_input:
             logger.warning("a pass over %d inputs failed, trying its parts: %r", len(part), failure.error)
             self._metrics.batch_splits.inc()
             half = len(part) // 2

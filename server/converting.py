@@ -100,3 +100,29 @@ def export_peft_command(
         skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
         names = export_peft(adapter, output, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
         typer.echo(f"wrote {output}: {names[0]} … {names[-1]}" if len(names) > 1 else f"wrote {output}: {names[0]}")
+
+
+@export.command("vllm")
+def export_vllm_command(
+    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+    output: Annotated[Path, typer.Option(help="The folder of LoRAs to add to; vLLM must read it under the same path.")],
+    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples: the server's --max-samples.")] = 16,
+    model: Annotated[
+        str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: the server's --seed.")] = 0,
+    draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn: the server's --draw-scheme.")] = DEFAULT_SCHEME,
+) -> None:
+    """Write what vLLM needs to answer for `scalabl serve --engine vllm` without loading LoRAs at run time.
+
+    Prints the arguments of its --lora-modules, one name=folder a line.
+    """
+    with errors_as_messages():
+        from scalabl.adapter_io import read_config
+        from scalabl.pretrained import load_skeleton
+        from scalabl.sample_loras import SampleLoras
+
+        skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
+        loras = SampleLoras.read(adapter, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
+        for name in loras.all_names:
+            typer.echo(f"{name}={loras.write(output, name).absolute()}")

@@ -13,7 +13,9 @@ from scalabl.posterior import Draws, Scheme, draw
 from scalabl.prompt import Prompter
 from scalabl.quantization import QuantizationChange
 from server.methods import Job, Result
+from server.metrics import Metrics
 from server.problems import ProblemError
+from server.schemas import PredictRequest
 from server.settings import ServeSettings
 
 
@@ -99,13 +101,32 @@ class Engine(ABC):
     def release(self, served: Served) -> None:
         """Keep nothing of an adapter that was unloaded or replaced."""
 
+    def check_request(self, request: PredictRequest) -> None:
+        """Raises ProblemError `invalid-field` for what this engine cannot do."""
+        return
+
+    def check_ready(self) -> None:
+        """Raises ProblemError `engine-unavailable` while a request could not be answered. Any thread may ask."""
+        return
+
+    def watch(self, metrics: Metrics) -> None:
+        """Count what this engine alone has to count in these metrics."""
+        return
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+        return
+
 
 def load_engine(settings: ServeSettings) -> Engine:
     """Load, check and warm up what the settings name.
 
     Raises:
-        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
+        AdapterError, BaseModelError, PromptError, EngineError: what is wrong, and with which file, module, field or server.
     """
-    from server.transformers_engine import load  # imported here, since engines import this module
-
+    # Imported here, since engines import this module.
+    if settings.engine == "vllm":
+        from server.vllm_engine import load
+    else:
+        from server.transformers_engine import load
     return load(settings)

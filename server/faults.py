@@ -1,4 +1,4 @@
-"""What a failed pass means: out of memory, a device that is gone, or one input's own error; and what its client is told."""
+"""What a failed pass means: out of memory, a device or engine gone, or one input's own error; what clients are told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from server.problems import ProblemError
 
-Kind = Literal["out-of-memory", "device", "error"]
+Kind = Literal["out-of-memory", "device", "engine", "error"]
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
@@ -26,8 +26,15 @@ class Failure:
         """Whether every later pass will fail too: an accelerator's error stays until the process ends."""
         return self.kind == "device"
 
+    @property
+    def of_one_input(self) -> bool:
+        """Whether a part of the batch may do better than the whole."""
+        return self.kind in ("out-of-memory", "error")
+
     def problem(self, length: int, num_samples: int) -> ProblemError:
         """What the client of the input that fails on its own is told; its cause is for the log."""
+        if isinstance(self.error, ProblemError):
+            return self.error
         if self.kind == "out-of-memory":
             problem = ProblemError(
                 "out-of-memory",
@@ -42,6 +49,8 @@ class Failure:
 
 def classify(error: Exception) -> Failure:
     """The kind of an error that a pass raised."""
+    if isinstance(error, ProblemError):
+        return Failure("engine", error)
     text = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(said in text for said in NO_MEMORY)

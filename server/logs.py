@@ -24,7 +24,8 @@ def configure(level: str, style: LogFormat) -> None:
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # transformers' look-ups, one line each
+    for client in ("httpx", "httpx2"):  # transformers' look-ups and calls of an engine, one line each
+        logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # three lines at each start that say nothing
     transformers = logging.getLogger("transformers")  # it writes to standard error by itself otherwise
     transformers.handlers.clear()

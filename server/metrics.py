@@ -94,6 +94,19 @@ class Metrics:
             "scalabl_predictions_unrecorded", "Answered, but not stored, or refused for that.", ["adapter"],
             registry=self.registry,
         )  # fmt: skip
+        self.engine_ready = Gauge(
+            "scalabl_engine_ready", "1 while a server of the engine takes calls.", ["server"], registry=self.registry
+        )
+        self.engine_calls = Counter(
+            "scalabl_engine_calls", "Calls of the engine's servers, by what became of them.", ["server", "outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.engine_call_duration = self._histogram(
+            "scalabl_engine_call_duration_seconds", "Time of a call of the engine.", SECONDS, ["server"]
+        )
+        self.engine_second_calls = Counter(
+            "scalabl_engine_second_calls", "Calls sent to a second server since the first was slow.", registry=self.registry
+        )
         self.outcomes_up = Gauge("scalabl_outcomes_up", "1 while the outcomes database works.", registry=self.registry)
         self.outcomes_errors = Counter(
             "scalabl_outcomes_errors", "Failures of the outcomes database.", registry=self.registry

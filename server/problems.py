@@ -39,6 +39,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "starting": (503, "The server is starting"),
     "draining": (503, "The server is shutting down"),
     "failed": (503, "The server could not load its model"),
+    "engine-unavailable": (503, "The engine behind this server does not answer"),
     "outcomes-unavailable": (503, "The outcomes database is down"),
     "stuck": (503, "The server's worker has failed"),
     "deadline-exceeded": (504, "The deadline has passed"),

@@ -87,6 +87,7 @@ class Service:
             return
         for name in engine.adapters:
             self.outcomes.show(name)
+        engine.watch(self.metrics)
         self._engine = engine
         self._batcher = Batcher(
             engine.run,
@@ -128,11 +129,13 @@ class Service:
         """Whether requests should come here.
 
         Raises:
-            ProblemError: `starting`, `draining`, `failed` or `stuck`.
+            ProblemError: `starting`, `draining`, `failed`, `stuck` or `engine-unavailable`.
         """
         if self.state != "ready":
             raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
         self.check_alive()
+        if self._engine is not None:
+            self._engine.check_ready()
 
     def _is_ready(self) -> bool:
         try:
@@ -164,6 +167,8 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._batcher is not None:
             await self._batcher.stop()
+        if self._engine is not None:
+            self._engine.close()
         await self.outcomes.stop()
         for executor in (self._model_thread, self._prompt_thread, self._answer_threads):
             executor.shutdown(wait=False, cancel_futures=True)
@@ -193,7 +198,9 @@ class Service:
         engine, batcher = self._serving()
         started = time.perf_counter()
         served = engine.adapter(request.adapter)
-        asked = read_request(request, served.config, self.settings, engine.max_input_tokens)
+        engine.check_request(request)
+        asked = read_request(request, served.config, engine.settings, engine.max_input_tokens)
+        engine.check_ready()
         seconds = min(self.settings.request_timeout, timeout or self.settings.request_timeout)
         seen = trace.current()
         seen.adapter, seen.inputs, seen.characters = served.name, len(asked.texts), sum(map(len, asked.texts))

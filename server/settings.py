@@ -48,6 +48,20 @@ class ServeSettings(BaseSettings):
         description="Inputs on which that is measured, JSONL with text and choices (default: eight that come with it).",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the model (default: torch's choice).")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="What runs the base model: this process, or vLLM servers at engine_url."
+    )
+    engine_url: str | None = Field(
+        default=None, description="vLLM servers, http://host:port, comma-separated; each has all of the base model."
+    )
+    engine_api_key: SecretStr | None = Field(default=None, description="The key that they want (vLLM's --api-key).")
+    engine_adapter_dir: Path | None = Field(
+        default=None,
+        description="Where LoRAs are written that they lack and load at run time; they read it under the same path "
+        "(default: engine-adapters in the data folder).",
+    )
+    engine_timeout: float = Field(default=30.0, gt=0, description="Seconds that one call of the engine may take.")
+    engine_start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the engine at the start.")
     num_samples: int = Field(default=16, ge=1, description="K, the posterior samples when a request names no number.")
     max_samples: int = Field(default=256, ge=1, description="The most samples a request may ask for.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws; replicas with one seed agree.")
@@ -206,6 +220,25 @@ class ServeSettings(BaseSettings):
             raise ValueError("--enable-adapter-loading needs --adapter-root, the folder below which adapters may lie")
         return self
 
+    @model_validator(mode="after")
+    def _engine_has_an_address(self) -> Self:
+        if (self.engine == "vllm") != (self.engine_url is not None):
+            raise ValueError("--engine vllm and --engine-url go together: give both, or neither")
+        for url in self.engine_urls:
+            if not re.match(r"https?://[^/\s]", url):
+                raise ValueError(f"--engine-url: {url!r} is no URL; write http://host:port, comma-separated")
+        return self
+
+    @property
+    def engine_urls(self) -> list[str]:
+        """The engine's servers."""
+        return [url.strip() for url in (self.engine_url or "").split(",") if url.strip()]
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the server keeps things."""
+        return self.data_dir or Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "scalabl"
+
     @property
     def default_adapter(self) -> str:
         """The name of the adapter that answers when a request names none."""
@@ -229,8 +262,7 @@ class ServeSettings(BaseSettings):
         if self.outcomes_url is not None:
             url = self.outcomes_url.get_secret_value()
             return None if url == "none" else url
-        folder = self.data_dir or Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "scalabl"
-        return f"sqlite:///{folder.absolute() / 'outcomes.db'}"
+        return f"sqlite:///{self.data_folder.absolute() / 'outcomes.db'}"
 
 
 def _pairs(adapters: str | None) -> list[tuple[str, str]]:

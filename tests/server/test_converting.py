@@ -1,4 +1,4 @@
-"""`scalabl convert peft` and `scalabl export peft` on real files, and `scalabl train --init-from`; errors are one line."""
+"""`scalabl convert peft`, `export peft`, `export vllm` and `train --init-from` on real files; errors are one line."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def test_a_lora_becomes_an_adapter_with_its_logits(work: Path, tmp_path: Path) -
 def _train(work: Path, output: Path, *arguments: object) -> Result:
     data = ("--model", work / "base", "--train", work / "rows.jsonl", "--validation", work / "rows.jsonl")
     return run("train", *data, "--output", output, "--eval-steps", 1, "--max-steps", 1, *arguments)
+
+
+def test_export_for_vllm_prints_what_its_lora_modules_take(work: Path, tmp_path: Path) -> None:
+    options = ("--adapter", work / "adapter", "--model", work / "base", "--output", tmp_path / "loras")
+    result = run("export", "vllm", *options, "--num-samples", 2)
+    assert result.exit_code == 0, result.output
+    folders = dict(line.split("=") for line in result.stdout.splitlines())
+    assert len(folders) == 2 + 3  # samples, and one for each kind of module
+    for name, folder in folders.items():
+        assert folder == str(tmp_path / "loras" / name)
+        assert json.loads((Path(folder) / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = run("export", "vllm", *options, "--num-samples", 2, "--seed", 1)
+    assert not set(folders) & {line.partition("=")[0] for line in again.stdout.splitlines()}
 
 
 def test_training_starts_from_a_finished_lora(work: Path, tmp_path: Path) -> None:
