@@ -210,7 +210,7 @@ def _precision() -> str:
     times = scores_of("precision times")
     text = [
         "## Precision for cost\n",
-        "RMS error of probabilities and of mutual information (nats) against a reference of antithetic samples, over 200 inputs, half of them",
+        "RMS error of probabilities and of mutual information (nats) against a reference of antithetic samples; half of the inputs are from",
         "outside the choices. Samples come from one sequence of 256 in blocks of K.\n",
     ]
     for scale in SCALES:
@@ -220,7 +220,7 @@ def _precision() -> str:
             text.append(f"With {title}: not run yet.\n")
             continue
         text += [
-            f"### With {title} (median τσ/|μ| = {found['relative_spread']:.2f}), reference of {SCALES[scale]:,} samples\n",
+            f"### With {title} (median τσ/|μ| = {found['relative_spread']:.2f}), {SCALES[scale][0]} inputs, {SCALES[scale][1]:,} samples as reference\n",
             "| method | K | error of probabilities | error of MI | bias of MI | seconds per input |",
             "|---|---|---|---|---|---|",
         ]

@@ -22,13 +22,13 @@ from scalabl.model import TokenBatch
 from scalabl.posterior import SCHEMES, Draws, Scheme, draw
 from scalabl.predictive import Predictive, predictive
 
-INPUTS = 200  # half from the test set, half from outside the choices
 COUNTS = (4, 8, 16, 32, 64, 128, 256)
 CONTROLLED = (4, 8, 16, 32)
 CONTROLLED_SCHEMES: tuple[Scheme, ...] = ("gaussian", "sobol")
 SEED = 1
-# of sigma: as trained, and where the linearisation has to fail -> samples of the reference
-SCALES = {1.0: 2048, 3.0: 512}
+# of sigma: as trained, and where the linearisation has to fail -> (inputs, half of them from outside the choices; samples of
+# the reference)
+SCALES = {1.0: (200, 2048), 3.0: (40, 512)}
 PASS_SAMPLES = 256  # held at once
 TIMED_INPUTS = 40
 
@@ -42,7 +42,8 @@ class Precision:
         self.folder.mkdir(exist_ok=True)
         self.model = load_adapter(study.pretrained.model, study.folder / run)
         self.model.config = self.model.config.model_copy(update={"posterior_scale": scale})
-        parts = [subset(study.sets[name], _spread(len(study.sets[name].answers), INPUTS // 2)) for name in ("test", "ood")]
+        count, self.reference = SCALES[scale]
+        parts = [subset(study.sets[name], _spread(len(study.sets[name].answers), count // 2)) for name in ("test", "ood")]
         self.inputs = EncodedSet(
             [ids for part in parts for ids in part.sequences],
             torch.cat([part.answers for part in parts]),
@@ -75,9 +76,7 @@ class Precision:
         if kept is not None:
             return kept
         dimension = self.model.num_stochastic_parameters
-        truth = predictive(
-            self.logits("reference", draw(10**9, SCALES[self.scale], dimension, "antithetic")), 1.0, "antithetic"
-        )
+        truth = predictive(self.logits("reference", draw(10**9, self.reference, dimension, "antithetic")), 1.0, "antithetic")
         rows: list[dict[str, Any]] = []
         sampled: dict[Scheme, tuple[Draws, Tensor]] = {}
         for scheme in SCHEMES:
@@ -112,7 +111,7 @@ class Precision:
 
     def time(self, rounds: int = 5) -> dict[str, Any]:
         """Seconds per input of each method, medians over interleaved rounds on a quiet machine."""
-        some = subset(self.inputs, _spread(INPUTS, TIMED_INPUTS)).sequences
+        some = subset(self.inputs, _spread(len(self.inputs.sequences), TIMED_INPUTS)).sequences
         sampling = {count: self.model.draws(count) for count in COUNTS}
 
         def linearised() -> None:
