@@ -224,6 +224,8 @@ class ServeSettings(BaseSettings):
     def _engine_has_an_address(self) -> Self:
         if (self.engine == "vllm") != (self.engine_url is not None):
             raise ValueError("--engine vllm and --engine-url go together: give both, or neither")
+        if self.engine == "vllm" and self.quantization is not None:
+            raise ValueError("--quantization is the engine's own with --engine vllm; give it to the vLLM servers")
         for url in self.engine_urls:
             if not re.match(r"https?://[^/\s]", url):
                 raise ValueError(f"--engine-url: {url!r} is no URL; write http://host:port, comma-separated")
