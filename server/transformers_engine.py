@@ -21,10 +21,11 @@ from scalabl.predictive import Predictive
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
 from scalabl.quantization import Probes, QuantizationChange, load_and_ask
+from scalabl.rounds import Rounds
 from server.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
 from server.engine import Engine, Served
 from server.faults import classify
-from server.methods import Job, LinearJob, Result, joined, linear_jobs, sample_jobs
+from server.methods import AutoJob, Job, LinearJob, Result, joined, linear_jobs, sample_jobs
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -236,10 +237,14 @@ def _model_of(served: Served) -> ScalaBLModel:
 
 def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
     """B prompts, each with its job."""
+    goes_on = any(isinstance(job, AutoJob) for job in jobs)
+    rounds: list[Rounds] = []  # made by the first pass, which all prompts with samples are in
 
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
-        batch = TokenBatch.of([sequences[index] for index in indices])
-        return [logits.cpu() for logits in model.logits_each(batch, draws)]
+        each = dict(zip(indices, draws, strict=True))
+        if not rounds:
+            rounds.append(Rounds(model, {index: sequences[index] for index in indices}, keeps_trunk=goes_on))
+        return list(rounds[0].logits(each).values())
 
     logits_of = sample_jobs(run, jobs, model.config.temperature)
     linear = linear_jobs(jobs)
