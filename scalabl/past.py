@@ -40,6 +40,8 @@ class Prefix:
 
     def samples(self, start: int, stop: int) -> Prefix:
         """Some of the samples, without a copy."""
+        if self.shared == len(self.layers) or (start, stop) == (0, len(self.layers[-1][0])):
+            return self
         rest = tuple((keys[start:stop], values[start:stop]) for keys, values in self.layers[self.shared :])
         return Prefix(self.layers[: self.shared] + rest, self.shared)
 

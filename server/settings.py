@@ -95,6 +95,11 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="The most tokens (inputs x samples x length) that may wait (default: 64 times max_batch_tokens).",
     )
+    prefix_cache_bytes: int = Field(
+        default=2**29,
+        ge=0,
+        description="The most bytes of keys and values to keep of what prompts begin with alike (0: none).",
+    )
     max_priority: int = Field(
         default=10,
         ge=0,

@@ -28,7 +28,7 @@ def test_rounds_give_what_passes_of_their_own_give(changes: dict[str, object]) -
     model, plain = tiny.adapted(**changes), tiny.adapted(**changes)
     model.find_shared_work()
     whole = model.draws(8, seed=2)
-    rounds = Rounds(model, SEQUENCES, keeps_trunk=True)
+    rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, whole), keeps_trunk=True)
     for going, start, stop in (([0, 1, 2, 3], 0, 2), ([1, 3], 2, 4), ([2], 4, 8), ([0], 2, 3)):
         part = whole.part(start, stop)
         found = rounds.logits(dict.fromkeys(going, part))
@@ -42,7 +42,7 @@ def test_the_trunk_runs_once_for_all_rounds() -> None:
     model.find_shared_work()
     trunk, after = _passes_of(model, 0), _passes_of(model, 1)
     draws = model.draws(8)
-    rounds = Rounds(model, SEQUENCES, keeps_trunk=True)
+    rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, draws), keeps_trunk=True)
     rounds.logits(dict.fromkeys(SEQUENCES, draws.part(0, 2)))
     rounds.logits(dict.fromkeys([1, 3], draws.part(2, 8)))
     assert (len(trunk), len(after)) == (1, 2)
