@@ -25,6 +25,7 @@ from scalabl.evaluation import EncodedSet, logits_of, without_absent
 from scalabl.model import ScalaBLModel
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme
 from scalabl.predictive import Predictive, independent_units, predictive, standard_error
+from scalabl.trunk_cache import trunk_cache
 
 Target = Literal["decision", "probabilities", "mutual_information"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -202,17 +203,29 @@ def adaptive_predictive(
     rule: Rule,
     *,
     max_batch_tokens: int = 4096,
+    trunk_gib: float = 1.0,
 ) -> list[Estimate]:
     """The predictive of a data set, each input over the choices that it has and with as many samples as it needs.
 
     Args:
         draws: `rule.most` of them.
+        trunk_gib: what the trunk's states of all inputs may take; where they fit, the trunk runs once and not every round.
     """
     assert draws.num_samples == rule.most
+    kept = trunk_cache(model, encoded, trunk_gib)
 
     def run(going: Sequence[int], start: int, stop: int) -> Tensor:
-        sequences = [encoded.sequences[index] for index in going]
-        logits = logits_of(model, sequences, draws.part(start, stop), max_batch_tokens=max_batch_tokens)
+        def states(batch: Tensor, width: int) -> Tensor:
+            assert kept is not None
+            return kept.of(torch.tensor(going)[batch], width)
+
+        logits = logits_of(
+            model,
+            [encoded.sequences[index] for index in going],
+            draws.part(start, stop),
+            max_batch_tokens=max_batch_tokens,
+            states=None if kept is None else states,
+        )
         return without_absent(logits, encoded.num_choices[list(going)])
 
     return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)

@@ -19,6 +19,7 @@ from scalabl.errors import AdapterError
 from scalabl.int8 import rounds_activations
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
 from scalabl.packing import Packing, may_pack, packed
+from scalabl.past import Past, arguments
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
 from scalabl.trunk import FanOut, Trunk
 
@@ -289,7 +290,14 @@ class ScalaBLModel(nn.Module):
         for rows in WARM_UP_ROWS:
             self.logits(TokenBatch.of([[0]] * rows), self.mean_draw())
 
-    def run_rows(self, input_ids: Tensor, lengths: Tensor, rows: RowSamples | None, states: Tensor | None = None) -> Tensor:
+    def run_rows(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        rows: RowSamples | None,
+        states: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """One forward pass over B right-padded inputs, M rows: logits [M, C] float32 at each row's last position.
 
         Causal attention never looks right, so right padding needs no mask and cannot reach an answer. With `rows.packing`
@@ -300,6 +308,7 @@ class ScalaBLModel(nn.Module):
         Args:
             input_ids: [B, T] int64. lengths: [B] int64, 1 <= lengths <= T.
             states: [B, T, D], what `trunk_states` gave for the same inputs; the trunk then does not run.
+            past: the tokens before these, the same ones for all inputs.
         """
         self.attach()
         self._context.rows = rows
@@ -320,17 +329,21 @@ class ScalaBLModel(nn.Module):
         with ExitStack() as form:
             if states is not None:
                 form.enter_context(self.trunk.skipped())
-            places = {} if packing is None else form.enter_context(packed(self.base, packing))
-            output = self.base(input_ids=input_ids, use_cache=False, **places)
+            if past is not None:
+                past.begin(None if rows is None else rows.sample, packed=packing is not None)
+            places = {} if packing is None else form.enter_context(packed(self.base, packing, past))
+            output = self.base(input_ids=input_ids, **arguments(past), **places)
         logits: Tensor = output.logits[:, 0].float()
         return logits
 
     @torch.inference_mode()
-    def trunk_states(self, input_ids: Tensor) -> Tensor:
+    def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
         """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.verified` and a block that is adapted."""
         self.attach()
         self._context.rows, self._fan_out.inputs, self._fan_out.states, self._fan_out.packing = None, None, None, None
-        return self.trunk.states(lambda: self.base(input_ids=input_ids, use_cache=False))
+        if past is not None:
+            past.begin(None, packed=False)
+        return self.trunk.states(lambda: self.base(input_ids=input_ids, **arguments(past)))
 
     @torch.inference_mode()
     def logits(self, batch: TokenBatch, draws: Draws, states: Tensor | None = None) -> Tensor:
@@ -345,20 +358,28 @@ class ScalaBLModel(nn.Module):
         return torch.stack(self.logits_each(batch, [draws] * batch.input_ids.shape[0], states))
 
     @torch.inference_mode()
-    def logits_each(self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None) -> list[Tensor]:
-        """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass."""
+    def logits_each(
+        self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None, past: Past | None = None
+    ) -> list[Tensor]:
+        """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass.
+
+        Args:
+            past: as for `run_rows`, of a batch that is right-padded.
+        """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         if len(draws) != ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
         if not self.packs:
-            return self._logits_each(ids, lengths, draws, states)
+            return self._logits_each(ids, lengths, draws, states, past)
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
         states = None if states is None else states[order]
-        found = self._logits_each(ids[order], lengths[order], [draws[place] for place in places], states)
+        found = self._logits_each(ids[order], lengths[order], [draws[place] for place in places], states, past)
         return [logits for _, logits in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
 
-    def _logits_each(self, ids: Tensor, lengths: Tensor, draws: Sequence[Draws], states: Tensor | None) -> list[Tensor]:
+    def _logits_each(
+        self, ids: Tensor, lengths: Tensor, draws: Sequence[Draws], states: Tensor | None, past: Past | None
+    ) -> list[Tensor]:
         """As `logits_each`, of inputs in the order in which they run."""
         tables: dict[int, tuple[int, Draws]] = {}  # id of the draws -> (first row in s, draws)
         first = 0
@@ -372,9 +393,13 @@ class ScalaBLModel(nn.Module):
         expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         try:
             fan_out = counts[0] if len(set(counts)) == 1 else 1
-            packing = Packing.of(lengths, counts) if self.packs else None
+            packing = None
+            if past is not None:
+                past.order = [each for _, each in tables.values()]
+            if self.packs and (past is None or not past.keeps):  # what is kept has a row for each sample
+                packing = Packing.of(lengths, counts)
             rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None, packing)
-            return list(torch.split(self.run_rows(ids, lengths, rows, states), counts))
+            return list(torch.split(self.run_rows(ids, lengths, rows, states, past), counts))
         finally:
             self._context.rows = None
 

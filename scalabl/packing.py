@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from scalabl.past import Past
+
 NAME = "scalabl_packed"
 INNER = "sdpa"  # what a model must use by itself
 
@@ -104,10 +106,10 @@ class _Masks:
         self._arguments = arguments
         self._made: dict[int, Tensor | None] = {}
 
-    def of(self, length: int) -> Tensor | None:
-        """[1, 1, length, length], True where a token is seen; None for the causal one."""
+    def of(self, length: int, before: int) -> Tensor | None:
+        """[1, 1, length, before + length], True where a token is seen; None for the causal one."""
         if length not in self._made:
-            self._made[length] = sdpa_mask(batch_size=1, q_length=length, kv_length=length, **self._arguments)
+            self._made[length] = sdpa_mask(batch_size=1, q_length=length, kv_length=before + length, **self._arguments)
         return self._made[length]
 
 
@@ -119,13 +121,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """[1, H, N, d] each -> [1, N, H, d]."""
     packing: Packing = _running.packing
+    past: Past | None = _running.past
     layout = packing.layout_of(query.shape[2])
-    found, start = [], 0
+    found, start, first = [], 0, 0
     for rows, length in layout.groups:
         q, k, v = (_group(tensor, start, rows, length) for tensor in (query, key, value))
-        mask = None if attention_mask is None else attention_mask.of(length)
+        if past is not None:
+            k, v = past.joined(int(module.layer_idx), k, v, first)  # type: ignore[arg-type]  # an attention's own number
+        mask = None if attention_mask is None else attention_mask.of(length, k.shape[2] - length)
         found.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0].flatten(0, 1))
-        start += rows * length
+        start, first = start + rows * length, first + rows
     return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0), None
 
 
@@ -149,15 +154,16 @@ def may_pack(base: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def packed(base: PreTrainedModel, packing: Packing) -> Iterator[dict[str, Tensor]]:
+def packed(base: PreTrainedModel, packing: Packing, past: Past | None) -> Iterator[dict[str, Tensor]]:
     """A packed pass: yields the arguments that it has besides the token ids [1, N]."""
     before = base.config._attn_implementation
-    _running.packing = packing
+    _running.packing, _running.past = packing, past
     base.config._attn_implementation = NAME
     try:
         # With a mask of its own transformers does not look for packed rows by itself, which costs a mask of N x N.
         ones = torch.ones(1, packing.inputs.tokens, dtype=torch.int64, device=packing.position_of_token.device)
-        yield {"position_ids": packing.position_of_token.unsqueeze(0), "attention_mask": ones}
+        positions = packing.position_of_token + (0 if past is None else past.length)
+        yield {"position_ids": positions.unsqueeze(0), "attention_mask": ones}
     finally:
         base.config._attn_implementation = before
-        _running.packing = None
+        _running.packing = _running.past = None

@@ -20,11 +20,13 @@ class Draws:
 
     Attributes:
         epsilon: [K, P] float32 on the CPU; P is the number of stochastic scalars, in the model's layer order.
+        start: the place of the first in the sequence that `draw` gives for seed and scheme; None where they are not of it.
     """
 
     seed: int
     scheme: Scheme
     epsilon: Tensor
+    start: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -32,7 +34,7 @@ class Draws:
 
     def part(self, start: int, stop: int) -> Draws:
         """Draws `start` to `stop` - 1 of the same sequence."""
-        return replace(self, epsilon=self.epsilon[start:stop])
+        return replace(self, epsilon=self.epsilon[start:stop], start=None if self.start is None else self.start + start)
 
 
 def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
@@ -71,7 +73,7 @@ def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_S
         epsilon = torch.special.ndtri(uniform)
     else:
         raise ValueError(f"draw scheme {scheme!r} is unknown; use one of {', '.join(SCHEMES)}")
-    return Draws(seed, scheme, epsilon.float().contiguous())
+    return Draws(seed, scheme, epsilon.float().contiguous(), start=0)
 
 
 def _normals(seed: int, count: int, dimension: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -111,6 +112,16 @@ class Prompter:
             shortened = self._tokenizer.decode(pieces[:keep])
             ids = self._ids(self.render(shortened, choices)) + self._suffix
         return ids
+
+    def opening(self) -> list[int]:
+        """The tokens with which every prompt begins, as far as a few prompts can tell; empty for none."""
+        letters = len(self.task.choices)
+        some = []
+        for text in (PROBE, "7 or so", "Éire?"):
+            choices = [f"{text}{n}" for n in range(letters)] if self.task.kind == "multiple_choice" else None
+            some.append(self._ids(self.render(text, choices)))
+        alike = (len(set(tokens)) == 1 for tokens in zip(*some, strict=False))
+        return some[0][: sum(takewhile(bool, alike))]
 
     def _ids(self, rendered: str) -> list[int]:
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, say).

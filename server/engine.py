@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scalabl.config import AdapterConfig
 from scalabl.posterior import Draws, Scheme, draw
+from scalabl.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
 from scalabl.quantization import QuantizationChange
 from server.methods import Job, Result
@@ -63,6 +64,7 @@ class Engine(ABC):
     max_input_tokens: int
     target_batch_tokens: int
     settings: ServeSettings
+    prefixes: PrefixStore = field(default_factory=lambda: PrefixStore(0))  # for an engine that keeps none here
 
     def adapter(self, name: str | None) -> Served:
         """The adapter of this name; None is the default one.

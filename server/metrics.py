@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from scalabl import __version__
 from scalabl.predictive import Predictive
 from server.faults import Kind
+from server.prefix_metrics import PrefixCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 GAPS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1)
@@ -75,6 +76,8 @@ class Metrics:
         )
         self.batch_rows = self._histogram("scalabl_batch_rows", "Rows (inputs x samples) of a pass.", POWERS)
         self.batch_tokens = self._histogram("scalabl_batch_tokens", "Rows x padded length of a pass.", POWERS)
+        self.prefixes = PrefixCollector()
+        self.registry.register(self.prefixes)
         self.predictions = Counter("scalabl_predictions", "Inputs answered.", ["adapter"], registry=self.registry)
         tenths = tuple(n / 20 for n in range(1, 21))
         self.confidence = self._histogram(

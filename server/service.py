@@ -89,6 +89,7 @@ class Service:
             self.outcomes.show(name)
         engine.watch(self.metrics)
         self._engine = engine
+        self.metrics.prefixes.store = engine.prefixes
         self._batcher = Batcher(
             engine.run,
             self._model_thread,

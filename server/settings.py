@@ -95,6 +95,11 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="The most tokens (inputs x samples x length) that may wait (default: 64 times max_batch_tokens).",
     )
+    prefix_cache_bytes: int = Field(
+        default=2**29,
+        ge=0,
+        description="The most bytes of keys and values to keep of what prompts begin with alike (0: none).",
+    )
     max_priority: int = Field(
         default=10,
         ge=0,
@@ -224,6 +229,8 @@ class ServeSettings(BaseSettings):
     def _engine_has_an_address(self) -> Self:
         if (self.engine == "vllm") != (self.engine_url is not None):
             raise ValueError("--engine vllm and --engine-url go together: give both, or neither")
+        if self.engine == "vllm" and self.quantization is not None:
+            raise ValueError("--quantization is the engine's own with --engine vllm; give it to the vLLM servers")
         for url in self.engine_urls:
             if not re.match(r"https?://[^/\s]", url):
                 raise ValueError(f"--engine-url: {url!r} is no URL; write http://host:port, comma-separated")

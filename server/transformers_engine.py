@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from scalabl.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, lineariz
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.predictive import Predictive
+from scalabl.prefix_cache import PrefixCache, PrefixStore
 from scalabl.pretrained import Pretrained, load_pretrained
 from scalabl.prompt import Prompter
 from scalabl.quantization import Probes, QuantizationChange, load_and_ask
+from scalabl.rounds import Rounds
 from server.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
 from server.engine import Engine, Served
 from server.faults import classify
-from server.methods import Job, LinearJob, Result, joined, linear_jobs, sample_jobs
+from server.methods import AutoJob, Job, LinearJob, Result, joined, linear_jobs, sample_jobs
 from server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -36,9 +39,16 @@ class CapacityError(ScalaBLError):
 
 @dataclass(eq=False)
 class LocalAdapter(Served):
-    """An adapter over the base model in this process."""
+    """An adapter over the base model in this process.
+
+    Attributes:
+        opening: what its template puts before every input.
+        prefixes: what is kept of its prompts' beginnings; None for nothing, and until it is checked.
+    """
 
     model: ScalaBLModel
+    opening: list[int]
+    prefixes: PrefixCache | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,12 +59,21 @@ class TransformersEngine(Engine):
 
     def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         """One forward pass for all that are sampled, more for those that go on, and the passes of the linearised."""
-        model = _model_of(served)
         try:
-            return run_jobs(model, sequences, jobs)
+            return self._run(_local(served), sequences, jobs)
         finally:
             if self.adapters.get(served.name) is not served:  # unloaded or replaced while its requests waited
-                model.detach()
+                self.release(served)
+
+    def _run(self, local: LocalAdapter, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        try:
+            return run_jobs(local.model, sequences, jobs, local.prefixes)
+        except Exception as error:
+            if not self.prefixes.bytes or classify(error).kind != "out-of-memory":
+                raise
+            logger.warning("a pass over %d inputs did not fit in memory; dropping all kept prefixes", len(sequences))
+        self.prefixes.clear()
+        return run_jobs(local.model, sequences, jobs)
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         model = read_adapter(self.pretrained.model, folder)
@@ -73,11 +92,13 @@ class TransformersEngine(Engine):
             additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
             relative_spread=relative_spread(model),
             model=model,
+            opening=prompter.opening(),
         )
 
     def check(self, served: Served) -> None:
         """The first passes of an adapter: what its layers see, its effect, and every launch shape."""
-        model = _model_of(served)
+        local = _local(served)
+        model = local.model
         try:
             try:
                 served.draws(self.settings.num_samples, self.settings.seed)
@@ -86,6 +107,10 @@ class TransformersEngine(Engine):
             model.find_shared_work()
             served.pads = not model.packs
             check_effect(model)
+            if self.prefixes.limit:
+                local.prefixes = PrefixCache(self.prefixes, model, local.opening)
+                if not local.prefixes.longest:
+                    logger.info("adapter %s: with this base model no beginnings of prompts are kept", served.name)
             model.warm_up()
             if served.relative_spread > SPREAD_LIMIT:
                 logger.warning(
@@ -98,7 +123,10 @@ class TransformersEngine(Engine):
             raise
 
     def release(self, served: Served) -> None:
-        _model_of(served).detach()
+        local = _local(served)
+        local.model.detach()
+        if local.prefixes is not None:
+            local.prefixes.clear()
 
     def budget(self) -> int:
         """The tokens that a pass should have, by a flag or by measuring passes of the default adapter."""
@@ -113,13 +141,22 @@ class TransformersEngine(Engine):
 
         def run(tokens: int) -> None:
             inputs = max(1, tokens // (samples * length))
-            self.run(served, [[0] * length] * inputs, [draws] * inputs)
+            run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
 
-        return find_budget(run, device, samples * length, most)
+        with self._room_for_prefixes():
+            return find_budget(run, device, samples * length, most)
+
+    @contextmanager
+    def _room_for_prefixes(self) -> Iterator[None]:
+        """Holds a GPU's memory that kept prefixes may take later."""
+        device = self.pretrained.model.device
+        room = torch.empty(0 if device.type == "cpu" else self.prefixes.limit, dtype=torch.uint8, device=device)
+        yield
+        del room
 
     def compare(self, served: Served, before: Predictive) -> None:
         """Find and log by how much an adapter's answers are others than these, of the base model as it was."""
-        after = _asker(self.settings)(_model_of(served), self.pretrained)
+        after = _asker(self.settings)(_local(served).model, self.pretrained)
         served.quantization_change = QuantizationChange.between(before, after)
         logger.info("adapter %s: %s: %s", served.name, self.settings.quantization, served.quantization_change)
 
@@ -139,14 +176,17 @@ class TransformersEngine(Engine):
                 samples = min(settings.num_samples, rows)
                 shapes.append((rows // samples, samples, length))
         for inputs, samples, length in shapes:
+            draws = served.draws(samples, settings.seed)
             try:
-                self.run(served, [[0] * length] * inputs, [served.draws(samples, settings.seed)] * inputs)
+                with self._room_for_prefixes():
+                    run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
             except Exception as error:
                 if classify(error).kind != "out-of-memory":
                     raise
                 raise CapacityError(
                     f"a pass over {inputs} inputs x {samples} samples x {length} tokens, which --max-batch-tokens "
-                    f"{settings.max_batch_tokens} allows, does not fit in memory; lower it or --max-input-tokens"
+                    f"{settings.max_batch_tokens} allows, does not fit in memory beside --prefix-cache-bytes "
+                    f"{settings.prefix_cache_bytes}; lower one of them or --max-input-tokens"
                 ) from None
 
 
@@ -174,6 +214,7 @@ def load(settings: ServeSettings) -> Engine:
         device=str(pretrained.model.device),
         max_input_tokens=limit,
         target_batch_tokens=settings.max_batch_tokens,  # until it is measured
+        prefixes=PrefixStore(settings.prefix_cache_bytes),
         settings=settings,
     )
     for each, folder in folders.items():
@@ -229,17 +270,24 @@ def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Pred
     return ask
 
 
-def _model_of(served: Served) -> ScalaBLModel:
+def _local(served: Served) -> LocalAdapter:
     assert isinstance(served, LocalAdapter)  # `_serve` makes no other
-    return served.model
+    return served
 
 
-def run_jobs(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-    """B prompts, each with its job."""
+def run_jobs(
+    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], cache: PrefixCache | None = None
+) -> list[Result]:
+    """B prompts, each with its job; those that are sampled may begin with what is kept in a cache."""
+    goes_on = any(isinstance(job, AutoJob) for job in jobs)
+    rounds: list[Rounds] = []  # made by the first pass, which all prompts with samples are in
 
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
-        batch = TokenBatch.of([sequences[index] for index in indices])
-        return [logits.cpu() for logits in model.logits_each(batch, draws)]
+        each = dict(zip(indices, draws, strict=True))
+        if not rounds:
+            prompts = {index: sequences[index] for index in indices}
+            rounds.append(Rounds(model, prompts, each, cache, keeps_trunk=goes_on))
+        return list(rounds[0].logits(each).values())
 
     logits_of = sample_jobs(run, jobs, model.config.temperature)
     linear = linear_jobs(jobs)

@@ -138,6 +138,21 @@ def _passes(made: dashboard.Dashboard) -> None:
         Query(f"sum(increase(scalabl_batch_splits_total{SOME}[$__rate_interval]))", "Batches cut in two"),
     ]
     made.with_panel(lines("Failed passes", "Anything above 0 is worth the log.", queries, "short", low=0, width=8))
+    hit = f"sum by (instance) ({rate('scalabl_prefix_cache_hit_tokens_total')})"
+    asked = f"sum by (instance) ({rate('scalabl_prefix_cache_queried_tokens_total')})"
+    query = Query(f"{hit} / {asked}", "{{instance}}")
+    text = "Share of the prompts' tokens that no pass computed, since earlier prompts began alike."
+    made.with_panel(lines("Tokens from the prefix cache", text, [query], "percentunit", low=0, high=1, width=8))
+    queries = [
+        Query(f"scalabl_prefix_cache_bytes{SOME}", "{{instance}}"),
+        Query(f"min(scalabl_prefix_cache_limit_bytes{SOME})", "Limit"),
+    ]
+    text = "Keys and values of beginnings that are kept."
+    limit = [Look("Limit", dashed=True, color="red")]
+    made.with_panel(lines("Prefix cache", text, queries, "bytes", low=0, width=8, looks=limit))
+    query = Query(f"increase(scalabl_prefix_cache_evictions_total{SOME}[$__rate_interval])", "{{instance}}")
+    text = "Beginnings that made room for others. Many while few tokens come from the cache: raise --prefix-cache-bytes."
+    made.with_panel(lines("Dropped from the prefix cache", text, [query], "short", low=0, width=8))
 
 
 def _answers(made: dashboard.Dashboard) -> None:

@@ -285,6 +285,7 @@ def test_an_adapter_loaded_at_run_time_is_loaded_by_the_servers(
         ({"engine": "vllm"}, "--engine vllm and --engine-url go together"),
         ({"engine_url": "http://a:1"}, "--engine vllm and --engine-url go together"),
         ({"engine": "vllm", "engine_url": "a:1"}, "'a:1' is no URL"),
+        ({"engine": "vllm", "engine_url": "http://a:1", "quantization": "int8"}, "--quantization is the engine's own"),
     ],
 )
 def test_its_flags_belong_together(folders: Path, fields: dict[str, Any], message: str) -> None:
