@@ -7,7 +7,8 @@ methods are first seen to give the same probabilities. Runs on the device that `
 
 Without --adapter it is a fresh one of rank 8 on every q_proj and v_proj and on the head: random, which time does not see.
 
-* `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it.
+* `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it;
+  last the base model in 8 bits, whose answers are others: by how much is said.
 * `trunk`: the adapter cut to the last third of the blocks, with and without the shared trunk.
 * `memory`: what a pass takes beyond what the process holds, each in a process of its own.
 * `load`: a real server under load (`benchmarks.load`).
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks import load
 from benchmarks.figures import save_figures
+from benchmarks.lower_precision import Int8
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
@@ -40,6 +42,7 @@ from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
 from scalabl.pretrained import load_pretrained
 from scalabl.prompt import Prompter
+from scalabl.quantization import QuantizationChange
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
 PARTS = ("brute", "trunk", "memory", "load")
@@ -190,17 +193,20 @@ def brute(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict
     prompter = Prompter(read_config(options.adapter).task, pretrained.tokenizer)
     ours = Ours(load_adapter(pretrained.model, options.adapter))
     peers = None if options.no_peers else Peers(options.adapter, options.model, prompter, max(options.samples))
+    int8 = Int8(options.model, options.adapter)
     found = []
     for kind in options.prompts:
         sequences = inputs_of(prompter, kind, options.inputs)
         for count in options.samples:
-            found.append(_brute(ours, peers, sequences, count, options.rounds))
+            found.append(_brute(ours, peers, int8, sequences, count, options.rounds))
             found[-1]["prompts"] = kind
             _print_brute(found[-1], line)
     return found
 
 
-def _brute(ours: Ours, peers: Peers | None, sequences: list[list[int]], count: int, rounds: int) -> dict[str, Any]:
+def _brute(
+    ours: Ours, peers: Peers | None, int8: Int8, sequences: list[list[int]], count: int, rounds: int
+) -> dict[str, Any]:
     draws = ours.model.draws(count)
     passes: dict[str, Callable[[], Tensor]] = {}
     if peers is not None:
@@ -210,6 +216,8 @@ def _brute(ours: Ours, peers: Peers | None, sequences: list[list[int]], count: i
     for name, features in FEATURES.items():
         passes[name] = lambda features=features: ours.run(sequences, draws, features)
     apart = _apart(passes)
+    change = int8.change(passes["+ last MLP trimmed"](), sequences, draws)
+    passes["+ int8"] = lambda: int8.run(sequences, draws)
     tokens = count * sum(map(len, sequences))
     products, flops = _products(ours.model, tokens)
     products()
@@ -221,6 +229,8 @@ def _brute(ours: Ours, peers: Peers | None, sequences: list[list[int]], count: i
         "largest_difference": apart,
         "matrix_gflops": flops / statistics.median(mm) / 1e9,
         "share_of_matrix_rate": ratio(mm, seconds["+ no padding"]),
+        "int8_over_float32": ratio(seconds["+ last MLP trimmed"], seconds["+ int8"]),
+        "int8_change": change.model_dump(),
         "methods": {},
     }
     for name, taken in seconds.items():
@@ -266,6 +276,8 @@ def _print_brute(result: dict[str, Any], line: Callable[[str], None]) -> None:
     for name, row in result["methods"].items():
         cells = [_ratio(row[key]) if key in row else "" for key in ("over_loop", "over_peft", "over_rows")]
         line(f"{name:<26}{row['seconds_per_input']:>11.3f}" + "".join(f"{cell:>22}" for cell in cells))
+    change = QuantizationChange(**result["int8_change"])
+    line(f"int8 is {_ratio(result['int8_over_float32'])} times as fast as the row before it; {change}")
 
 
 def _ratio(found: dict[str, float]) -> str:

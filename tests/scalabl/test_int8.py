@@ -38,7 +38,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(7, 40), (2, 3, 40), (1, 1, 40), (0, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 40), (2, 3, 40), (1, 1, 40), (0, 40), (5, 301, 40)], ids=str)
 def test_the_product_is_that_of_the_layer_within_8_bits(bias: bool, shape: tuple[int, ...]) -> None:
     linear = _linear(bias=bias)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,84 @@
+"""The base model in 8 bits, beside the one in float32: for the brute-force part of `benchmarks.serving`.
+
+python -m benchmarks.lower_precision --model <folder> [--adapter <folder>] is what it changes in answers, of the example's
+adapter to the example's queries, and the time of both, batch by batch in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe
+from scalabl.adapter_io import load_adapter
+from scalabl.int8 import weight_levels
+from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.posterior import Draws
+from scalabl.predictive import Predictive, predictive
+from scalabl.pretrained import load_pretrained
+from scalabl.prompt import Prompter
+from scalabl.quantization import QuantizationChange
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
+
+
+class Int8:
+    """An adapter over a base model of its own, in 8 bits, with every shortcut that it can take."""
+
+    def __init__(self, model: str, adapter: Path) -> None:
+        self.model = load_adapter(load_pretrained(model, device="cpu", quantization="int8").model, adapter)
+
+    def run(self, sequences: Sequence[Sequence[int]], draws: Draws) -> Tensor:
+        """[B, K, C]."""
+        return self.model.logits(TokenBatch.of(sequences), draws)
+
+    def change(self, logits: Tensor, sequences: Sequence[Sequence[int]], draws: Draws) -> QuantizationChange:
+        """From the answers that these logits of the same inputs and draws are."""
+        return QuantizationChange.between(
+            self._predictive(logits, draws), self._predictive(self.run(sequences, draws), draws)
+        )
+
+    def _predictive(self, logits: Tensor, draws: Draws) -> Predictive:
+        return predictive(logits, self.model.config.temperature, draws.scheme)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="base model: a folder (examples.intent_router.base_model)")
+    parser.add_argument("--adapter", type=Path, default=EXAMPLE / "adapter")
+    parser.add_argument("--inputs", type=int, default=4, help="of a batch")
+    parser.add_argument("--samples", type=int, default=16)
+    options = parser.parse_args()
+    pretrained = load_pretrained(options.model, device="cpu")
+    plain, int8 = load_adapter(pretrained.model, options.adapter), Int8(options.model, options.adapter)
+    prompter = Prompter(plain.config.task, pretrained.tokenizer)
+    queries = (EXAMPLE / "queries.txt").read_text(encoding="utf-8").splitlines()
+    sequences = sorted((prompter.encode(query) for query in queries if query.strip()), key=len)
+    draws = plain.draws(options.samples)
+    print(f"{describe()}, {torch.get_num_threads()} threads; 8-bit weights up to {weight_levels()}")
+    logits, ratios = [], []
+    for first in range(0, len(sequences), options.inputs):
+        batch = sequences[first : first + options.inputs]
+        logits.append(plain.logits(TokenBatch.of(batch), draws))
+        int8.run(batch, draws)
+        ratios.append(_seconds(plain, batch, draws) / _seconds(int8.model, batch, draws))
+    print(f"{len(sequences)} queries, {options.inputs} a batch, K = {options.samples}: int8 {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f}-{max(ratios):.2f}) times as fast as float32")  # fmt: skip
+    print(int8.change(torch.cat(logits), sequences, draws))
+
+
+def _seconds(model: ScalaBLModel, batch: Sequence[Sequence[int]], draws: Draws) -> float:
+    began = time.perf_counter()
+    model.logits(TokenBatch.of(batch), draws)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
