@@ -203,7 +203,19 @@ def _sweep() -> str:
         )
         values = [f"{score[name]:.3f}" if name.startswith(("acc", "auroc")) else f"{score[name]:.4f}" for name in names]
         lines.append(f"| {label} | {one['median_sigma']:.3f} | {one['median_ratio']:.2f} | " + " | ".join(values) + " |")
-    return "\n".join(lines).replace("σ/|μ|", "σ/\\|μ\\|") + "\n"
+    return "\n".join(lines).replace("σ/|μ|", "σ/\\|μ\\|") + "\n" + _of_the_sweep()
+
+
+def _of_the_sweep() -> str:
+    """Which cells were best, and that the defaults follow."""
+    found = {run.name.removeprefix("sweep "): one for run in sweep_runs() if (one := scores_of(run.name))}
+    if not found:
+        return ""
+    best = {name: min(found, key=lambda cell: found[cell]["scores"]["plain"][name]) for name in ("nll", "ece")}
+    return (
+        f'\nThe lowest NLL is that of "{best["nll"]}", the lowest ECE that of "{best["ece"]}"; `q_p, β = 1` is what '
+        "`scalabl train` does unless told otherwise.\n"
+    )
 
 
 def _precision() -> str:

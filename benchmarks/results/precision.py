@@ -30,7 +30,7 @@ SEED = 1
 # the reference)
 SCALES = {1.0: (200, 2048), 3.0: (40, 512)}
 PASS_SAMPLES = 256  # held at once
-TIMED_INPUTS = 40
+TIMED_INPUTS = 16
 
 
 class Precision:
