@@ -116,7 +116,7 @@ def execute(study: Study, run: Run) -> None:
     folder.mkdir(exist_ok=True)
     began = time.perf_counter()
     logits, notes = {"base": _base, "lora": _lora, "dropout": _dropout, "scalabl": _scalabl}[run.method](study, run, folder)
-    save_file({name: tensor.contiguous() for name, tensor in logits.items()}, folder / "logits.safetensors")
+    save_file({name: tensor.clone() for name, tensor in logits.items()}, folder / "logits.safetensors")
     notes |= {"run": dataclasses.asdict(run), "seconds": round(time.perf_counter() - began), "machine": describe()}
     keep(run.name, notes | {"scores": scores_by_variant(study, run, logits, notes)})
 
