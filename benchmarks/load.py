@@ -102,6 +102,8 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
         "adapter": options.adapter or EXAMPLE / "adapter",
         "num_samples": options.load_samples,
         "max_queue": 100_000,
+        "request_timeout": 600,
+        "prefix_cache_bytes": 0,  # the prompts come again, those of real traffic do not
     }
 
 

@@ -92,6 +92,8 @@ class Admission:
         self.inputs += inputs
         self.tokens += tokens
         self._tokens_at[priority] += tokens
+        if not self._tokens_at[priority]:
+            del self._tokens_at[priority]  # as many priorities as requests name could gather otherwise
         self._metrics.queue_inputs.set(self.inputs)
         self._metrics.queue_tokens.set(self.tokens)
 

@@ -240,6 +240,8 @@ class Batcher(Generic[Target]):
             now = time.perf_counter()
             chosen = [queued for queued in choice.inputs if not queued.logits.done()]
             late = [queued for queued in chosen if self._is_late(queued, now)]
+            if len(late) == len(chosen):  # the estimate may be wrong, and only passes correct it
+                late = []
             batch = [queued for queued in chosen if queued not in late]
             for queued in choice.overtaken:
                 queued.overtaken += 1

@@ -30,7 +30,8 @@ from server.problems import ProblemError
 from server.schemas import PredictRequest
 from server.settings import ServeSettings
 from server.vllm_client import VllmClient
-from server.vllm_pool import Call, EngineError, Examined, VllmPool
+from server.vllm_examination import Examined
+from server.vllm_pool import Call, EngineError, VllmPool
 
 logger = logging.getLogger("scalabl")
 
@@ -90,7 +91,7 @@ class VllmEngine(Engine):
             (samples.weights[f"{module}.s_log_std"].exp() / samples.weights[f"{module}.s_mean"].abs().clamp_min(1e-12))
             for module in samples.modules
         ]
-        return RemoteAdapter(
+        served = RemoteAdapter(
             name=name,
             config=samples.config,
             prompter=prompter,
@@ -102,6 +103,8 @@ class VllmEngine(Engine):
             examined=Examined(loras),
             rows={row.numpy().tobytes(): each for row, each in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
+        served.pads = False  # each prompt is a sequence of its own there
+        return served
 
     def check(self, served: Served) -> None:
         """Have the servers load its LoRAs, and see that they answer with all of them."""

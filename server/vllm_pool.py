@@ -1,8 +1,7 @@
 """Several vLLM servers with the same adapters: which gets a call, who is left alone for a while, and how one comes back.
 
-A server takes calls once it has been examined: it has every LoRA (or has loaded them), names exact log-probabilities, leaves
-no part of an adapter out, and answers as the others did. A thread for each server examines it again after it failed. A call
-changes nothing, so that it may go to a second server, without harm, when the first one fails or is slow.
+A server takes calls once it has been examined. A thread for each examines it again after it failed. A call changes nothing,
+so that it may go to a second server, without harm, when the first one fails or is slow.
 """
 
 from __future__ import annotations
@@ -15,47 +14,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from scalabl.errors import ScalaBLError
-from scalabl.sample_loras import SampleLoras
 from server.metrics import Metrics
 from server.problems import ProblemError
-from server.vllm_client import CallError, Models, VllmClient
+from server.vllm_client import CallError, Models, Outcome, VllmClient
+from server.vllm_examination import Examined, examine
 
 logger = logging.getLogger("scalabl")
 
 LOOK_SECONDS = 5.0  # between two looks at a server that takes calls
 PAUSES = (0.5, 30.0)  # seconds until one that failed is examined again: doubled from the first up to the second
-SAME = 0.05  # by which probabilities of two servers may differ: rounding is far below it, another model far above
-EXACT = 0.05  # nats by which two ways of asking one server may differ
-PROBE_LENGTHS = (3, 8, 21)
 
 
 class EngineError(ScalaBLError):
     """No vLLM server that can be used, at the start."""
-
-
-@dataclass(eq=False)
-class Examined:
-    """The LoRAs of one adapter, and what the first server said to the probes.
-
-    Attributes:
-        answers: probabilities [names, probes, C], by which every other server is measured.
-    """
-
-    loras: SampleLoras
-    answers: Tensor | None = None
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        tokens = self.loras.loras.config.task.choice_tokens
-        assert tokens is not None  # `ScalaBLModel` sees to it
-        return tokens
-
-    def probes(self) -> list[list[int]]:
-        return [[(7 * i + 3 * n) % self.loras.loras.vocabulary for i in range(n)] for n in PROBE_LENGTHS]
 
 
 @dataclass(eq=False)
@@ -97,7 +71,7 @@ class VllmPool:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = threading.Event()
-        self._typical = 0.0  # seconds of a call, a moving average
+        self._pace: float | None = None  # seconds for each token of a pass, a moving average; None before the first
         self._threads = ThreadPoolExecutor(128, thread_name_prefix="vllm")
 
     def start(self, adapters: Sequence[Examined], seconds: float) -> None:
@@ -151,7 +125,7 @@ class VllmPool:
         failed: dict[Replica, CallError] = {}
         for replica in ready:
             try:
-                self._examine_adapter(replica, replica.client.models(), adapter)
+                examine(replica.client, replica.client.models(), adapter, self._folder)
             except CallError as error:
                 failed[replica] = error
         if len(failed) == len(ready):
@@ -188,10 +162,14 @@ class VllmPool:
         answer counts.
 
         Raises:
-            ProblemError: `engine-unavailable`: there is no server left for a call, or `seconds` have passed.
+            ProblemError: `engine-unavailable`: there is no server left for a call, or `seconds` have passed;
+                `unknown-adapter`: the adapter was unloaded meanwhile.
             CallError: a call that any server would reject.
         """
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
+        tokens = sum(len(prompt) for call in calls for prompt in call.prompts)
+        expected = self._timeout if self._pace is None else self._pace * tokens
         results: dict[int, Tensor] = {}
         tried: list[list[Replica]] = [[] for _ in calls]
         running: dict[Future[Tensor], tuple[int, Replica, float]] = {}
@@ -211,7 +189,7 @@ class VllmPool:
             if not launch(index):
                 raise self._unavailable_now()
         while len(results) < len(calls):
-            patience = max(1.0, 4 * max(longest, self._typical))
+            patience = max(1.0, 4 * max(longest, expected))
             done, _ = wait(running, min(0.25 * patience, max(0.0, deadline - time.monotonic())), FIRST_COMPLETED)
             now = time.monotonic()
             for future in done:
@@ -232,6 +210,8 @@ class VllmPool:
             for index, started in [(index, started) for index, _, started in running.values()]:
                 if index not in results and len(tried[index]) == 1 and now - started > patience and launch(index):
                     self._count_second()
+        pace = (time.monotonic() - began) / max(1, tokens)
+        self._pace = pace if self._pace is None else 0.9 * self._pace + 0.1 * pace
         return [results[index] for index in range(len(calls))]
 
     def _slower_than_the_second(
@@ -256,14 +236,13 @@ class VllmPool:
 
     def _call(self, replica: Replica, call: Call, seconds: float) -> Tensor:
         started = time.monotonic()
-        outcome = "ok"
+        outcome: Outcome = "ok"
         try:
-            found = replica.client.score(call.name, call.prompts, call.adapter.tokens, max(seconds, 0.001))
-            took = time.monotonic() - started
-            self._typical = took if self._typical == 0 else 0.9 * self._typical + 0.1 * took
-            return found
+            return replica.client.score(call.name, call.prompts, call.adapter.tokens, max(seconds, 0.001))
         except CallError as error:
             outcome = error.outcome
+            if outcome == "absent" and call.adapter not in self._adapters:
+                raise ProblemError("unknown-adapter", "adapter: it was unloaded while the request waited") from None
             if outcome != "rejected":
                 self._failed(replica, error)
             raise
@@ -301,11 +280,13 @@ class VllmPool:
                     adapters, ready = list(self._adapters), replica.ready
                 if not ready or not models.adapters.issuperset(n for each in adapters for n in each.loras.all_names):
                     for adapter in adapters:
-                        self._examine_adapter(replica, models, adapter)
+                        examine(replica.client, models, adapter, self._folder)
                 self._passed(replica, models)
             except CallError as error:
                 self._failed(replica, error)
             except Exception:
+                if self._closed.is_set():  # and the connections with it
+                    return
                 self._failed(replica, CallError("broken", "it could not be examined; the server's log says why"))
                 logger.exception("engine %s could not be examined", replica.client.name)
             first, last = PAUSES
@@ -322,41 +303,6 @@ class VllmPool:
         if came:
             self._show(replica)
             logger.info("engine %s takes calls: %s", replica.client.name, models.base)
-
-    def _examine_adapter(self, replica: Replica, models: Models, adapter: Examined) -> None:
-        """Give a server what it lacks of an adapter, and see whether it answers with all of it.
-
-        Raises:
-            CallError: it does not; the cause says what is missing.
-        """
-        client, loras, probes = replica.client, adapter.loras, adapter.probes()
-        for name in loras.all_names:
-            if name not in models.adapters:
-                client.load(name, str(loras.write(self._folder, name).absolute()))
-        plain = client.score(models.base, probes, adapter.tokens)
-        likely = client.most_likely(models.base, probes[0], 5)
-        named = client.score(models.base, probes[:1], list(likely))[0]
-        if float((named - torch.tensor(list(likely.values()))).abs().max()) > EXACT:
-            raise CallError("refused", "its log-probabilities of named tokens are not those of its most likely tokens")
-        answers = []
-        for name in loras.all_names:
-            found = client.score(name, probes, adapter.tokens)
-            if torch.equal(found, plain) and name in loras.parts:
-                raise CallError("refused", f"it leaves out what the adapter does to {loras.parts[name]}")
-            answers.append(torch.softmax(found, -1))
-        if all(torch.equal(each, torch.softmax(plain, -1)) for each in answers):
-            raise CallError("refused", "the adapter changes nothing there")
-        told = torch.stack(answers)
-        with self._lock:
-            if adapter.answers is None:
-                adapter.answers = told
-        difference = float((told - adapter.answers).abs().max())
-        if not difference <= SAME:
-            raise CallError(
-                "refused",
-                f"its probabilities differ by up to {difference:.2g} from those of the server that was examined first: it "
-                "has another base model, or other LoRAs under these names",
-            )
 
     def _show(self, replica: Replica) -> None:
         if self.metrics is not None:

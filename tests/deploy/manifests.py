@@ -18,9 +18,18 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-OVERLAYS = ("base", "overlays/cpu", "overlays/gpu", "overlays/high-availability", "overlays/keda", "kserve", "baked")
+OVERLAYS = (
+    "base",
+    "overlays/cpu",
+    "overlays/gpu",
+    "overlays/high-availability",
+    "overlays/keda",
+    "overlays/gateway-vllm",
+    "kserve",
+    "baked",
+)
 SERVERS = tuple(name for name in OVERLAYS if name != "kserve")  # those with a Deployment
-LOOSE = ("load-models.yaml", "secrets.example.yaml")  # applied by themselves
+LOOSE = ("load-models.yaml", "secrets.example.yaml", "kuberay-vllm.yaml")  # applied by themselves
 
 Object = dict[str, Any]
 
@@ -60,9 +69,12 @@ def loose(name: str) -> list[Object]:
 
 
 def one(objects: list[Object], kind: str, name: str | None = None) -> Object:
-    """The only object of a kind."""
-    (found,) = [each for each in objects if each["kind"] == kind and name in (None, each["metadata"]["name"])]
-    return found
+    """The only object of a kind and name; without a name, of several the server's own."""
+    found = [each for each in objects if each["kind"] == kind and name in (None, each["metadata"]["name"])]
+    if len(found) > 1 and name is None:
+        return one(found, kind, "scalabl")
+    (only,) = found
+    return only
 
 
 def pod_of(objects: list[Object]) -> Object:

@@ -20,6 +20,7 @@ MINORS = [version.rpartition(".")[0] for version in validator.utils.all_versions
 # Kinds that Kubernetes itself does not have, and what holds them against a schema.
 NODE_KINDS = {("monitoring.coreos.com/v1", "ServiceMonitor"), ("keda.sh/v1alpha1", "ScaledObject")}
 KSERVE_KINDS = {("serving.kserve.io/v1alpha1", "ServingRuntime"), ("serving.kserve.io/v1beta1", "InferenceService")}
+RAY_KINDS = {("ray.io/v1", "RayCluster")}  # of whose fields nothing here has a schema; its pods are checked
 
 
 def kind_of(each: Object) -> tuple[str, str]:
@@ -41,10 +42,26 @@ def as_pod(objects: list[Object]) -> Object:
     }
 
 
+def ray_pods() -> list[Object]:
+    """The pods of the RayCluster's head and workers, each on its own."""
+    spec = one(loose("kuberay-vllm.yaml"), "RayCluster")["spec"]
+    templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": f"ray-{number}", "namespace": "scalabl", **template["metadata"]},
+            "spec": template["spec"],
+        }
+        for number, template in enumerate(templates)
+    ]
+
+
 @pytest.mark.parametrize("minor", MINORS)
 def test_every_object_is_valid_to_the_field(minor: str) -> None:
-    objects = [each for objects in everything().values() for each in objects] + [as_pod(rendered("kserve"))]
-    known = [each for each in objects if kind_of(each) not in NODE_KINDS | KSERVE_KINDS]
+    objects = [each for objects in everything().values() for each in objects]
+    objects += [as_pod(rendered("kserve")), *ray_pods()]
+    known = [each for each in objects if kind_of(each) not in NODE_KINDS | KSERVE_KINDS | RAY_KINDS]
     different = {json.dumps(each): each for each in known}.values()  # overlays have most of them in common
     for each in different:
         assert validator.validate(each, minor, strict=True) == minor
@@ -55,6 +72,7 @@ def test_every_object_is_valid_to_the_field(minor: str) -> None:
         "HorizontalPodAutoscaler",
         "NetworkPolicy",
         "Secret",
+        "StatefulSet",
     }
 
 
@@ -132,6 +150,7 @@ def test_no_policy_of_trivy_is_broken_and_no_api_is_deprecated(tmp_path: Path) -
         file = tmp_path / f"{name.replace('/', '-').removesuffix('.yaml')}.yaml"
         file.write_text(yaml.safe_dump_all(objects), encoding="utf-8")
     (tmp_path / "kserve-pod.yaml").write_text(yaml.safe_dump(as_pod(rendered("kserve"))), encoding="utf-8")
+    (tmp_path / "ray-pods.yaml").write_text(yaml.safe_dump_all(ray_pods()), encoding="utf-8")
     assert findings(tmp_path, "--k8s-version", f"{MINORS[-1]}.0") == []
 
 

@@ -310,4 +310,6 @@ def test_every_service_is_confined_and_only_this_machine_reaches_it() -> None:
 
 
 def test_the_overlays_of_the_issue_are_there() -> None:
-    assert {path.name for path in (KUBERNETES / "overlays").iterdir()} == {"cpu", "gpu", "high-availability", "keda"}
+    assert {path.name for path in (KUBERNETES / "overlays").iterdir()} == {
+        "cpu", "gpu", "high-availability", "keda", "gateway-vllm",
+    }  # fmt: skip

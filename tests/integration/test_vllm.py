@@ -87,7 +87,7 @@ def test_the_same_queries_through_both_engines(shared: Path, tmp_path: Path) -> 
         pytest.skip("SCALABL_EXAMPLE_BASE is not set; run `make integration-vllm`, which fetches the example's base model")
     adapter = str(ROOT / "examples" / "intent_router" / "adapter")
     rows = (shared / "data" / "clinc10" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:QUERIES]
-    texts = [json.loads(row)["question"] for row in rows]
+    texts = [json.loads(row)["text"] for row in rows]
     common = {"num_samples": 10, "outcomes_url": "none", "model": base, "request_timeout": 1800, "worker_timeout": 3600}
 
     def all_of(server: Served) -> tuple[list[dict[str, Any]], float]:
@@ -97,7 +97,7 @@ def test_the_same_queries_through_both_engines(shared: Path, tmp_path: Path) -> 
         ]
         return found, time.monotonic() - started
 
-    with served(tmp_path, adapter, threads=2, **common) as server:
+    with served(tmp_path, adapter, seconds=900, threads=2, warmup="quick", **common) as server:
         expected, seconds = all_of(server)
     with (
         Vllm(Path(base), tmp_path / "vllm.log").up() as vllm,

@@ -105,3 +105,20 @@ def test_the_counts_are_those_of_the_places_held_and_never_above_the_bounds(step
             pass
         assert queue.inputs == sum(len(tokens) for _, tokens in held) <= 10
         assert queue.tokens == sum(sum(tokens) for _, tokens in held) <= 1000
+
+
+def test_a_request_waits_for_what_goes_before_it_and_not_for_later_priorities() -> None:
+    queue = admission()
+    for _ in range(50):
+        queue.observe_pass(tokens=100, seconds=1.0)
+    places = queue.enter([500], 60, priority=3)
+    queue.running_tokens = 100
+    queue.enter([1], 11, priority=2)
+    with pytest.raises(ProblemError, match=r"takes about 6\.0 s"):
+        queue.enter([1], 11, priority=3)
+    with pytest.raises(ProblemError, match=r"501 tokens .* wait and the queue holds 1000"):
+        queue.enter([500], 60, priority=-10)
+    places[0].resize(5)
+    queue.enter([1], 11, priority=3)
+    places[0].free()
+    assert queue.tokens == 2

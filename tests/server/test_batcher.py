@@ -409,6 +409,18 @@ def test_a_deadline_that_cannot_be_met_ends_the_wait_before_the_pass() -> None:
     assert with_batcher(scenario).firsts == [[1], [3]], "20 tokens at 10 s each: half of that is 100 s"
 
 
+def test_when_nothing_else_waits_a_hopeless_input_is_tried_so_that_one_slow_pass_does_not_stop_all() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        for _ in range(50):
+            admission_of(batcher).observe_pass(tokens=100, seconds=1000.0)
+        for _ in range(98):
+            (hopeless,) = submit(batcher, None, [[2] * 10], draws(), deadline=time.perf_counter() + 30)
+            await hopeless
+        assert admission_of(batcher).expected_wait(20) < 1
+
+    with_batcher(scenario)
+
+
 def test_inputs_that_take_as_many_samples_as_they_need_count_as_what_others_took() -> None:
     rule = Rule(most=64)
     job = AutoJob(draws(64), rule, num_choices=2)

@@ -10,7 +10,7 @@ import pytest
 
 SERVER = Path(__file__).parents[2] / "server"
 ENGINES = {"transformers_engine", "vllm_engine"}
-PARTS = {"vllm_client", "vllm_pool"}  # of an engine, for itself alone
+PARTS = {"vllm_client", "vllm_examination", "vllm_pool"}  # of an engine, for itself alone
 # The commands that work on an adapter without a server have the model to themselves.
 COMMANDS = {"cli", "converting", "measuring"}
 INTERNALS = (

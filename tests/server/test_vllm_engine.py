@@ -279,6 +279,28 @@ def test_an_adapter_loaded_at_run_time_is_loaded_by_the_servers(
     assert len(server.models) < held
 
 
+def test_what_waits_while_its_adapter_is_unloaded_is_told_so_and_no_server_is_blamed(
+    start: Callable[..., TestClient], server: LoraServer, folders: Path
+) -> None:
+    client = start(server, enable_adapter_loading=True, adapter_root=folders, target_batch_tokens=1)
+    assert client.post("/v1/load_lora_adapter", json={"lora_name": "more", "lora_path": "letters"}).status_code == 200
+    question = {"inputs": "why", "choices": ["red", "green"], "adapter": "more"}
+    server.calls.clear()
+    server.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(ask, client, **question) for _ in range(3)]
+        wait_until(lambda: bool(server.calls))
+        unloading = pool.submit(client.post, "/v1/unload_lora_adapter", json={"lora_name": "more"})
+        wait_until(lambda: client.get("/info").json()["adapters"][-1]["name"] != "more")
+        server.gate.set()
+        assert unloading.result().status_code == 200
+        for each in waiting:
+            if each.result().status_code != 200:
+                refused(each.result(), 404, "unknown-adapter")
+    assert metric(client, "scalabl_engine_ready") == 1
+    assert len(predictions(client, inputs="rose")) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
