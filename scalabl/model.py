@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,14 +16,13 @@ from kernels.launch import WARM_UP_ROWS
 from scalabl.attachment import Attachment, Host
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
-from scalabl.int8 import rounds_activations
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
-from scalabl.packing import Packing, may_pack, packed
+from scalabl.packing import Packing, packed
 from scalabl.past import Past, arguments
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+from scalabl.probing import find_shared_work
 from scalabl.trunk import FanOut, Trunk
 
-PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of an architecture's own code
 GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
 
 
@@ -196,92 +195,9 @@ class ScalaBLModel(nn.Module):
         mean, log_std = self.posterior()
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
 
-    @torch.no_grad()
     def find_shared_work(self) -> None:
-        """Find out by passes, so that it holds for any architecture, what all samples of an input have in common.
-
-        * The trunk and the last block's MLP (`trunk.Trunk`): whether rows that fan out only after the one, and are cut to
-          the position that is read before the other, get the numbers that they get without.
-        * Padding (`packing`): whether rows that lie end to end get the numbers that padded ones get. On a CPU only, where
-          attention for one length after the other costs less than padding does.
-        * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
-          same tensor (q, k and v of one attention). They multiply each input once.
-        """
-        trunk = self.trunk
-        if trunk.blocks:
-            trunk.learn(lambda count: self.run_rows(*self._probe_inputs(count), None))
-        expected = self._probe(fans_out=False, trims=False)
-        trunk.verified = trunk.possible and self._agrees(expected, fans_out=True, trims=False)
-        trunk.trims = bool(trunk.blocks) and self._agrees(expected, fans_out=trunk.verified, trims=True)
-        self.packs = trunk.verified and may_pack(self.base) and self._packs_alike(expected)
-        calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
-
-        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _, arguments: calls.append((name, arguments[0], arguments[0]._version))
-
-        hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in self.adapted.items()]
-        try:
-            length = torch.ones(1, dtype=torch.int64, device=self.device)
-            self.run_rows(torch.zeros(1, 1, dtype=torch.int64, device=self.device), length, None)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        _, first, version = calls[0]
-        for name, layer in self.adapted.items():
-            layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
-
-    def _packs_alike(self, expected: list[Tensor]) -> bool:
-        """Whether passes without padding are possible and get the numbers of those with it."""
-
-        def run(count: int) -> int:
-            ids, lengths = self._probe_inputs(count)
-            packing = Packing.of(lengths, [1] * count)
-            s = self.sample(torch.zeros(1, self.num_stochastic_parameters))
-            self.run_rows(ids, lengths, RowSamples(s, torch.zeros_like(lengths), packing=packing))
-            return packing.rows.tokens
-
-        try:
-            if self.trunk.blocks:
-                self.trunk.learn_packed(run)
-        except PROBE_ERRORS:
-            return False
-        return self._agrees(expected, fans_out=True, trims=self.trunk.trims, packs=True)
-
-    def _probe(self, *, fans_out: bool, trims: bool, packs: bool = False) -> list[Tensor]:
-        """Logits of a few inputs under two samples, with and without the trunk, the trimming and padding."""
-        generator = torch.Generator().manual_seed(0)
-        kept = self.trunk.verified, self.trunk.trims
-        found = []
-        try:
-            self.trunk.verified, self.trunk.trims = fans_out, trims
-            for count in (1, 2, 3):
-                ids, lengths = self._probe_inputs(count)
-                s = self.sample(torch.randn(2, self.num_stochastic_parameters, generator=generator))
-                rows = torch.arange(2 * count, device=self.device)
-                packing = Packing.of(lengths, [2] * count) if packs else None
-                found.append(self.run_rows(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2, packing)))
-        finally:
-            self.trunk.verified, self.trunk.trims = kept
-        return found
-
-    def _probe_inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """(ids [B, 5], lengths [B], ascending): random, for a check of shapes and numbers."""
-        vocabulary = self.base.get_input_embeddings().num_embeddings
-        ids = torch.randint(vocabulary, (count, 5), generator=torch.Generator().manual_seed(count))
-        return ids.to(self.device), torch.arange(6 - count, 6, device=self.device)
-
-    def _agrees(self, expected: list[Tensor], *, fans_out: bool, trims: bool, packs: bool = False) -> bool:
-        try:
-            found = self._probe(fans_out=fans_out, trims=trims, packs=packs)
-        except PROBE_ERRORS:
-            return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
-        # A difference in the last bit can take an activation over the edge between two of its 256 values.
-        exact = self.base.dtype == torch.float32 and not rounds_activations(self.base)
-        tolerance = 1e-4 if exact else 2e-2
-        return all(
-            one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
-            for one, other in zip(found, expected, strict=True)
-        )
+        """Find out what need not be computed for every sample, or at all; see `probing.find_shared_work`."""
+        find_shared_work(self)
 
     def warm_up(self) -> None:
         """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""

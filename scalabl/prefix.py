@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from scalabl.model import PROBE_ERRORS, ScalaBLModel, TokenBatch
+from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.past import Past, Prefix
 from scalabl.posterior import Draws
+from scalabl.probing import PROBE_ERRORS, are_alike
 
 SHORT = 12  # tokens of a probe
 LONGEST_WINDOW = 64  # of attention, that a probe reaches beyond
@@ -92,11 +93,7 @@ def _is_exact(model: ScalaBLModel, length: int) -> bool:
         ]
     except PROBE_ERRORS:
         return False  # it keeps something else, or in another form
-    tolerance = 1e-4 if model.base.dtype == torch.float32 else 2e-2
-    return all(
-        one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
-        for one, other in zip(found, expected, strict=True)
-    )
+    return are_alike(model.base, found, expected)
 
 
 def _window(base: PreTrainedModel) -> int:
