@@ -6,9 +6,10 @@ them in the trunk), spreads it over the rows of a pass a block at a time, and ho
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class Past(Cache):  # type: ignore[misc]  # transformers does not type this modu
         self.order: Sequence[Draws] = ()
         self._sample: Tensor | None = None
         self._packed = False
-        self._blocks = [_Block(self, place) for place in range(blocks)]
+        own = cast(Past, weakref.proxy(self))  # no cycle, so that what it holds goes with it
+        self._blocks = [_Block(own, place) for place in range(blocks)]
         super().__init__(layers=list(self._blocks))
 
     def begin(self, sample: Tensor | None, *, packed: bool) -> None:

@@ -85,6 +85,18 @@ def test_multiple_choice_letters_the_choices() -> None:
     assert [_decode([token]) for token in prompter.choice_tokens] == ["A", "B", "C", "D"]
 
 
+def test_the_opening_is_what_the_template_puts_before_every_input() -> None:
+    def opening(task: Task, *, chat: bool = False) -> str:
+        return _decode(Prompter(task, tiny.tokenizer(chat=chat)).opening())
+
+    assert opening(tiny.CLASSIFICATION) == ""
+    named = tiny.CLASSIFICATION.model_copy(update={"template": "Which colour? {input}\nLabel:"})
+    assert opening(named) == "Which colour? "
+    assert opening(named.model_copy(update={"chat": True}), chat=True) == "[user]Which colour? "
+    before = tiny.MULTIPLE_CHOICE.model_copy(update={"template": "Of these:\n{choices}\n{input}"})
+    assert opening(before) == "Of these:\nA) "
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
