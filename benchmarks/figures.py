@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from matplotlib.figure import Figure
 
 def save_figures(results: dict[str, Any], folder: Path) -> list[Path]:
     """One PNG for each part that was measured."""
-    drawn = {"brute": _brute, "trunk": _trunk, "memory": _memory, "load": _load}
+    drawn = {
+        "brute": _brute,
+        "trunk": partial(_ratios, without="the shared trunk"),
+        "prefix": partial(_ratios, without="the prefix cache"),
+        "memory": _memory,
+        "load": _load,
+    }
     saved = []
     for part, draw in drawn.items():
         if rows := results.get(part):
@@ -40,8 +47,8 @@ def _brute(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _trunk(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Speed with the shared trunk over that without it, with the range over rounds."""
+def _ratios(rows: Sequence[dict[str, Any]], *, without: str) -> Figure:
+    """Speed with something over that without it, with the range over rounds."""
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.subplots()
     for kind in dict.fromkeys(row["prompts"] for row in rows):
@@ -52,7 +59,7 @@ def _trunk(rows: Sequence[dict[str, Any]]) -> Figure:
         counts = [row["num_samples"] for row in of_kind]
         axes.errorbar(counts, middle, yerr=[below, above], fmt="o-", capsize=3, label=f"{kind} prompts")
     axes.axhline(1, color="tab:grey", linewidth=1)
-    axes.set(xscale="log", xlabel="posterior samples K", ylabel="times as fast as without the shared trunk")
+    axes.set(xscale="log", xlabel="posterior samples K", ylabel=f"times as fast as without {without}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure

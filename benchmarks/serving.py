@@ -1,6 +1,6 @@
 """K samples by what one would do otherwise and by ours, feature by feature: time, share of the matrix peak, memory.
 
-python -m benchmarks.serving --model <folder> [--only brute,trunk,memory,load] [--prompts medium] [--samples 10] [--rounds 5]
+python -m benchmarks.serving --model <folder> [--only brute,trunk,prefix,…] [--prompts medium] [--samples 10] [--rounds 5]
 
 Every table is of one run in which the methods take turns; its ratios are of times within a round, and their median. All
 methods are first seen to give the same probabilities. Runs on the device that `load_pretrained` chooses; made for a CPU.
@@ -10,6 +10,7 @@ Without --adapter it is a fresh one of rank 8 on every q_proj and v_proj and on 
 * `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it;
   last the base model in 8 bits, whose answers are others: by how much is said.
 * `trunk`: the adapter cut to the last third of the blocks, with and without the shared trunk.
+* `prefix`: prompts of which 80% are alike, with and without the prefix cache.
 * `memory`: what a pass takes beyond what the process holds, each in a process of its own.
 * `load`: a real server under load (`benchmarks.load`).
 """
@@ -37,6 +38,7 @@ from benchmarks.figures import save_figures
 from benchmarks.lower_precision import Int8
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
+from benchmarks.prefix import prefix
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
@@ -45,7 +47,7 @@ from scalabl.prompt import Prompter
 from scalabl.quantization import QuantizationChange
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
-PARTS = ("brute", "trunk", "memory", "load")
+PARTS = ("brute", "trunk", "prefix", "memory", "load")
 LENGTHS = {"short": (10, 20), "medium": (50, 90), "long": (220, 380)}  # tokens of the shortest and the longest input
 SAME = 1e-4  # how far probabilities of two methods may be apart
 
@@ -83,7 +85,8 @@ def main() -> None:
     report = Report(options)
     with tempfile.TemporaryDirectory() as scratch:
         options.adapter = options.adapter or fresh_adapter(options.model, Path(scratch))
-        for part, measure in (("brute", brute), ("trunk", trunk), ("memory", memory), ("load", load.load)):
+        measures = {"brute": brute, "trunk": trunk, "prefix": prefix, "memory": memory, "load": load.load}
+        for part, measure in measures.items():
             if part in parts:
                 report.results[part] = measure(options, report.line)
     report.save()
