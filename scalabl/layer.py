@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels import subspace_projection
 from scalabl.packing import Packing
+from scalabl.placement import device_of
 
 
 @dataclass
@@ -77,8 +78,7 @@ class SubspaceLinear(nn.Module):
         self.rank, self.scaling = rank, scaling
         self._columns, self._context = columns, context
         self.shared_input = False
-        weight = next(base.parameters(), None)
-        device = weight.device if weight is not None else torch.device("cpu")
+        device = device_of(base)
         self.lora_A = nn.Parameter(torch.empty(rank, self.d_in, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.d_out, rank, device=device))
         self.s_mean = nn.Parameter(torch.empty(rank, device=device))
@@ -127,11 +127,11 @@ class SubspaceLinear(nn.Module):
     def _project(self, y: Tensor, x: Tensor, s: Tensor, sample: Tensor) -> Tensor:
         return subspace_projection(
             y,
-            x.to(y.dtype),
+            x.to(y),  # on another device, where a device map parts the layer from the one before
             self.lora_A.to(y.dtype),
             self.lora_B.to(y.dtype),
-            s[:, self._columns],
-            sample,
+            s[:, self._columns].to(y.device),
+            sample.to(y.device),
             self.scaling,
             inplace=not torch.is_grad_enabled(),
         )
@@ -152,6 +152,7 @@ class ChoiceHead(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self._device = device_of(inner)
         self.last: Tensor | None = None  # [B or M] int64: the position to read of each row, set before each pass
         self.inputs: Tensor | None = None  # [M] int64: where rows fan out only here
         self.packed = False  # one row holds the tokens of all
@@ -163,8 +164,8 @@ class ChoiceHead(nn.Module):
         last = self.last.to(hidden.device)
         picked = hidden[0, last] if self.packed else hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         if self.inputs is not None:
-            picked = picked[self.inputs]
-        logits: Tensor = self.inner(picked)
+            picked = picked[self.inputs.to(picked.device)]
+        logits: Tensor = self.inner(picked.to(self._device))
         return logits.unsqueeze(1)
 
 

@@ -19,6 +19,7 @@ from scalabl.errors import AdapterError
 from scalabl.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
 from scalabl.packing import Packing, packed
 from scalabl.past import Past, arguments
+from scalabl.placement import device_of, weights_of
 from scalabl.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
 from scalabl.probing import find_shared_work
 from scalabl.trunk import FanOut, Trunk
@@ -119,7 +120,8 @@ class ScalaBLModel(nn.Module):
             raise AdapterError(f"{type(base).__name__} has no output head; a causal language model is needed")
         names = _select(host, config, type(base).__name__)
         try:
-            cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
+            with weights_of(host.head):
+                cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
         for name in names:
@@ -156,8 +158,8 @@ class ScalaBLModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.base.device
-        return device
+        """Where a pass begins, and what the method itself computes."""
+        return device_of(self.base.get_input_embeddings())
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Everything trainable, named as in the adapter file: `<module>.lora_A` and so on."""
@@ -175,8 +177,7 @@ class ScalaBLModel(nn.Module):
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
-        layers = list(self.adapted.values())
-        device = layers[0].s_mean.device
+        layers, device = list(self.adapted.values()), self.device
         return (
             torch.cat([layer.s_mean.to(device) for layer in layers]),
             torch.cat([layer.s_log_std.to(device) for layer in layers]),
@@ -250,7 +251,7 @@ class ScalaBLModel(nn.Module):
             places = {} if packing is None else form.enter_context(packed(self.base, packing, past))
             output = self.base(input_ids=input_ids, **arguments(past), **places)
         logits: Tensor = output.logits[:, 0].float()
-        return logits
+        return logits.to(self.device)
 
     @torch.inference_mode()
     def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from scalabl.past import Past
+from scalabl.placement import is_divided
 
 NAME = "scalabl_packed"
 INNER = "sdpa"  # what a model must use by itself
@@ -150,7 +151,7 @@ AttentionMaskInterface.register(NAME, _masks)
 
 def may_pack(base: PreTrainedModel) -> bool:
     """Whether to try: where a call costs little beside padding, and attention is of the form that is replaced."""
-    return base.device.type == "cpu" and bool(base.config._attn_implementation == INNER)
+    return not is_divided(base) and base.device.type == "cpu" and bool(base.config._attn_implementation == INNER)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from transformers import (
 from scalabl.config import Quantization
 from scalabl.errors import BaseModelError
 from scalabl.int8 import to_int8
+from scalabl.placement import device_of, left_out, read_device_map
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +37,11 @@ class Pretrained:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int  # the longest prompt that the model was made for
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pass begins; the whole model is there unless a device map divides it."""
+        return device_of(self.model.get_input_embeddings())
 
 
 def resolve_device(device: str) -> torch.device:
@@ -94,6 +100,7 @@ def load_pretrained(
     gguf_file: str | None = None,
     allow_pickle: bool = False,
     quantization: Quantization | None = None,
+    device_map: str | None = None,
 ) -> Pretrained:
     """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
 
@@ -101,6 +108,7 @@ def load_pretrained(
         gguf_file: a file of the model; its weights are de-quantised to `dtype`.
         allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
         quantization: of the linear layers' weights but the head's: int8 on a CPU, or bitsandbytes', made for GPUs.
+        device_map: how the model is divided over devices, in place of `device`; see `placement.read_device_map`.
 
     Raises:
         BaseModelError: the name leads nowhere, is not a causal language model, has no safetensors weights, or cannot be
@@ -108,8 +116,14 @@ def load_pretrained(
     """
     where = resolve_device(device)
     weights: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "use_safetensors": None if allow_pickle else True}
+    if device_map is not None:
+        weights["device_map"] = read_device_map(device_map)
     if quantization in ("bnb-8bit", "bnb-4bit"):
-        weights |= {"quantization_config": _bitsandbytes(quantization, weights["dtype"]), "device_map": {"": where}}
+        weights = {
+            "device_map": {"": where},
+            "quantization_config": _bitsandbytes(quantization, weights["dtype"]),
+            **weights,
+        }
     with _load_errors(name):
         source = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
         config = AutoConfig.from_pretrained(name, **source)
@@ -117,6 +131,8 @@ def load_pretrained(
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers and a warning
         raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
+    if isinstance(parts := weights.get("device_map"), dict) and (left := left_out(model, parts)):
+        raise BaseModelError(f"device map {device_map!r} says nothing of {left!r}; name it, or a module that holds it")
     if "device_map" not in weights:
         model.to(where)
     model.requires_grad_(False).eval()

@@ -191,13 +191,19 @@ class Trunk:
     def skipped(self) -> Iterator[None]:
         """The blocks of the trunk pass on what they are given: for a pass that starts from its states."""
         skipped = self.blocks[: self.depth]
+        own = [
+            block.__dict__.get("forward") for block in skipped
+        ]  # of a block whose forward was wrapped before, as by accelerate
         for block in skipped:
             block.forward = _pass_on
         try:
             yield
         finally:
-            for block in skipped:
-                del block.forward
+            for block, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

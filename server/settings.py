@@ -35,6 +35,11 @@ class ServeSettings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on (0: any free one).")
     device: str = Field(default="auto", description="cpu, cuda, cuda:1, … (auto: a GPU when there is one).")
+    device_map: str | None = Field(
+        default=None,
+        description="Divide the base model over devices: auto, balanced, balanced_low_0, sequential, or a JSON file of "
+        "module names and devices (a number, a name, disk); in place of the device.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Weights and activations (auto: bfloat16 on a GPU that has it, else float32)."
     )
@@ -214,6 +219,12 @@ class ServeSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _one_flag_says_where(self) -> Self:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("--device-map says where the base model goes; leave --device out")
+        return self
+
+    @model_validator(mode="after")
     def _probes_have_a_use(self) -> Self:
         if self.probe_file is not None and self.quantization is None:
             raise ValueError("--probe-file is for --quantization, which is not set")
@@ -231,6 +242,8 @@ class ServeSettings(BaseSettings):
             raise ValueError("--engine vllm and --engine-url go together: give both, or neither")
         if self.engine == "vllm" and self.quantization is not None:
             raise ValueError("--quantization is the engine's own with --engine vllm; give it to the vLLM servers")
+        if self.engine == "vllm" and self.device_map is not None:
+            raise ValueError("--device-map is for the engine transformers; vLLM divides a model by flags of its own servers")
         for url in self.engine_urls:
             if not re.match(r"https?://[^/\s]", url):
                 raise ValueError(f"--engine-url: {url!r} is no URL; write http://host:port, comma-separated")

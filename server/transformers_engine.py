@@ -130,7 +130,7 @@ class TransformersEngine(Engine):
 
     def budget(self) -> int:
         """The tokens that a pass should have, by a flag or by measuring passes of the default adapter."""
-        settings, device, most = self.settings, self.pretrained.model.device, self.settings.max_batch_tokens
+        settings, device, most = self.settings, self.pretrained.device, self.settings.max_batch_tokens
         if settings.target_batch_tokens is not None:
             return min(settings.target_batch_tokens, most)
         if settings.warmup == "quick":
@@ -149,7 +149,7 @@ class TransformersEngine(Engine):
     @contextmanager
     def _room_for_prefixes(self) -> Iterator[None]:
         """Holds a GPU's memory that kept prefixes may take later."""
-        device = self.pretrained.model.device
+        device = self.pretrained.device
         room = torch.empty(0 if device.type == "cpu" else self.prefixes.limit, dtype=torch.uint8, device=device)
         yield
         del room
@@ -168,7 +168,7 @@ class TransformersEngine(Engine):
         """
         served, settings = self.adapter(None), self.settings
         shapes = [(1, settings.num_samples, min(16, self.max_input_tokens))]  # inputs, samples, length
-        full = settings.warmup == "full" or (settings.warmup == "auto" and self.pretrained.model.device.type != "cpu")
+        full = settings.warmup == "full" or (settings.warmup == "auto" and self.pretrained.device.type != "cpu")
         if full:
             longest = min(self.max_input_tokens, settings.max_batch_tokens)
             for tokens, length in ((self.target_batch_tokens, min(16, longest)), (settings.max_batch_tokens, longest)):
@@ -211,7 +211,7 @@ def load(settings: ServeSettings) -> Engine:
         model_name=Path(name).name if Path(name).is_dir() else name,
         architecture=type(pretrained.model).__name__,
         dtype=str(pretrained.model.dtype).removeprefix("torch."),
-        device=str(pretrained.model.device),
+        device=str(pretrained.device),
         max_input_tokens=limit,
         target_batch_tokens=settings.max_batch_tokens,  # until it is measured
         prefixes=PrefixStore(settings.prefix_cache_bytes),
@@ -252,6 +252,7 @@ def _load_base(settings: ServeSettings, name: str, folders: dict[str, Path]) -> 
         trust_remote_code=settings.trust_remote_code,
         gguf_file=settings.gguf_file,
         allow_pickle=settings.allow_pickle,
+        device_map=settings.device_map,
     )
     if settings.quantization is None:
         return load_as(), {}

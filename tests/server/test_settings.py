@@ -106,3 +106,10 @@ def test_a_command_is_made_of_a_model_and_a_function() -> None:
     assert runner.invoke(application, [], env={"KITCHEN_NAME": "Ann"}).exit_code == 0
     assert seen == [(Kitchen(eggs=3), "hard"), (Kitchen(name="Ann"), "soft")]
     assert runner.invoke(application, ["--eggs", "0"]).exit_code == 2
+
+
+def test_a_device_and_a_device_map_are_one_too_many() -> None:
+    with pytest.raises(ValidationError, match="--device-map says where the base model goes; leave --device out"):
+        ServeSettings(adapter=Path("x"), device="cpu", device_map="auto")
+    with pytest.raises(ValidationError, match="--device-map is for the engine transformers"):
+        ServeSettings(adapter=Path("x"), engine="vllm", engine_url="http://x", device_map="auto")
