@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype)
         block = BLOCK_ROWS * torch.get_num_threads()
-        for some, result in zip(rows.split(block), y.split(block), strict=True):
+        for some, result in zip(torch.split(rows, block), torch.split(y, block), strict=True):
             narrow = some * self.narrowing
             scale = narrow.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 127).div_(127)
             signed = narrow.div_(scale).round_().to(torch.int8)
