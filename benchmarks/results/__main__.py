@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the base model's folder (examples.intent_router.base_model)")
     parser.add_argument("--data", type=Path, required=True, help="the folder with clinc10/ and clinc_oos/")
     parser.add_argument("--folder", type=Path, required=True, help="what has finished is kept here")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="only runs of these, so that processes can share a study (default: all)"
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -37,7 +40,8 @@ def main() -> None:
     for part, runs in (("peers", peer_runs()), ("sweep", sweep_runs()), ("ours", our_runs())):
         if part in parts:
             for run in runs:
-                _run(study, run)
+                if options.seeds is None or run.seed in options.seeds:
+                    _run(study, run)
     if "peers" in parts:
         for rows in ("train", "few"):
             keep_ensemble(study, rows)
