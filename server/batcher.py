@@ -31,6 +31,7 @@ logger = logging.getLogger("scalabl")
 
 RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Job]], list[Result]]
 
+LATE = "the answer would come after the request's deadline; send fewer inputs or samples, or try again later"
 BROKEN = "what feeds the model has ended; the server must be restarted"
 
 
@@ -299,7 +300,7 @@ class Batcher(Generic[Target]):
             queued.place.free()
             self._metrics.stage("queue", now - queued.queued_at)
         for queued in late:
-            _refuse(queued, TimeoutError())
+            _refuse(queued, ProblemError("deadline-exceeded", LATE))
         self._admission.running_tokens = sum(queued.tokens for queued in batch)
         if gap is not None:
             self._metrics.pass_gap.observe(gap)

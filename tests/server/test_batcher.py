@@ -402,8 +402,9 @@ def test_a_deadline_that_cannot_be_met_ends_the_wait_before_the_pass() -> None:
         (tight,) = submit(batcher, None, [[3] * 10], draws(), deadline=time.perf_counter() + 150)
         passes.gate.set()
         await tight
-        with pytest.raises(TimeoutError):
+        with pytest.raises(ProblemError, match="would come after the request's deadline") as caught:
             await hopeless
+        assert caught.value.slug == "deadline-exceeded"
         assert admission_of(batcher).inputs == 0
 
     assert with_batcher(scenario).firsts == [[1], [3]], "20 tokens at 10 s each: half of that is 100 s"
