@@ -16,6 +16,7 @@ from tests.deploy.manifests import KUBERNETES, OVERLAYS, ROOT, SERVERS, environm
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").partition("## In Kubernetes\n")[2].partition("\n## ")[0]
 SECTION = README.partition("## Deployment\n")[2].partition("\n## ")[0]
 
 
@@ -26,7 +27,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-COMMANDS = commands(SECTION) + commands(PAGE)
+COMMANDS = commands(SECTION) + commands(PAGE) + commands(SCALING)
 
 
 def after(words: list[str], *options: str) -> list[str]:
