@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ratios import ratio, shown
 from scalabl.adapter_io import load_adapter
 from scalabl.prefix_cache import PrefixCache, PrefixStore
 from scalabl.pretrained import load_pretrained
@@ -46,13 +47,11 @@ def prefix(options: argparse.Namespace, line: Callable[[str], None]) -> list[dic
                     probabilities.append({index: logits[index].softmax(-1) for index in prompts})
                 one, other = probabilities
                 apart = max(apart, *(float((one[index] - other[index]).abs().max()) for index in prompts))
-            ratios = [slow / fast for slow, fast in zip(seconds["without"], seconds["with"], strict=True)][1:]
-            row = {"prompts": kind, "num_samples": count, "tokens": TOKENS[kind], "bytes": cache.store.bytes}
-            row["ratio"] = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+            row: dict[str, Any] = {"prompts": kind, "num_samples": count, "tokens": TOKENS[kind], "bytes": cache.store.bytes}
+            row["ratio"] = ratio(seconds["without"][1:], seconds["with"][1:])
             found.append(row | {"limit_bytes": LIMIT, "largest_difference": apart, "seconds": seconds})
             times = [statistics.median(seconds[name][1:]) / options.inputs for name in seconds]
-            shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            cells = f"{TOKENS[kind]:>6}{count:>5}{times[0]:>20.3f}{times[1]:>9.3f}{shown:>20}{apart:>22.0e}"
+            cells = f"{TOKENS[kind]:>6}{count:>5}{times[0]:>20.3f}{times[1]:>9.3f}{shown(row['ratio']):>20}{apart:>22.0e}"
             line(f"{cells}{cache.store.bytes / 1e6:>9.0f}")
     return found
 

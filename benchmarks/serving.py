@@ -39,6 +39,7 @@ from benchmarks.lower_precision import Int8
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
 from benchmarks.prefix import prefix
+from benchmarks.ratios import ratio, shown
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
@@ -184,12 +185,6 @@ def in_turns(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return seconds
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times as long the one took as the other: the median over rounds, and the range."""
-    each = [one / other for one, other in zip(slow, fast, strict=True)]
-    return {"median": statistics.median(each), "lowest": min(each), "highest": max(each)}
-
-
 def brute(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every length and number of samples: seconds for each input, and ratios to the loop and to PEFT."""
     pretrained = load_pretrained(options.model)
@@ -277,14 +272,10 @@ def _print_brute(result: dict[str, Any], line: Callable[[str], None]) -> None:
     )
     line(f"{'method':<26}{'s / input':>11}{'x loop':>22}{'x PEFT':>22}{'x padded batch':>22}")
     for name, row in result["methods"].items():
-        cells = [_ratio(row[key]) if key in row else "" for key in ("over_loop", "over_peft", "over_rows")]
+        cells = [shown(row[key]) if key in row else "" for key in ("over_loop", "over_peft", "over_rows")]
         line(f"{name:<26}{row['seconds_per_input']:>11.3f}" + "".join(f"{cell:>22}" for cell in cells))
     change = QuantizationChange(**result["int8_change"])
-    line(f"int8 is {_ratio(result['int8_over_float32'])} times as fast as the row before it; {change}")
-
-
-def _ratio(found: dict[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['lowest']:.2f}-{found['highest']:.2f})"
+    line(f"int8 is {shown(result['int8_over_float32'])} times as fast as the row before it; {change}")
 
 
 def trunk(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -311,7 +302,7 @@ def trunk(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict
             row["ratio"] = ratio(seconds["without"], seconds["with"])
             found.append(row)
             each = [statistics.median(seconds[name]) / len(sequences) for name in passes]
-            line(f"{kind:<10}{count:>4}{each[0]:>20.3f}{each[1]:>9.3f}{_ratio(row['ratio']):>22}{apart:>23.0e}")
+            line(f"{kind:<10}{count:>4}{each[0]:>20.3f}{each[1]:>9.3f}{shown(row['ratio']):>22}{apart:>23.0e}")
     return found
 
 

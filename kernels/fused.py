@@ -67,7 +67,7 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
 
 
 # Numbers that change from batch to batch must not make Triton compile another kernel.
-@triton.jit(do_not_specialize=["num_rows", "tokens", "fan_out", "blocks"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "tokens", "fan_out", "blocks"])  # type: ignore[untyped-decorator]  # as above
 def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     y, x, lora_a, lora_b, s, sample, adapter,
     scaling,

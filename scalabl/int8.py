@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+            return _StraightProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply
         return self.multiply(x)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ def to_int8(model: PreTrainedModel) -> int:
     Raises:
         BaseModelError: the processor has no such products, or the model reads its layers' weights itself.
     """
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
     if platform.machine().lower() not in ("x86_64", "amd64") or not has_onednn:
         raise BaseModelError("quantization int8 needs an x86 processor and a torch with oneDNN; leave --quantization out")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):

@@ -149,7 +149,12 @@ def linearized_predictive(
 def relative_spread(model: ScalaBLModel) -> float:
     """Median tau sigma / |mu| over all scalars: the linearisation is trustworthy where it is well below `SPREAD_LIMIT`."""
     mean, log_std = (tensor.detach() for tensor in model.posterior())
-    return model.config.posterior_scale * float((log_std.exp() / mean.abs().clamp_min(1e-12)).median())
+    return spread_of(mean, log_std, model.config.posterior_scale)
+
+
+def spread_of(mean: Tensor, log_std: Tensor, posterior_scale: float) -> float:
+    """As `relative_spread`, of the posterior's numbers alone: [P] each."""
+    return posterior_scale * float((log_std.exp() / mean.abs().clamp_min(1e-12)).median())
 
 
 def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature: float = 1.0) -> Predictive:

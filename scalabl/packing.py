@@ -2,7 +2,7 @@
 
 Every other layer of a decoder treats each token by itself. Attention is the model's own, over rows of one length at a time.
 transformers lets an attention function and the masks that go with it be registered by name; a packed pass runs under that
-name. Whether an architecture takes both is found out by `ScalaBLModel.find_shared_work`.
+name. Whether an architecture takes both is found out by `probing`.
 """
 
 from __future__ import annotations

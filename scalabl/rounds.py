@@ -48,8 +48,7 @@ class Rounds:
         keeps_trunk: bool,
     ) -> None:
         self._model, self._sequences, self._cache = model, sequences, cache
-        trunk = model.trunk
-        self._keeps_trunk = keeps_trunk and trunk.verified and bool(trunk.blocks) and trunk.depth > 0
+        self._keeps_trunk = keeps_trunk and model.trunk.has_states
         if cache is None:
             self._parts = [_Part(list(sequences), 0, {})]
         else:

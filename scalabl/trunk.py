@@ -88,6 +88,11 @@ class Trunk:
         self._fan_out = fan_out
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def has_states(self) -> bool:
+        """Whether what it gives can be kept, and a pass begin after it."""
+        return self.verified and bool(self.blocks) and self.depth > 0
+
     def attach(self) -> None:
         """Put the hooks in."""
         for index, block in enumerate(self.blocks[self.depth :]):

@@ -15,7 +15,7 @@ class TrunkCache:
     """States [T, D] of every row of a data set, in the base model's dtype, on the CPU.
 
     Args:
-        model: with `trunk.verified` and at least one block in its trunk.
+        model: whose trunk `has_states`.
     """
 
     def __init__(self, model: ScalaBLModel, encoded: EncodedSet) -> None:
@@ -38,7 +38,7 @@ class TrunkCache:
 
 def trunk_cache(model: ScalaBLModel, encoded: EncodedSet, limit_gib: float) -> TrunkCache | None:
     """The cache of a data set; None where there is no trunk to skip, or its states would take more than the limit."""
-    if not (model.trunk.verified and model.trunk.blocks and model.trunk.depth):
+    if not model.trunk.has_states:
         return None
     width = model.base.get_input_embeddings().weight.shape[1]
     size = sum(map(len, encoded.sequences)) * width * torch.finfo(model.base.dtype).bits / 8

@@ -80,14 +80,18 @@ def convert_peft_command(
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 
 
+ExportedAdapter = Annotated[Path, typer.Option(help="The adapter directory.")]
+ShapesOf = Annotated[
+    str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
+]
+
+
 @export.command("peft")
 def export_peft_command(
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+    adapter: ExportedAdapter,
     output: Annotated[Path, typer.Option(help="The folder to make, with one LoRA directory for each sample.")],
     num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples, each its own LoRA.")] = 8,
-    model: Annotated[
-        str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
-    ] = None,
+    model: ShapesOf = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn.")] = DEFAULT_SCHEME,
 ) -> None:
@@ -104,12 +108,10 @@ def export_peft_command(
 
 @export.command("vllm")
 def export_vllm_command(
-    adapter: Annotated[Path, typer.Option(help="The adapter directory.")],
+    adapter: ExportedAdapter,
     output: Annotated[Path, typer.Option(help="The folder of LoRAs to add to; vLLM must read it under the same path.")],
     num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples: the server's --max-samples.")] = 16,
-    model: Annotated[
-        str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
-    ] = None,
+    model: ShapesOf = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: the server's --seed.")] = 0,
     draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn: the server's --draw-scheme.")] = DEFAULT_SCHEME,
 ) -> None:

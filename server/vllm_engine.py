@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from scalabl.adapter_io import read_config
 from scalabl.errors import AdapterError
+from scalabl.linearized import spread_of
 from scalabl.posterior import Draws
 from scalabl.pretrained import load_skeleton, longest_prompt
 from scalabl.prompt import Prompter
@@ -87,10 +88,10 @@ class VllmEngine(Engine):
         samples = loras.loras
         prompter = Prompter(samples.config.task, self.tokenizer)
         prompter.check_tokenizer(samples.config.base_model_name_or_path)
-        spreads = [
-            (samples.weights[f"{module}.s_log_std"].exp() / samples.weights[f"{module}.s_mean"].abs().clamp_min(1e-12))
-            for module in samples.modules
-        ]
+        mean, log_std = (
+            torch.cat([samples.weights[f"{module}.{kind}"] for module in samples.modules])
+            for kind in ("s_mean", "s_log_std")
+        )
         served = RemoteAdapter(
             name=name,
             config=samples.config,
@@ -99,7 +100,7 @@ class VllmEngine(Engine):
             adapted_layers=len(samples.modules),
             stochastic_parameters=samples.draws.epsilon.shape[1],
             additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
-            relative_spread=samples.config.posterior_scale * float(torch.cat(spreads).median()),
+            relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
             examined=Examined(loras),
             rows={row.numpy().tobytes(): each for row, each in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
