@@ -141,10 +141,14 @@ def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> in
         )
     else:
         points = measure_rates(run, first, most)
-        tokens = min(most, knee(points))
+        # One point of several has no knee: the machine was too busy for a second pass.
+        cut_short = len(points) == 1 and len(ladder(first, most)) > 1
+        tokens = min(most, max(first, UNMEASURED_CPU_TOKENS) if cut_short else knee(points))
         rates = ", ".join(f"{point.tokens}: {point.rate:.0f}" for point in points)
         found = (
             f"passes of {tokens} tokens come within {FIXED_SHARE:.0%} of the best rate (tokens per second by size: {rates})"
         )
+        if cut_short:
+            found = f"passes of {tokens} tokens, unmeasured: one of {first} took too long for a second"
     logger.info("%s; measured in %.1f s, --target-batch-tokens sets it", found, time.perf_counter() - began)
     return tokens

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.budget import Point, knee, ladder, measure_memory, measure_rates, room
+from server.budget import Point, find_budget, knee, ladder, measure_memory, measure_rates, room
 
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
@@ -132,6 +133,12 @@ def test_a_server_measures_its_budget_and_says_so(
     assert limits["target_batch_tokens"] in ladder(256, 4096)
     assert f"passes of {limits['target_batch_tokens']} tokens come within 5% of the best rate" in caplog.text
     assert time.perf_counter() - began < 20
+
+
+def test_a_machine_too_slow_for_a_second_pass_has_no_knee(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.budget.measure_rates", lambda run, first, most: [Point(first, 5.0)])
+    assert find_budget(lambda tokens: None, torch.device("cpu"), 256, 16384) == 2048
+    assert find_budget(lambda tokens: None, torch.device("cpu"), 96, 100) == 96
 
 
 @pytest.mark.parametrize(
