@@ -24,6 +24,7 @@ from transformers import (
 
 from scalabl.config import Quantization
 from scalabl.errors import BaseModelError
+from scalabl.heap import keep_freed_memory
 from scalabl.int8 import to_int8
 from scalabl.placement import device_of, left_out, read_device_map
 
@@ -104,6 +105,8 @@ def load_pretrained(
 ) -> Pretrained:
     """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
 
+    On a CPU the process then keeps what its passes free; see `heap`.
+
     Args:
         gguf_file: a file of the model; its weights are de-quantised to `dtype`.
         allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
@@ -138,6 +141,8 @@ def load_pretrained(
     model.requires_grad_(False).eval()
     if quantization == "int8":
         to_int8(model)
+    if where.type == "cpu":
+        keep_freed_memory()
     return Pretrained(model, tokenizer, longest_prompt(config, tokenizer))
 
 
