@@ -89,7 +89,8 @@ soak: $(VENV)/.installed-dev
 	$(OFFLINE) $(BIN)/pytest -s -m soak tests/integration/test_soak.py $(ARGS)
 
 # What K samples cost, beside a loop over them and PEFT: hours in full; ARGS='--only brute --prompts medium --samples 10' is one
-# table. On a machine that does nothing else.
+# table, and --vllm-python build/vllm/bin/python adds K requests to the vLLM of `make integration-vllm`. On a machine that does
+# nothing else.
 bench: $(VENV)/.installed-dev
 	@base=$(BASE) && $(OFFLINE) $(BIN)/python -m benchmarks.serving --model "$$base" --output build/bench $(ARGS)
 

@@ -8,7 +8,8 @@ methods are first seen to give the same probabilities. Runs on the device that `
 Without --adapter it is a fresh one of rank 8 on every q_proj and v_proj and on the head: random, which time does not see.
 
 * `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it;
-  last the base model in 8 bits, whose answers are others: by how much is said.
+  with --vllm-python also K requests to a vLLM server beside this process. Last the base model in 8 bits, whose answers are
+  others: by how much is said.
 * `trunk`: the adapter cut to the last third of the blocks, with and without the shared trunk.
 * `prefix`: prompts of which 80% are alike, with and without the prefix cache.
 * `memory`: what a pass takes beyond what the process holds, each in a process of its own.
@@ -26,9 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,9 @@ from scalabl.pretrained import load_pretrained
 from scalabl.prompt import Prompter
 from scalabl.quantization import QuantizationChange
 
+if TYPE_CHECKING:
+    from benchmarks.vllm_peer import VllmPeer
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
 PARTS = ("brute", "trunk", "prefix", "memory", "load")
 LENGTHS = {"short": (10, 20), "medium": (50, 90), "long": (220, 380)}  # tokens of the shortest and the longest input
@@ -60,6 +65,8 @@ FEATURES = {
     "+ first products shared": (True, False, True, True),
     "+ last MLP trimmed": (True, True, True, True),
 }
+BEST = "+ last MLP trimmed"
+VLLM = "vLLM, K requests"
 
 
 def main() -> None:
@@ -73,6 +80,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=4, help="of a batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true", help="leave out the loop and PEFT")
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM, for K requests to it (see Makefile)")
     parser.add_argument("--output", type=Path, help="a folder for serving.txt and serving.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a process that measures itself: "method K"
     load.arguments(parser)
@@ -193,17 +201,34 @@ def brute(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict
     peers = None if options.no_peers else Peers(options.adapter, options.model, prompter, max(options.samples))
     int8 = Int8(options.model, options.adapter)
     found = []
-    for kind in options.prompts:
-        sequences = inputs_of(prompter, kind, options.inputs)
-        for count in options.samples:
-            found.append(_brute(ours, peers, int8, sequences, count, options.rounds))
-            found[-1]["prompts"] = kind
-            _print_brute(found[-1], line)
+    with _vllm(options, prompter) as vllm:
+        for kind in options.prompts:
+            sequences = inputs_of(prompter, kind, options.inputs)
+            for count in options.samples:
+                found.append(_brute(ours, peers, vllm, int8, sequences, count, options.rounds))
+                found[-1]["prompts"] = kind
+                _print_brute(found[-1], line)
     return found
 
 
+def _vllm(options: argparse.Namespace, prompter: Prompter) -> AbstractContextManager[VllmPeer | None]:
+    if options.vllm_python is None:
+        return nullcontext()
+    from benchmarks.vllm_peer import vllm_peer  # what starts the server is the tests'
+
+    longest = max(LENGTHS[kind][1] for kind in options.prompts)
+    most = max(options.samples)
+    return vllm_peer(options.vllm_python, options.adapter, options.model, prompter, num_samples=most, longest=longest)
+
+
 def _brute(
-    ours: Ours, peers: Peers | None, int8: Int8, sequences: list[list[int]], count: int, rounds: int
+    ours: Ours,
+    peers: Peers | None,
+    vllm: VllmPeer | None,
+    int8: Int8,
+    sequences: list[list[int]],
+    count: int,
+    rounds: int,
 ) -> dict[str, Any]:
     draws = ours.model.draws(count)
     passes: dict[str, Callable[[], Tensor]] = {}
@@ -214,21 +239,27 @@ def _brute(
     for name, features in FEATURES.items():
         passes[name] = lambda features=features: ours.run(sequences, draws, features)
     apart = _apart(passes)
-    change = int8.change(passes["+ last MLP trimmed"](), sequences, draws)
-    passes["+ int8"] = lambda: int8.run(sequences, draws)
-    tokens = count * sum(map(len, sequences))
-    products, flops = _products(ours.model, tokens)
-    products()
-    seconds = in_turns({**passes, "matrix products alone": products}, rounds)
-    mm = seconds.pop("matrix products alone")
+    best = passes[BEST]()
+    change = int8.change(best, sequences, draws)
     result: dict[str, Any] = {
         "num_samples": count,
         "lengths": [len(ids) for ids in sequences],
         "largest_difference": apart,
+        "int8_change": change.model_dump(),
+    }
+    if vllm is not None:
+        passes = {VLLM: lambda: vllm.run(sequences, count)} | passes
+        result["vllm_difference"] = float((passes[VLLM]().softmax(-1) - best.softmax(-1)).abs().max())
+    products, flops = _products(ours.model, count * sum(map(len, sequences)))
+    products()
+    alone = "matrix products alone"
+    seconds = in_turns({**passes, "+ int8": lambda: int8.run(sequences, draws), alone: products}, rounds)
+    mm = seconds.pop(alone)
+    result |= {
         "matrix_gflops": flops / statistics.median(mm) / 1e9,
         "share_of_matrix_rate": ratio(mm, seconds["+ no padding"]),
-        "int8_over_float32": ratio(seconds["+ last MLP trimmed"], seconds["+ int8"]),
-        "int8_change": change.model_dump(),
+        "best_share_of_matrix_rate": ratio(mm, seconds[BEST]),
+        "int8_over_float32": ratio(seconds[BEST], seconds["+ int8"]),
         "methods": {},
     }
     for name, taken in seconds.items():
@@ -267,8 +298,10 @@ def _print_brute(result: dict[str, Any], line: Callable[[str], None]) -> None:
     line(
         f"\n{result['prompts']} prompts of {result['lengths']} tokens, K = {result['num_samples']}; products alone "
         f"{result['matrix_gflops']:.0f} GFLOP/s, a pass without padding at {share['median']:.0%} of that "
-        f"({share['lowest']:.0%} to {share['highest']:.0%}), counting real tokens; probabilities within "
+        f"({share['lowest']:.0%} to {share['highest']:.0%}), with all features at "
+        f"{result['best_share_of_matrix_rate']['median']:.0%}, counting real tokens; probabilities within "
         f"{result['largest_difference']:.0e}"
+        + (f", vLLM's within {result['vllm_difference']:.0e}" if "vllm_difference" in result else "")
     )
     line(f"{'method':<26}{'s / input':>11}{'x loop':>22}{'x PEFT':>22}{'x padded batch':>22}")
     for name, row in result["methods"].items():
@@ -347,7 +380,7 @@ def _memory_of_this(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _run_ours(ours: Ours, sequences: list[list[int]], draws: Mapping[int, Draws], count: int) -> Tensor:
-    return ours.run(sequences, draws[count], FEATURES["+ last MLP trimmed"])
+    return ours.run(sequences, draws[count], FEATURES[BEST])
 
 
 def _status(field: str) -> float:

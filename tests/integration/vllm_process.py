@@ -34,12 +34,18 @@ class Vllm:
 
     Attributes:
         loras: name=folder, for --lora-modules; without any it loads them at run time.
+        max_tokens: of a prompt and what follows it.
+        more: arguments beside these.
+        interpreter: of the environment that has vLLM; None for the one that the environment names.
     """
 
     base: Path
     log: Path
     loras: list[str] = field(default_factory=list)
     max_loras: int = 10
+    max_tokens: int = 256
+    more: tuple[str, ...] = ()
+    interpreter: str | None = None
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -50,8 +56,9 @@ class Vllm:
     def start(self) -> None:
         """Start it, without waiting."""
         arguments = ["--model", str(self.base), "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
-        arguments += ["--max-model-len", "256", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
+        arguments += ["--max-model-len", str(self.max_tokens), "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
         arguments += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(self.max_loras + 8)]
+        arguments += self.more
         if self.loras:
             arguments += ["--lora-modules", *self.loras]
         environment = os.environ | {
@@ -64,7 +71,7 @@ class Vllm:
         }
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [python(), "-m", "vllm.entrypoints.openai.api_server", *arguments],
+                [self.interpreter or python(), "-m", "vllm.entrypoints.openai.api_server", *arguments],
                 stdout=output,
                 stderr=output,
                 cwd=self.log.parent,
