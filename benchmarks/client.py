@@ -56,10 +56,7 @@ class Client:
     async def ask(self, number: int, due: float | None = None) -> Answer:
         """Send the body of this number and wait for its answer."""
         sent = time.perf_counter()
-        if self._idle:
-            reader, writer = self._idle.pop()
-        else:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._open() or await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(self._requests[number % len(self._requests)])
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
@@ -70,6 +67,15 @@ class Client:
         else:
             self._idle.append((reader, writer))
         return Answer(number, int(head[9:12]), sent if due is None else due, sent, ended)
+
+    def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection that nobody uses and the server has not closed; it closes those that are idle for seconds."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
 
     async def close(self) -> None:
         """Close the connections."""

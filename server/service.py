@@ -25,6 +25,7 @@ from server.problems import ProblemError
 from server.prompts import Asked, encode, read_request
 from server.schemas import Info, Prediction, PredictRequest, PredictResponse, Usage
 from server.settings import ServeSettings
+from server.threads import leave_cores
 
 logger = logging.getLogger("scalabl")
 
@@ -59,8 +60,8 @@ class Service:
         self.metrics.ready.set_function(lambda: float(self._is_ready()))
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
-        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer")
+        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt", initializer=leave_cores)
+        self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer", initializer=leave_cores)
         self.admission = Admission(settings.max_queue, settings.queue_tokens, self.metrics)
         self._is_loading = False
         self.in_flight = 0  # requests between admission and answer

@@ -29,6 +29,7 @@ from server.engine import Engine, Served
 from server.faults import classify
 from server.methods import AutoJob, Job, LinearJob, Result, joined, linear_jobs, sample_jobs
 from server.settings import ServeSettings
+from server.threads import take_cores
 
 logger = logging.getLogger("scalabl")
 
@@ -198,8 +199,7 @@ def load(settings: ServeSettings) -> Engine:
     """
     started = time.perf_counter()
     disable_progress_bar()  # a log has no use for it
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    take_cores(settings.threads)
     folders = settings.adapter_folders()
     configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
     name = settings.model or configs[0].base_model_name_or_path
