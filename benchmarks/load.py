@@ -2,7 +2,8 @@
 
 python -m benchmarks.load --model <folder> [--only client,saturation,levels,soak] [--samples 8] [--output build/bench]
 
-* `client`: one client, one request after the other: wall time at the client less the time of the pass.
+* `client`: one client, one request after the other: wall time at the client less the time of the pass. Each answer waits
+  for the disk, so beside it what a bare fdatasync takes there, and the same client before a server that stores nothing.
 * `saturation`: requests answered per second when all are sent at once, and in turns with it, in a process of its own, what
   the engine alone makes of the same prompts offline (sorted by length, joined up to the server's own budget).
 * `levels`: Poisson arrivals at shares of that saturation, whatever becomes of those before: latency from when a request
@@ -91,6 +92,11 @@ def load(options: argparse.Namespace, line: Line, parts: Sequence[str] = PARTS) 
     if set(parts) & {"client", "saturation", "levels"}:
         with tempfile.TemporaryDirectory() as scratch, serving(Path(scratch), **_settings(options)) as server:
             found |= _on_the_model(options, server, line, parts)
+    if "client" in parts:
+        settings = _settings(options) | {"outcomes_url": "none", "target_batch_tokens": found["target_batch_tokens"]}
+        with tempfile.TemporaryDirectory() as scratch, serving(Path(scratch), **settings) as server:
+            bodies = _bodies(options)
+            found["client_storing_nothing"] = one_client(server, bodies[: _quarter(bodies)], line)
     if "soak" in parts:
         found["soak"] = soak(options.soak, line)
     return found
@@ -114,8 +120,8 @@ def _on_the_model(options: argparse.Namespace, server: Server, line: Line, parts
         f"passes of up to {budget} tokens, as the server found"
     )
     found: dict[str, Any] = {"target_batch_tokens": budget}
-    bodies = [{"inputs": text} for text in texts(options.load_requests)]
-    quarter = max(1, len(bodies) // 4)
+    bodies = _bodies(options)
+    quarter = _quarter(bodies)
     found["client"] = one_client(server, bodies[:quarter], line)
     if {"saturation", "levels"} & set(parts):
         with engine(options, budget) if "saturation" in parts else _nobody() as offline:
@@ -126,6 +132,14 @@ def _on_the_model(options: argparse.Namespace, server: Server, line: Line, parts
         shares = [int(share) for share in options.levels.split(",")]
         found["levels"] = levels(server, bodies, rate, shares, deadline, line)
     return found
+
+
+def _bodies(options: argparse.Namespace) -> list[dict[str, object]]:
+    return [{"inputs": text} for text in texts(options.load_requests)]
+
+
+def _quarter(bodies: Sequence[object]) -> int:
+    return max(1, len(bodies) // 4)
 
 
 def texts(count: int) -> list[str]:
@@ -148,7 +162,7 @@ def one_client(server: Server, bodies: Sequence[dict[str, object]], line: Line) 
     asyncio.run(client.one_by_one(range(min(3, len(bodies)))))  # the first ones meet cold caches
     before, commits = len(server.requests()), _commits(server)
     answers = asyncio.run(client.one_by_one(range(len(bodies))))
-    seconds, count = (after - earlier for after, earlier in zip(_commits(server), commits, strict=True))
+    committing, count = (after - earlier for after, earlier in zip(_commits(server), commits, strict=True))
     _expect(answers, {200})
     logged = server.requests()[before:]
     rows = list(zip(answers, logged, strict=True))  # one after the other, so the order is the same
@@ -160,18 +174,38 @@ def one_client(server: Server, bodies: Sequence[dict[str, object]], line: Line) 
         "wall": spread([answer.seconds for answer, _ in rows]),
         "added": spread(added),
         "added_inside": spread(inside),
-        "commit_mean": seconds / count,
+        "commit_mean": committing / count if count else None,
+        "bare_sync": spread(bare_syncs(server.log.parent)) if count else None,
         "stages": {name: spread([float(str(row[name])) for _, row in rows]) for name in stages},
     }
     median = {name: 1000 * found["stages"][name]["median"] for name in stages}
+    storing = "the server stores nothing"
+    if count:
+        storing = (
+            f"storing the prediction {1000 * found['commit_mean']:.2f} (mean; a bare fdatasync there takes "
+            f"{1000 * found['bare_sync']['median']:.2f})"
+        )
     line(
         f"one client, {len(rows)} requests: {1000 * found['wall']['median']:.1f} ms (median), of which the pass "
         f"{median['inference_seconds']:.1f}; the server adds {1000 * found['added']['median']:.2f} ms (95%: "
         f"{1000 * found['added']['p95']:.2f}): {1000 * found['added_inside']['median']:.2f} of them by its own clock, among "
-        f"them tokenising {median['tokenization_seconds']:.2f}, the way to the model's thread {median['queue_seconds']:.2f} "
-        f"and storing the prediction {1000 * found['commit_mean']:.2f} (mean); the rest is sockets, parsing and the client"
+        f"them tokenising {median['tokenization_seconds']:.2f} and the way to the model's thread "
+        f"{median['queue_seconds']:.2f}; {storing}; the rest is sockets, parsing and the client"
     )
     return found
+
+
+def bare_syncs(folder: Path, count: int = 40) -> list[float]:
+    """Seconds of an fdatasync after a write of one page, at odd times: a disk may answer at even ones."""
+    chance, seconds = random.Random(0), list[float]()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for number in range(count):
+            os.pwrite(file.fileno(), os.urandom(4096), 4096 * number)
+            time.sleep(chance.uniform(0.02, 0.04))
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def _commits(server: Server) -> tuple[float, float]:
