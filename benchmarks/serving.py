@@ -10,6 +10,7 @@ Without --adapter it is a fresh one of rank 8 on every q_proj and v_proj and on 
 * `brute`: the loop and PEFT beside one batch of all rows, and the same with each feature on top of the ones before it;
   with --vllm-python also K requests to a vLLM server beside this process. Last the base model in 8 bits, whose answers are
   others: by how much is said.
+* `profile`: where the time of a pass goes, with the largest number of samples.
 * `trunk`: the adapter cut to the last third of the blocks, with and without the shared trunk.
 * `prefix`: prompts of which 80% are alike, with and without the prefix cache.
 * `memory`: what a pass takes beyond what the process holds, each in a process of its own.
@@ -41,6 +42,7 @@ from benchmarks.lower_precision import Int8
 from benchmarks.machine import describe
 from benchmarks.peers import Peers
 from benchmarks.prefix import prefix
+from benchmarks.profiling import print_profile, profiled
 from benchmarks.ratios import ratio, shown
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
 from scalabl.model import ScalaBLModel, TokenBatch
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from benchmarks.vllm_peer import VllmPeer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
-PARTS = ("brute", "trunk", "prefix", "memory", "load")
+PARTS = ("brute", "profile", "trunk", "prefix", "memory", "load")
 LENGTHS = {"short": (10, 20), "medium": (50, 90), "long": (220, 380)}  # tokens of the shortest and the longest input
 SAME = 1e-4  # how far probabilities of two methods may be apart
 
@@ -94,7 +96,14 @@ def main() -> None:
     report = Report(options)
     with tempfile.TemporaryDirectory() as scratch:
         options.adapter = options.adapter or fresh_adapter(options.model, Path(scratch))
-        measures = {"brute": brute, "trunk": trunk, "prefix": prefix, "memory": memory, "load": load.load}
+        measures = {
+            "brute": brute,
+            "profile": profile,
+            "trunk": trunk,
+            "prefix": prefix,
+            "memory": memory,
+            "load": load.load,
+        }
         for part, measure in measures.items():
             if part in parts:
                 report.results[part] = measure(options, report.line)
@@ -190,7 +199,24 @@ def in_turns(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
+            _wait_for_others()
     return seconds
+
+
+def _wait_for_others(seconds: float = 30) -> None:
+    """Until no other process computes: threads of a server that has answered may spin on for a while."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        before = _busy_ticks()
+        time.sleep(0.1)
+        if _busy_ticks() - before < 0.03 * os.sysconf("SC_CLK_TCK"):  # of 0.1 s on each core
+            return
+
+
+def _busy_ticks() -> int:
+    """What all cores have computed since the machine's start, in ticks."""
+    user, nice, system = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=4)[1:4]
+    return int(user) + int(nice) + int(system)
 
 
 def brute(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -248,7 +274,7 @@ def _brute(
         "int8_change": change.model_dump(),
     }
     if vllm is not None:
-        passes = {VLLM: lambda: vllm.run(sequences, count)} | passes
+        passes[VLLM] = lambda: vllm.run(sequences, count)
         result["vllm_difference"] = float((passes[VLLM]().softmax(-1) - best.softmax(-1)).abs().max())
     products, flops = _products(ours.model, count * sum(map(len, sequences)))
     products()
@@ -309,6 +335,22 @@ def _print_brute(result: dict[str, Any], line: Callable[[str], None]) -> None:
         line(f"{name:<26}{row['seconds_per_input']:>11.3f}" + "".join(f"{cell:>22}" for cell in cells))
     change = QuantizationChange(**result["int8_change"])
     line(f"int8 is {shown(result['int8_over_float32'])} times as fast as the row before it; {change}")
+
+
+def profile(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Each length with the largest number of samples: what a pass with all features spends its time on."""
+    pretrained = load_pretrained(options.model)
+    prompter = Prompter(read_config(options.adapter).task, pretrained.tokenizer)
+    ours = Ours(load_adapter(pretrained.model, options.adapter))
+    count = max(options.samples)
+    draws, found = ours.model.draws(count), []
+    for kind in options.prompts:
+        sequences = inputs_of(prompter, kind, options.inputs)
+        run = partial(ours.run, sequences, draws, FEATURES[BEST])
+        run()
+        found.append({"prompts": kind, "num_samples": count, **profiled(run, options.rounds)})
+        print_profile(found[-1], line)
+    return found
 
 
 def trunk(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
