@@ -33,6 +33,7 @@ class Int8:
 
     def __init__(self, model: str, adapter: Path) -> None:
         self.model = load_adapter(load_pretrained(model, device="cpu", quantization="int8").model, adapter)
+        self.model.find_shared_work()
 
     def run(self, sequences: Sequence[Sequence[int]], draws: Draws) -> Tensor:
         """[B, K, C]."""

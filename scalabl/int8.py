@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,12 @@ class Int8Linear(nn.Module):
     Args:
         linear: nn.Linear, or GPT-2's Conv1D with its weights transposed; on a CPU.
         reach: [d_in], the largest |x| that each channel of the input was seen to have; zeros where none was seen.
+
+    Attributes:
+        rounds: of all such layers, whether activations are rounded; see `unrounded`.
     """
 
+    rounds: ClassVar[bool] = True
     narrowing: Tensor  # [d_in], what each channel of the input is multiplied by
     scale: Tensor  # [d_out], of the weights in 8 bits
     zero_points: Tensor
@@ -60,6 +65,8 @@ class Int8Linear(nn.Module):
         self._packed = torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not Int8Linear.rounds:
+            return nn.functional.linear(x, self.weight_as_multiplied().to(x.dtype), self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply
         return self.multiply(x)
@@ -92,6 +99,16 @@ class Int8Linear(nn.Module):
             unsigned, 1.0, ZERO, self._packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return y
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Activations of all `Int8Linear`s stay as they are, so that two ways of computing are alike to float rounding."""
+    Int8Linear.rounds = False
+    try:
+        yield
+    finally:
+        Int8Linear.rounds = True
 
 
 class _StraightProduct(torch.autograd.Function):
@@ -159,7 +176,8 @@ def to_int8(model: PreTrainedModel) -> int:
 
 def rounds_activations(model: PreTrainedModel) -> bool:
     """Whether products of a model's layers are of 8-bit activations: these layers', or those of bitsandbytes."""
-    return bool(getattr(model, "is_loaded_in_8bit", False)) or any(isinstance(m, Int8Linear) for m in model.modules())
+    ours = Int8Linear.rounds and any(isinstance(module, Int8Linear) for module in model.modules())
+    return ours or bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def _weight(linear: nn.Linear | Conv1D) -> Tensor:

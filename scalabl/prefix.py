@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from scalabl.int8 import unrounded
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.past import Past, Prefix
 from scalabl.posterior import Draws
@@ -63,6 +64,7 @@ def longest_exact(model: ScalaBLModel) -> int:
     return min(longest, _unscaled(model.base)) if _is_exact(model, length) else 0
 
 
+@unrounded()
 def _is_exact(model: ScalaBLModel, length: int) -> bool:
     """Whether passes after half of so many tokens give the numbers of passes over all of them."""
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scalabl.int8 import rounds_activations
+from scalabl.int8 import rounds_activations, unrounded
 from scalabl.layer import RowSamples
 from scalabl.packing import Packing, may_pack
 
@@ -30,6 +30,7 @@ def are_alike(base: PreTrainedModel, found: Sequence[Tensor], expected: Sequence
     )
 
 
+@unrounded()
 @torch.no_grad()
 def find_shared_work(model: ScalaBLModel) -> None:
     """Find out what all samples of an input have in common, and what need not be computed at all.

@@ -17,6 +17,7 @@ from scalabl.errors import BaseModelError
 from scalabl.int8 import Int8Linear, rounds_activations, to_int8, weight_levels
 from scalabl.linearized import linearize
 from scalabl.model import ScalaBLModel, TokenBatch
+from scalabl.prefix import longest_exact
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="8-bit products of this kind are an x86 processor's")
@@ -132,6 +133,33 @@ def test_every_architecture_keeps_its_answers_and_its_shortcuts(name: str) -> No
     assert model.trunk.verified
     assert model.trunk.trims
     assert model.packs == (name != "gpt2")  # which does not with other weights either
+
+
+def test_shortcuts_are_tried_without_rounding_which_would_hide_what_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _int8_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(Int8Linear, "multiply", _refuse)
+        model.find_shared_work()
+        kept = longest_exact(model)
+    assert model.packs
+    assert model.trunk.trims
+    assert kept > 0
+    layer, x = Int8Linear(_linear(), torch.ones(40)), torch.randn(3, 40)
+    with int8.unrounded():
+        torch.testing.assert_close(layer(x), x @ layer.weight_as_multiplied().T + layer.bias)
+    assert _error(layer(x), x @ layer.weight_as_multiplied().T + layer.bias) > 1e-4  # rounded again
+
+
+def _refuse(*_: object) -> Tensor:
+    raise AssertionError("activations were rounded")
+
+
+def _int8_model() -> ScalaBLModel:
+    base = tiny.base_model()
+    to_int8(base)
+    model = ScalaBLModel(base, tiny.config_for("llama"))
+    tiny.fill(model)
+    return model.eval()
 
 
 def test_the_linearised_answer_follows_the_sampled_one() -> None:
