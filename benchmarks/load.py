@@ -159,12 +159,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def one_client(server: Server, bodies: Sequence[dict[str, object]], line: Line) -> dict[str, Any]:
     """Wall times of one client, and beside each what the pass took by the server's log."""
     client = Client(server.port, bodies)
-    asyncio.run(client.one_by_one(range(min(3, len(bodies)))))  # the first ones meet cold caches
-    before, commits = len(server.requests()), _commits(server)
+    known, warm = len(server.requests()), min(3, len(bodies))
+    asyncio.run(client.one_by_one(range(warm)))  # the first ones meet cold caches
+    commits = _commits(server)
     answers = asyncio.run(client.one_by_one(range(len(bodies))))
     committing, count = (after - earlier for after, earlier in zip(_commits(server), commits, strict=True))
     _expect(answers, {200})
-    logged = server.requests()[before:]
+    deadline = time.monotonic() + 10  # a line may come after its answer
+    while len(logged := server.requests()[known + warm :]) < len(answers) and time.monotonic() < deadline:
+        time.sleep(0.05)
     rows = list(zip(answers, logged, strict=True))  # one after the other, so the order is the same
     stages = ("tokenization_seconds", "queue_seconds", "inference_seconds")
     inference = [float(str(row["inference_seconds"])) for _, row in rows]

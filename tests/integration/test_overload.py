@@ -24,6 +24,7 @@ pytestmark = pytest.mark.integration
 SECONDS = float(os.environ.get("SCALABL_STORM_SECONDS", "60"))
 DEADLINE = 4.0  # seconds, of each request
 FACTOR = 10
+UNCACHED = {"prefix_cache_bytes": 0}  # the prompts of the storm come again, those of real traffic do not
 
 
 def body(number: int) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def metric(server: Served, name: str) -> float:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = write_models(tmp_path_factory.mktemp("overload"))
-    with served(folder, max_queue=8, max_batch_tokens=65536, target_batch_tokens=2048, data_dir=folder) as made:
+    with served(folder, max_queue=8, max_batch_tokens=65536, target_batch_tokens=2048, data_dir=folder, **UNCACHED) as made:
         yield made
 
 
