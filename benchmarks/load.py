@@ -201,7 +201,7 @@ def one_client(server: Server, bodies: Sequence[dict[str, object]], line: Line) 
 def bare_syncs(folder: Path, count: int = 40) -> list[float]:
     """Seconds of an fdatasync after a write of one page, at odd times: a disk may answer at even ones."""
     chance, seconds = random.Random(0), list[float]()
-    with tempfile.NamedTemporaryFile(dir=folder) as file:  # named: a disk owes nothing to a file that nobody could find
+    with tempfile.TemporaryFile(dir=folder) as file:
         for number in range(count):
             time.sleep(chance.uniform(0.02, 0.04))
             began = time.perf_counter()

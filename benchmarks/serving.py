@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -44,6 +43,7 @@ from benchmarks.peers import Peers
 from benchmarks.prefix import prefix
 from benchmarks.profiling import print_profile, profiled
 from benchmarks.ratios import ratio, shown
+from benchmarks.turns import in_turns
 from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws
@@ -189,34 +189,6 @@ class Ours:
             layer.shared_input = shared[name] and features[2]
         self.model.packs = self._packs and features[3]
         return self.model.logits(TokenBatch.of(sequences), draws)
-
-
-def in_turns(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each method in each round; every method has run once before."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, run in methods.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-            _wait_for_others()
-    return seconds
-
-
-def _wait_for_others(seconds: float = 30) -> None:
-    """Until no other process computes: threads of a server that has answered may spin on for a while."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        before = _busy_ticks()
-        time.sleep(0.1)
-        if _busy_ticks() - before < 0.03 * os.sysconf("SC_CLK_TCK"):  # of 0.1 s on each core
-            return
-
-
-def _busy_ticks() -> int:
-    """What all cores have computed since the machine's start, in ticks."""
-    user, nice, system = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=4)[1:4]
-    return int(user) + int(nice) + int(system)
 
 
 def brute(options: argparse.Namespace, line: Callable[[str], None]) -> list[dict[str, Any]]:
