@@ -10,11 +10,16 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
 
 from server.outcomes import scoring
+from server.outcomes.prepared import PreparedInsert
 from server.outcomes.tables import LABELS, PREDICTIONS
 from server.outcomes.totals import Additions
 
 Status = Literal["recorded", "unchanged", "corrected"]
 
+INSERT_PREDICTIONS = PreparedInsert(
+    ("id", "created_at", "adapter", "model", "answer", "input_hash", "input"),
+    lambda rows, _: insert(PREDICTIONS).values(rows),
+)
 SHOWN_CHOICES = 20
 SHOWN_CHARACTERS = 80
 
@@ -58,8 +63,8 @@ def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], no
     """Store new predictions and count them."""
     if not rows:
         return
-    connection.execute(
-        insert(PREDICTIONS),
+    INSERT_PREDICTIONS.run(
+        connection,
         [
             {
                 "id": row.id,

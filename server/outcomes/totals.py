@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.dml import Insert
 
+from server.outcomes.prepared import PreparedInsert
 from server.outcomes.scoring import FAMILIES, RETRACTED, UPPER_EDGES, Amounts, Family
 from server.outcomes.tables import TOTALS
 
@@ -29,6 +32,16 @@ class Additions:
             self.values[at] = self.values.get(at, 0.0) + amount
 
 
+def _upsert(rows: Sequence[Mapping[str, Any]], dialect: str) -> Insert:
+    insert = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(TOTALS).values(rows)
+    return insert.on_conflict_do_update(
+        index_elements=list(TOTALS.primary_key), set_={"value": TOTALS.c.value + insert.excluded.value}
+    ).returning(TOTALS.c.adapter, TOTALS.c.name, TOTALS.c.key, TOTALS.c.value)
+
+
+ADD_TOTALS = PreparedInsert(("replica", "adapter", "name", "key", "value"), _upsert)
+
+
 def save(connection: Connection, replica: str, additions: Additions) -> dict[Key, float]:
     """Add to the replica's rows; returns what those hold now."""
     if not additions.values:
@@ -37,11 +50,8 @@ def save(connection: Connection, replica: str, additions: Additions) -> dict[Key
         {"replica": replica, "adapter": adapter, "name": name, "key": key, "value": value}
         for (adapter, name, key), value in sorted(additions.values.items())
     ]
-    insert = (sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert)(TOTALS)
-    upsert = insert.on_conflict_do_update(
-        index_elements=list(TOTALS.primary_key), set_={"value": TOTALS.c.value + insert.excluded.value}
-    ).returning(TOTALS.c.adapter, TOTALS.c.name, TOTALS.c.key, TOTALS.c.value)
-    return {(row.adapter, row.name, row.key): row.value for row in connection.execute(upsert, rows)}
+    saved = ADD_TOTALS.run(connection, rows)
+    return {(row.adapter, row.name, row.key): row.value for row in saved}
 
 
 def load(connection: Connection, replica: str) -> dict[Key, float]:
