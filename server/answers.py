@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from scalabl.config import AdapterConfig
 from scalabl.predictive import Predictive
 from server.decisions import decisions
@@ -15,11 +17,19 @@ from server.problems import ProblemError
 from server.prompts import Asked
 from server.schemas import Prediction, StandardError
 
+SMALL = 4096  # logits (samples x choices), which take a few tenths of a millisecond
+
+
+def is_small(results: Sequence[Result]) -> bool:
+    """Whether `answers_of` takes less time than a change of thread and back is worth: one input, of which there are samples
+    alone."""
+    return len(results) == 1 and isinstance(results[0], Tensor) and results[0].numel() <= SMALL
+
 
 def answers_of(
     results: Sequence[Result], asked: Asked, config: AdapterConfig, jobs: Sequence[Job]
 ) -> tuple[list[Predictive], list[Prediction]]:
-    """What the pass's result for each input comes to, and its JSON. Runs off the event loop.
+    """What the pass's result for each input comes to, and its JSON. Belongs off the event loop, unless it `is_small`.
 
     Raises:
         ProblemError: `internal-error`, for logits that are not finite.

@@ -14,7 +14,7 @@ from scalabl.predictive import Predictive
 from server import trace
 from server.adapters import AdapterLoader
 from server.admission import Admission, Place
-from server.answers import answers_of
+from server.answers import answers_of, is_small
 from server.batcher import Batcher
 from server.description import describe
 from server.engine import Engine, Served
@@ -72,6 +72,7 @@ class Service:
 
     async def start(self) -> None:
         """Begin loading; the health routes answer meanwhile."""
+        leave_cores()  # small answers are computed on the loop
         self._loading = asyncio.create_task(self._start(), name="load")
 
     async def _start(self) -> None:
@@ -263,6 +264,8 @@ class Service:
         finally:
             for future in pending:
                 future.cancel()
+        if is_small(results):
+            return answers_of(results, asked, served.config, jobs)
         return await asyncio.get_running_loop().run_in_executor(
             self._answer_threads, answers_of, results, asked, served.config, jobs
         )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import torch
 
+FOUND = torch.get_num_threads()  # as torch has it before any thread says otherwise
+
 
 def take_cores(count: int | None) -> None:
     """Have the calling thread compute on so many cores, or on as many as torch finds; first of all threads."""
     # Said even where it changes nothing: a thread that has said nothing follows whichever thread spoke last.
-    torch.set_num_threads(count or torch.get_num_threads())
+    torch.set_num_threads(count or FOUND)
 
 
 def leave_cores() -> None:
-    """Have the calling thread compute on one core: for the initializer of an executor."""
+    """Have the calling thread compute on one core: for the initializer of an executor, and the event loop."""
     torch.set_num_threads(1)
