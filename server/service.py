@@ -25,7 +25,7 @@ from server.problems import ProblemError
 from server.prompts import Asked, encode, read_request
 from server.schemas import Info, Prediction, PredictRequest, PredictResponse, Usage
 from server.settings import ServeSettings
-from server.threads import leave_cores
+from server.threads import OneAtATime, leave_cores
 
 logger = logging.getLogger("scalabl")
 
@@ -60,7 +60,7 @@ class Service:
         self.metrics.ready.set_function(lambda: float(self._is_ready()))
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         # Tokenizers are not safe to share between threads, so theirs is one too.
-        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt", initializer=leave_cores)
+        self._prompt_thread = OneAtATime("prompt")
         self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer", initializer=leave_cores)
         self.admission = Admission(settings.max_queue, settings.queue_tokens, self.metrics)
         self._is_loading = False
@@ -271,9 +271,13 @@ class Service:
         )
 
     async def _tokenise(self, served: Served, asked: Asked, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
-        """A slice at a time, so that requests take turns and one that is given up goes no further."""
+        """A slice at a time, so that requests take turns and one that is given up goes no further; a short one at once."""
         loop = asyncio.get_running_loop()
         *slices, last = asked.slices()
+        if asked.is_short(self.settings):
+            done = self._prompt_thread.call(_prepare, served, asked, last, max_tokens)
+            if done is not None:
+                return done
         sequences: list[list[int]] = []
         for positions in slices:
             sequences += await loop.run_in_executor(

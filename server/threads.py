@@ -7,17 +7,56 @@ passes over 1,000 tokens then take 13% longer. One softmax over ten numbers in a
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
 import torch
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 FOUND = torch.get_num_threads()  # as torch has it before any thread says otherwise
 
 
 def take_cores(count: int | None) -> None:
     """Have the calling thread compute on so many cores, or on as many as torch finds; first of all threads."""
-    # Said even where it changes nothing: a thread that has said nothing follows whichever thread spoke last.
-    torch.set_num_threads(count or FOUND)
+    _keep_to(count or FOUND)
 
 
 def leave_cores() -> None:
     """Have the calling thread compute on one core: for the initializer of an executor, and the event loop."""
-    torch.set_num_threads(1)
+    _keep_to(1)
+
+
+def _keep_to(count: int) -> None:
+    # A thread that has asked torch for nothing yet takes the number over that any thread said last, also after its own word.
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+class OneAtATime(ThreadPoolExecutor):
+    """One thread, for what must not run twice at once, which another thread may do itself while this one is idle."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1, thread_name_prefix=name, initializer=leave_cores)
+        self._running = threading.Lock()
+
+    def submit(self, fn: Callable[Given, Found], /, *args: Given.args, **kwargs: Given.kwargs) -> Future[Found]:
+        """Have the thread call `fn`."""
+
+        def alone() -> Found:
+            with self._running:
+                return fn(*args, **kwargs)
+
+        return super().submit(alone)
+
+    def call(self, fn: Callable[Given, Found], /, *args: Given.args, **kwargs: Given.kwargs) -> Found | None:
+        """Call it on the calling thread; None, and no call, while the executor's thread is at work."""
+        if not self._running.acquire(blocking=False):
+            return None
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self._running.release()

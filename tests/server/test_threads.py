@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
+from scalabl.adapter_io import read_config
 from scalabl.linearized import Linearization
 from server.answers import is_small
 from server.methods import Controlled
-from server.threads import FOUND
+from server.prompts import read_request
+from server.schemas import PredictRequest
+from server.threads import FOUND, OneAtATime, leave_cores, take_cores
 from tests.server.conftest import serving, settings_for
 
 
@@ -22,6 +27,15 @@ def test_threads_beside_the_models_keep_to_one_core(folders: Path, threads: int 
         service = client.app.state.service  # type: ignore[attr-defined]  # starlette's type of an application
         executors = (service._model_thread, service._prompt_thread, service._answer_threads)
         assert [executor.submit(torch.get_num_threads).result() for executor in executors] == [cores, 1, 1]
+
+
+def test_what_a_thread_keeps_to_outlasts_what_another_says_later() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=leave_cores) as one, ThreadPoolExecutor(1) as other:
+        one.submit(lambda: None).result()  # it has computed nothing yet
+        other.submit(take_cores, 3).result()
+        assert one.submit(torch.get_num_threads).result() == 1
+    torch.set_num_threads(before)
 
 
 def test_so_does_the_event_loop_which_computes_small_answers(folders: Path) -> None:
@@ -37,3 +51,43 @@ def test_only_an_answer_of_few_samples_and_one_input_is_small() -> None:
     assert not is_small([one, one])
     assert not is_small([torch.zeros(64, 100)])
     assert not is_small([Controlled(one, cast(Linearization, None))])
+
+
+def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is_idle() -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def work() -> str:
+        began.set()
+        assert go_on.wait(10)
+        return threading.current_thread().name
+
+    with OneAtATime("prompt") as executor:
+        assert executor.call(lambda: threading.current_thread().name) == threading.current_thread().name
+        working = executor.submit(work)
+        assert began.wait(10)
+        assert executor.call(str, 7) is None
+        go_on.set()
+        assert working.result(10).startswith("prompt")
+        with pytest.raises(ZeroDivisionError):
+            executor.call(lambda: 1 / 0)
+        assert executor.submit(str, 7).result(10) == "7"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_short"),
+    [
+        ({}, True),
+        ({"inputs": "x" * 3000}, False),
+        ({"inputs": ["the sky", "the sea"]}, False),
+        ({"seed": 12}, False),
+        ({"num_samples": 3}, False),
+        ({"num_samples": "auto"}, True),
+        ({"method": "linearized"}, True),
+    ],
+)
+def test_one_short_text_with_the_usual_draws_is_tokenised_at_once(
+    folders: Path, changes: dict[str, Any], is_short: bool
+) -> None:
+    settings, config = settings_for(folders), read_config(folders / "colours")
+    request = PredictRequest.model_validate({"inputs": "the sky"} | changes)
+    assert read_request(request, config, settings, 5000).is_short(settings) == is_short
