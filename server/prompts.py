@@ -17,7 +17,7 @@ from server.schemas import Method, PredictRequest
 from server.settings import ServeSettings
 
 CHARACTERS_PER_TOKEN = 4  # of English text; for the estimate before a text is tokenised
-SHORT_CHARACTERS = 2000  # tokenised in a few tenths of a millisecond
+SHORT_CHARACTERS = 2000  # tokenised in half a millisecond
 SLICE_CHARACTERS = 20_000  # tokenised at once, so that a large request does not hold up the small ones
 
 

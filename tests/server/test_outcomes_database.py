@@ -18,9 +18,10 @@ from alembic.runtime.migration import MigrationContext
 from server.metrics import Metrics
 from server.outcomes.clock import Clock
 from server.outcomes.database import Database, UnavailableError
-from server.outcomes.operations import NewPrediction, Stored
+from server.outcomes.operations import NewPrediction, Stored, insert_predictions
+from server.outcomes.prepared import ROWS
 from server.outcomes.tables import METADATA, VERSION_TABLE
-from server.outcomes.totals import TotalsCollector
+from server.outcomes.totals import Additions, TotalsCollector, save
 from server.outcomes.writer import Feedback, Limits, LookUp, Record, Writer
 from tests.server.conftest import wait_until
 from tests.server.test_outcomes_counters import answer_of
@@ -87,6 +88,19 @@ def test_writes_reach_the_disk_before_they_count(file: Path) -> None:
     with database.transaction(write=True) as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+    database.close()
+
+
+def test_more_rows_than_one_statement_takes_are_stored_and_counted_all(file: Path) -> None:
+    database, count = Database(f"sqlite:///{file}", 2), 2 * ROWS + 1
+    new = [NewPrediction(f"pred-{n}", f"a{n}", "m", answer_of([0.5, 0.3, 0.2]), "", None) for n in range(count)]
+    for times in (1, 2):
+        additions = Additions()
+        with database.transaction(write=True) as connection:
+            insert_predictions(connection, new if times == 1 else [], 1.0, additions)
+            additions.values = {(f"a{n}", "predictions", "0.533"): 1.0 for n in range(count)}
+            assert save(connection, "r", additions) == dict.fromkeys(additions.values, float(times))
+            assert connection.exec_driver_sql("SELECT count(DISTINCT id) FROM scalabl_predictions").scalar() == count
     database.close()
 
 
