@@ -110,7 +110,9 @@ def test_ten_times_the_capacity(server: Served) -> None:
 
 def test_deadlines_are_kept_when_only_the_expected_wait_bounds_the_queue(tmp_path: Path) -> None:
     folder = write_models(tmp_path)
-    with served(folder, max_queue=100_000, max_queue_tokens=10**9, max_batch_tokens=65536, data_dir=folder, **UNCACHED) as server:
+    with served(
+        folder, max_queue=100_000, max_queue_tokens=10**9, max_batch_tokens=65536, data_dir=folder, **UNCACHED
+    ) as server:
         before = capacity(server, 3)
         answers = asyncio.run(storm.open_loop(server.port, 5 * before, 15, body, x_request_timeout="5"))
     counts = Counter(answer.status for answer in answers)
