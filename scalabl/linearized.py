@@ -17,7 +17,7 @@ from torch import Tensor
 from scalabl.evaluation import ABSENT, EncodedSet, batches, without_absent
 from scalabl.model import ScalaBLModel, TokenBatch
 from scalabl.posterior import Draws, draw
-from scalabl.predictive import Predictive, StandardErrors, predictive, standard_error
+from scalabl.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
 NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
@@ -178,12 +178,7 @@ def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature:
     entropy = _entropies(p)
     expected = torch.minimum((exact.expected_entropy + terms.mean(1)).clamp_min(0), entropy)
     cross = -(differences * p.log().unsqueeze(1)).sum(-1)  # how a sample moves H(p), to first order
-    error = StandardErrors(
-        probabilities=standard_error(differences.transpose(1, 2), draws.scheme),
-        entropy=standard_error(cross, draws.scheme),
-        expected_entropy=standard_error(terms, draws.scheme),
-        mutual_information=standard_error(cross - terms, draws.scheme),
-    )
+    error = standard_errors(differences, cross, terms, cross - terms, draws.scheme)
     return Predictive(p, entropy, expected, entropy - expected, sampled.sample_probabilities, error)
 
 

@@ -82,7 +82,7 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     z = logits.double() / temperature
-    if not bool(torch.isfinite(z).all()):
+    if not all_finite(z):
         raise ValueError("the logits are not finite")
     num_samples, num_classes = z.shape[-2:]
     log_p = torch.log_softmax(z, dim=-1)  # [B, K, C]
@@ -106,18 +106,27 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
         expected_entropy=entropy - mutual_information,
         mutual_information=mutual_information,
         sample_probabilities=p,
-        standard_error=StandardErrors(
-            probabilities=standard_error(p.transpose(-1, -2), scheme),
-            entropy=standard_error(cross_entropy, scheme),
-            expected_entropy=standard_error(sample_entropy, scheme),
-            mutual_information=standard_error(divergence, scheme),
-        ),
+        standard_error=standard_errors(p, cross_entropy, sample_entropy, divergence, scheme),
     )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN, of float32 or smaller ones, or of float64 ones whose sum is in its range."""
+    return math.isfinite(float(values.sum(dtype=torch.float64)))
 
 
 def independent_units(num_samples: int, scheme: Scheme) -> int:
     """How many of K samples count as independent of one another: pairs, where they are antithetic."""
     return num_samples // 2 if scheme == "antithetic" and num_samples > 1 else num_samples
+
+
+def standard_errors(
+    probabilities: Tensor, entropy: Tensor, expected_entropy: Tensor, mutual_information: Tensor, scheme: Scheme
+) -> StandardErrors:
+    """Those of the means over the samples of probabilities [..., K, C] and of the others [..., K], found in one go."""
+    terms = [probabilities, entropy.unsqueeze(-1), expected_entropy.unsqueeze(-1), mutual_information.unsqueeze(-1)]
+    errors = standard_error(torch.cat(terms, dim=-1).transpose(-1, -2), scheme)
+    return StandardErrors(errors[..., :-3], errors[..., -3], errors[..., -2], errors[..., -1])
 
 
 def standard_error(values: Tensor, scheme: Scheme) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scalabl.config import Task
 from scalabl.errors import AdapterError, InputTooLongError, PromptError
@@ -30,6 +30,9 @@ class Prompter:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = task
         self._tokenizer = tokenizer
+        # What transformers adds around it takes as long again; by this name only where nothing else is added.
+        plain_call = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+        self._backend = tokenizer.backend_tokenizer if plain_call else None
         if task.chat and not tokenizer.chat_template:
             raise PromptError("task.chat is true and the tokenizer has no chat template; set chat to false")
         plain, framed = (tokenizer(PROBE, add_special_tokens=framed)["input_ids"] for framed in (False, True))
@@ -125,7 +128,13 @@ class Prompter:
 
     def _ids(self, rendered: str) -> list[int]:
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, say).
-        ids: list[int] = self._tokenizer(rendered, add_special_tokens=not self.task.chat)["input_ids"]
+        framed = not self.task.chat
+        backend = self._backend
+        ids: list[int]
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            ids = backend.encode(rendered, add_special_tokens=framed).ids
+        else:
+            ids = self._tokenizer(rendered, add_special_tokens=framed)["input_ids"]
         return ids[:-1] if self._appends_eos else ids
 
     def _resolve_choices(self) -> tuple[tuple[int, ...], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,21 @@ from scalabl.predictive import Predictive
 CANDIDATES = 10  # thresholds that are tested for a target risk: one for each tenth of the inputs
 
 
+DOUBTS: dict[DoubtName, Callable[[Predictive], Tensor]] = {
+    "mutual_information": lambda outcome: outcome.mutual_information,
+    "entropy": lambda outcome: outcome.entropy,
+    "confidence": lambda outcome: 1 - outcome.probabilities.max(-1).values,
+}
+
+
+def doubt(outcome: Predictive, name: DoubtName) -> Tensor:
+    """A doubt score of B inputs, [B]; higher is less sure. `confidence` stands for one minus it."""
+    return DOUBTS[name](outcome)
+
+
 def doubts(outcome: Predictive) -> dict[DoubtName, Tensor]:
-    """Each doubt score of B inputs, [B]; higher is less sure. `confidence` stands for one minus it."""
-    return {
-        "mutual_information": outcome.mutual_information,
-        "entropy": outcome.entropy,
-        "confidence": 1 - outcome.probabilities.max(-1).values,
-    }
+    """Each doubt score of B inputs, [B]."""
+    return {name: doubt(outcome, name) for name in DOUBTS}
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> Tensor:

@@ -312,11 +312,12 @@ class Batcher(Generic[Target]):
         self._plan()
 
     def _answered(self, part: list[QueuedInput[Target]], results: Sequence[Result], started: float, ended: float) -> None:
-        self._observe(part, results, ended - started)
         for queued, logits in zip(part, results, strict=True):
             queued.stages.took(started, ended)
             if not queued.logits.done():
                 queued.logits.set_result(logits)
+        assert self._loop is not None  # started
+        self._loop.call_soon(self._guarded, self._observe, part, results, ended - started)  # those who wait go first
 
     def _failed(self, part: list[QueuedInput[Target]], failure: Failure) -> None:
         for queued in part:

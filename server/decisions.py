@@ -9,7 +9,7 @@ from scalabl.config import Calibration
 from scalabl.conformal import prediction_sets
 from scalabl.posterior import Scheme
 from scalabl.predictive import Predictive
-from scalabl.selective import doubts
+from scalabl.selective import doubt
 from server.problems import ProblemError
 from server.schemas import Method, PredictionSet
 
@@ -70,11 +70,13 @@ def decisions(
     """`prediction_set` and `abstain` of one input: tensors without leading dimensions. Both None without a calibration."""
     if calibration is None or level is None:
         return {"prediction_set": None, "abstain": None}
-    members = prediction_sets(outcome.probabilities, calibration.method, calibration.levels[level])
-    order = outcome.probabilities.argsort(dim=-1, descending=True, stable=True).tolist()
-    labels = [choices[index] for index in order if members[index]]
+    threshold = calibration.levels[level]
+    members = prediction_sets(outcome.probabilities, calibration.method, threshold, keep_top=False).tolist()
+    probabilities = outcome.probabilities.tolist()
+    first, *others = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)  # equal ones stay in order
+    labels = [choices[first], *(choices[index] for index in others if members[index])]
     rule = calibration.abstain
     return {
         "prediction_set": PredictionSet(labels=labels, coverage=float(level), method=calibration.method),
-        "abstain": None if rule is None else float(doubts(outcome)[rule.score]) > rule.threshold,
+        "abstain": None if rule is None else float(doubt(outcome, rule.score)) > rule.threshold,
     }

@@ -26,17 +26,28 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
     Raises:
         ProblemError: `client-gone`, which nobody reads any more.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    task = asyncio.current_task()
+    assert task is not None  # a coroutine runs in one
+    left = False
+
+    def leave(watcher: asyncio.Future[None]) -> None:
+        nonlocal left
+        if not watcher.cancelled():
+            watcher.exception()  # whatever it was, nobody can be answered any more
+            left = True
+            task.cancel()
+
+    watcher = asyncio.ensure_future(_gone(request))
+    watcher.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ProblemError("client-gone", "the client closed its connection before the answer")
+        return await work
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:  # else the server wants it to end as well
+            raise ProblemError("client-gone", "the client closed its connection before the answer") from None
+        raise
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        watcher.remove_done_callback(leave)
+        watcher.cancel()
 
 
 async def _gone(request: Request) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from scalabl.adaptive import Rule, settled
 from scalabl.linearized import SPREAD_LIMIT, Linearization, controlled
 from scalabl.posterior import Draws
-from scalabl.predictive import Predictive, predictive
+from scalabl.predictive import Predictive, all_finite, predictive
 from server.problems import ProblemError
 from server.schemas import PredictRequest
 
@@ -61,7 +61,7 @@ class AutoJob:
 
     def has_enough(self, logits: Tensor, temperature: float) -> bool:
         """Whether the rule is met by logits [K, C], or no more can be had; numbers that are none need no more samples."""
-        if len(logits) >= self.draws.num_samples or not bool(logits.isfinite().all()):
+        if len(logits) >= self.draws.num_samples or not all_finite(logits):
             return True
         outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, self.draws.scheme)
         return bool(settled(outcome, self.rule, self.draws.scheme))
@@ -145,7 +145,7 @@ def is_finite(result: Result) -> bool:
     if isinstance(result, Controlled):
         return is_finite(result.logits) and is_finite(result.linear)
     parts = [result] if isinstance(result, Tensor) else [result.mean, result.scaled_jacobian]
-    return all(bool(part.isfinite().all()) for part in parts)
+    return all(map(all_finite, parts))
 
 
 def sample_jobs(run: RunSamples, jobs: Sequence[Job], temperature: float) -> dict[int, Tensor]:

@@ -260,7 +260,7 @@ class Service:
         seen.stages.tokenized_in(started)
         pending = batcher.submit(served, sequences, jobs, places, seen.stages, until)
         try:
-            results = await asyncio.gather(*pending)
+            results = [await pending[0]] if len(pending) == 1 else await asyncio.gather(*pending)
         finally:
             for future in pending:
                 future.cancel()

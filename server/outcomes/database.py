@@ -80,6 +80,10 @@ class Database:
         self._identity: tuple[int, int] | None = None
         self._may_create = may_create
         self._ready = False
+        self._kept: Connection | None = None
+        self._writes = True  # what the next transaction is for
+        # Of the driver's own: hooks and `PreparedInsert` go to it directly.
+        self._errors: tuple[type[Exception], ...] = (DBAPIError,)
         self.openings = 0  # rises each time that the contents may be others than before
 
     def open(self) -> Engine:
@@ -100,11 +104,12 @@ class Database:
                 Path(self._file).parent.mkdir(parents=True, exist_ok=True)
             with self._engine.begin() as connection:
                 _migrate(connection)
-        except DBAPIError as error:
+        except self._errors as error:
             self.close()
-            if first and self._file is not None and not any(word in str(error.orig) for word in PASSING):
-                raise OutcomesError(f"the outcomes database {self._file} cannot be used: {error.orig}") from None
-            raise UnavailableError(_message(error)) from None
+            message = _message(error)
+            if first and self._file is not None and not any(word in message for word in PASSING):
+                raise OutcomesError(f"the outcomes database {self._file} cannot be used: {message}") from None
+            raise UnavailableError(message) from None
         except OSError as error:
             self.close()
             if not first:
@@ -127,10 +132,11 @@ class Database:
         try:
             engine = self.open()
             self._check_file()
-            with engine.connect().execution_options(write=write) as connection, connection.begin():
+            self._writes = write
+            with self._connection(engine) as connection, connection.begin():
                 yield connection
             self._check_file()
-        except DBAPIError as error:
+        except self._errors as error:
             self.close()
             raise UnavailableError(_message(error)) from error
         except UnavailableError:
@@ -140,8 +146,23 @@ class Database:
             self.close()
             raise UnavailableError(str(error)) from None
 
+    @contextmanager
+    def _connection(self, engine: Engine) -> Iterator[Connection]:
+        """A file's is kept; PostgreSQL's comes from the pool, which looks whether the server is still there."""
+        if self._file is None:
+            with engine.connect() as connection:
+                yield connection
+            return
+        if self._kept is None:
+            self._kept = engine.connect()
+        yield self._kept
+
     def close(self) -> None:
         """Drop the connection; the next transaction opens a new one."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+        self._writes = True
         if self._engine is not None:
             self._engine.dispose()
         self._ready = False
@@ -175,15 +196,20 @@ class Database:
             return made
 
         engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=1, max_overflow=0)
+        self._errors = (DBAPIError, sqlite3.Error)
 
         @event.listens_for(engine, "begin")
         def _begin(connection: Connection) -> None:
-            write = connection.get_execution_options().get("write", True)
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+            driver = connection.connection.driver_connection
+            assert driver is not None  # connected
+            driver.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
 
         return engine
 
     def _postgresql(self, url: URL) -> Engine:
+        import psycopg
+
+        self._errors = (DBAPIError, psycopg.Error)
         milliseconds = max(1, round(self._timeout * 1000))
         engine = create_engine(
             url,
@@ -229,5 +255,5 @@ def _migrate(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _message(error: DBAPIError) -> str:
-    return " ".join(str(error.orig).split())
+def _message(error: Exception) -> str:
+    return " ".join(str(getattr(error, "orig", error)).split())

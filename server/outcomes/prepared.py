@@ -1,4 +1,5 @@
-"""INSERTs that every answer waits for, compiled once: SQLAlchemy takes longer over one than SQLite does, sync included."""
+"""INSERTs that every answer waits for, compiled once and given to the driver: SQLAlchemy takes longer over one than SQLite
+does, sync included."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Row
+from sqlalchemy import Connection, Dialect
 from sqlalchemy.sql.dml import Insert
 
 ROWS = 64  # of one statement; SQLite and PostgreSQL both bound its parameters
@@ -24,16 +25,22 @@ class PreparedInsert:
         self._columns, self._make = tuple(columns), make
         self._compiled = lru_cache(maxsize=4 * ROWS)(self._compile)
 
-    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[Row[Any]]:
-        """Insert; what the statement returns of each row, if it does."""
-        found: list[Row[Any]] = []
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+        """Insert; what the statement returns of each row, if it does.
+
+        Raises:
+            Exception: the driver's own error.
+        """
+        found: list[tuple[Any, ...]] = []
+        cursor = connection.connection.cursor()
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
             text, order = self._compiled(connection.dialect, len(part))
             values = {f"{name}_m{number}": row[name] for number, row in enumerate(part) for name in self._columns}
             # By position or by name, as the driver wants them.
-            result = connection.exec_driver_sql(text, values if order is None else tuple(map(values.__getitem__, order)))
-            found += result.all() if result.returns_rows else ()
+            cursor.execute(text, values if order is None else tuple(map(values.__getitem__, order)))
+            found += cursor.fetchall() if cursor.description is not None else ()
+        cursor.close()
         return found
 
     def _compile(self, dialect: Dialect, count: int) -> tuple[str, tuple[str, ...] | None]:

@@ -51,7 +51,7 @@ def save(connection: Connection, replica: str, additions: Additions) -> dict[Key
         for (adapter, name, key), value in sorted(additions.values.items())
     ]
     saved = ADD_TOTALS.run(connection, rows)
-    return {(row.adapter, row.name, row.key): row.value for row in saved}
+    return {(adapter, name, key): value for adapter, name, key, value in saved}
 
 
 def load(connection: Connection, replica: str) -> dict[Key, float]:
