@@ -73,7 +73,9 @@ def decisions(
     threshold = calibration.levels[level]
     members = prediction_sets(outcome.probabilities, calibration.method, threshold, keep_top=False).tolist()
     probabilities = outcome.probabilities.tolist()
-    first, *others = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)  # equal ones stay in order
+    first, *others = sorted(
+        range(len(probabilities)), key=probabilities.__getitem__, reverse=True
+    )  # equal ones stay in order
     labels = [choices[first], *(choices[index] for index in others if members[index])]
     rule = calibration.abstain
     return {

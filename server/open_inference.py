@@ -16,6 +16,7 @@ from server.disconnect import RequestTimeout, while_connected
 from server.engine import Served
 from server.guard import documented, route_class
 from server.problems import ProblemError
+from server.schemas import PredictResponse
 from server.service import Service
 from server.tensors import (
     BINARY,
@@ -154,10 +155,13 @@ async def _infer(
 ) -> InferResponse:
     _adapter(service, name, version)
     names = wanted(request)
-    response = await service.predict(as_predict(name, request), timeout)
-    return InferResponse(
-        model_name=name,
-        model_version=VERSION,
-        id=request.id,
-        outputs=[output_tensor(output, response.predictions) for output in names],
-    )
+
+    def form(response: PredictResponse) -> InferResponse:
+        return InferResponse(
+            model_name=name,
+            model_version=VERSION,
+            id=request.id,
+            outputs=[output_tensor(output, response.predictions) for output in names],
+        )
+
+    return await service.predict(as_predict(name, request), timeout, form)

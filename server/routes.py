@@ -28,16 +28,16 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.post(
         "/predict",
         dependencies=guarded,
-        response_model_exclude_unset=True,
+        response_model=PredictResponse,
         responses=documented(
             "unknown-adapter", "invalid-field", "input-too-large", "queue-full", "starting", "outcomes-unavailable",
             "deadline-exceeded",
         ),
         summary="Choose, and say how sure",
     )  # fmt: skip
-    async def predict(request: PredictRequest, http: Request, x_request_timeout: RequestTimeout = None) -> PredictResponse:
+    async def predict(request: PredictRequest, http: Request, x_request_timeout: RequestTimeout = None) -> Response:
         """Probabilities over the choices with their uncertainty, averaged over K posterior samples."""
-        return await while_connected(http, service.predict(request, x_request_timeout))
+        return await while_connected(http, service.predict(request, x_request_timeout, _json))
 
     @router.post(
         "/feedback",
@@ -100,3 +100,7 @@ def metrics_route(service: Service) -> APIRouter:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def _json(response: PredictResponse) -> Response:
+    return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")

@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from scalabl.errors import ScalaBLError
 from scalabl.predictive import Predictive
@@ -29,6 +30,7 @@ from server.threads import OneAtATime, leave_cores
 
 logger = logging.getLogger("scalabl")
 
+Answer = TypeVar("Answer")
 State = Literal["starting", "ready", "draining", "failed"]
 
 UNAVAILABLE = {
@@ -189,11 +191,14 @@ class Service:
         """
         return self._serving()[0].adapter(name)
 
-    async def predict(self, request: PredictRequest, timeout: float | None = None) -> PredictResponse:
+    async def predict(
+        self, request: PredictRequest, timeout: float | None, form: Callable[[PredictResponse], Answer]
+    ) -> Answer:
         """Answer one request.
 
         Args:
             timeout: seconds until its deadline; the setting is the most.
+            form: makes of the answer what is sent, as a rule while the disk is waited for.
 
         Raises:
             ProblemError: everything that the client can be told.
@@ -215,11 +220,18 @@ class Service:
         try:
             async with asyncio.timeout(seconds):
                 outcomes, predictions = await self._compute(engine, batcher, served, asked, places, started + seconds)
+            formed: list[Answer] = []
+
+            def answer_with(predictions: Sequence[Prediction]) -> None:
+                formed.append(form(_response(engine, served, asked, predictions)))
+
             texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
             left = max(0.0, started + seconds - time.perf_counter())
-            predictions = await self.outcomes.record(served.name, engine.model_name, texts, predictions, left)
-            for outcome in outcomes:
-                self.metrics.observe_prediction(served.name, outcome)
+            kept = await self.outcomes.record(
+                served.name, engine.model_name, texts, predictions, left, partial(answer_with, predictions)
+            )
+            if kept is not predictions or not formed:
+                answer_with(kept)
         except TimeoutError:
             raise ProblemError(
                 "deadline-exceeded",
@@ -233,17 +245,15 @@ class Service:
             self.in_flight -= 1
             for place in places:
                 place.free()
-        self.metrics.stage("total", time.perf_counter() - started)
-        warnings = warnings_of(served, asked) + ([asked.uncalibrated] if asked.uncalibrated is not None else [])
-        optional: dict[str, Any] = {"warnings": warnings} if warnings else {}  # else left out of the JSON
-        return PredictResponse(
-            id=seen.request_id,
-            model=engine.model_name,
-            adapter=served.name,
-            predictions=predictions,
-            **optional,
-            usage=Usage(tokens=seen.tokens, rows=_rows(predictions, asked)),
+        asyncio.get_running_loop().call_soon(  # once the answer is sent
+            self._observe, served.name, outcomes, time.perf_counter() - started
         )
+        return formed[-1]
+
+    def _observe(self, adapter: str, outcomes: Sequence[Predictive], seconds: float) -> None:
+        self.metrics.stage("total", seconds)
+        for outcome in outcomes:
+            self.metrics.observe_prediction(adapter, outcome)
 
     async def _compute(
         self, engine: Engine, batcher: Batcher[Served], served: Served, asked: Asked, places: Sequence[Place], until: float
@@ -310,8 +320,19 @@ class Service:
         return describe(engine)
 
 
-def _rows(predictions: Sequence[Prediction], asked: Asked) -> int:
-    return len(predictions) * asked.rows if asked.rule is None else sum(each.num_samples for each in predictions)
+def _response(engine: Engine, served: Served, asked: Asked, predictions: Sequence[Prediction]) -> PredictResponse:
+    warnings = warnings_of(served, asked) + ([asked.uncalibrated] if asked.uncalibrated is not None else [])
+    optional: dict[str, Any] = {"warnings": warnings} if warnings else {}  # else left out of the JSON
+    rows = len(predictions) * asked.rows if asked.rule is None else sum(each.num_samples for each in predictions)
+    seen = trace.current()
+    return PredictResponse(
+        id=seen.request_id,
+        model=engine.model_name,
+        adapter=served.name,
+        predictions=list(predictions),
+        **optional,
+        usage=Usage(tokens=seen.tokens, rows=rows),
+    )
 
 
 def _prepare(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:

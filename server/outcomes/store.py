@@ -10,8 +10,10 @@ import math
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import copy_context
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -85,15 +87,22 @@ class OutcomeStore:
         self._metrics.unrecorded.labels(adapter)
 
     async def record(
-        self, adapter: str, model: str, texts: Sequence[str], predictions: Sequence[Prediction], seconds: float
-    ) -> list[Prediction]:
+        self,
+        adapter: str,
+        model: str,
+        texts: Sequence[str],
+        predictions: Sequence[Prediction],
+        seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Sequence[Prediction]:
         """Store the predictions of one request, all or none; returns them as they are to be answered.
 
-        When that fails they come back without an id, since nobody could resolve it, and with `recorded` false. A commit
-        that ends after that is stored and counted all the same.
+        The same ones, or when that fails others without an id, since nobody could resolve it, and with `recorded` false. A
+        commit that ends after that is stored and counted all the same.
 
         Args:
             seconds: until the request's deadline.
+            meanwhile: called on the event loop while the disk is waited for, if it is.
 
         Raises:
             ProblemError: `outcomes-unavailable`, when that fails and outcomes are required.
@@ -110,10 +119,16 @@ class OutcomeStore:
                 )
                 for text, prediction in zip(texts, predictions, strict=True)
             ]
+            loop, context = asyncio.get_running_loop(), copy_context()
+
+            def committing() -> None:
+                with suppress(RuntimeError):  # the loop has been closed
+                    loop.call_soon_threadsafe(meanwhile, context=context)
+
             try:
-                operation = Record(rows)
+                operation = Record(rows, committing)
                 await self._ask(operation, operation.done, seconds)
-                return list(predictions)
+                return predictions
             except ProblemError:
                 self._metrics.unrecorded.labels(adapter).inc(len(rows))
                 if self._settings.outcomes_required:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -32,9 +32,10 @@ DELETED_AT_ONCE = 500
 
 @dataclass(eq=False)
 class Record:
-    """Predictions to store."""
+    """Predictions to store; `committing` is called from the writer's thread when only the disk is still waited for."""
 
     predictions: Sequence[NewPrediction]
+    committing: Callable[[], None] = lambda: None
     done: Future[None] = field(default_factory=Future)
 
     def __len__(self) -> int:
@@ -189,6 +190,9 @@ class Writer:
                     if isinstance(operation, LookUp):
                         answers[operation] = operations.look_up(connection, operation.id)
                 changed = totals.save(connection, self._replica, additions)
+                for operation in group:
+                    if isinstance(operation, Record):
+                        operation.committing()
         except UnavailableError as error:
             self._went_down(str(error))
             _fail(group, error)
