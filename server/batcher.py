@@ -47,6 +47,7 @@ class Batcher(Generic[Target]):
         target_tokens: join inputs while expected rows x padded length stays within this; one input alone may exceed it.
         max_tokens: refuse an input whose own rows x length exceed this; no pass holds more at once.
         pads: whether passes for an adapter compute the padding of their inputs.
+        rest: called on `executor` after a pass that no other follows at once.
         admission: counts what waits; an input's place is free once its pass begins.
     """
 
@@ -60,9 +61,11 @@ class Batcher(Generic[Target]):
         target_tokens: int,
         max_tokens: int,
         pads: Callable[[Target], bool] = lambda _: True,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._executor, self._admission, self._metrics = run, executor, admission, metrics
         self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
+        self._rest = rest
         self._numbers = itertools.count()
         self._queue: list[QueuedInput[Target]] = []  # in order
         self._slot_lock = threading.Lock()
@@ -226,6 +229,8 @@ class Batcher(Generic[Target]):
                 part = [queued for queued in parts.pop() if not queued.logits.done()]
                 if part:
                     parts += self._answer(part)
+            if self._slot is None:
+                self._rest()
         except BaseException:
             self._broken = True
             logger.critical(BROKEN, exc_info=True)

@@ -26,7 +26,7 @@ from server.problems import ProblemError
 from server.prompts import Asked, encode, read_request
 from server.schemas import Info, Prediction, PredictRequest, PredictResponse, Usage
 from server.settings import ServeSettings
-from server.threads import OneAtATime, leave_cores
+from server.threads import OneAtATime, leave_cores, rest
 
 logger = logging.getLogger("scalabl")
 
@@ -102,6 +102,7 @@ class Service:
             target_tokens=engine.target_batch_tokens,
             max_tokens=self.settings.max_batch_tokens,
             pads=lambda served: served.pads,
+            rest=rest,
         )
         self._loader = AdapterLoader(
             engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self.outcomes.show

@@ -3,10 +3,15 @@
 libgomp gives every thread that computes in parallel a pool of threads of its own. Once these are more than there are cores,
 none of them spins between two operations any more, and each operation of a pass begins with waking one: SmolLM2-135M's
 passes over 1,000 tokens then take 13% longer. One softmax over ten numbers in another thread is enough.
+
+After a pass its threads spin for milliseconds more in the hope of another. On two cores what has to be done with the results
+then waits for a core, now and then for 3 ms.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +39,30 @@ def _keep_to(count: int) -> None:
     # A thread that has asked torch for nothing yet takes the number over that any thread said last, also after its own word.
     torch.get_num_threads()
     torch.set_num_threads(count)
+
+
+RESTING = 8  # threads up to which `rest` costs little beside a pass: ending and beginning one takes 0.1 ms or so
+
+
+def rest() -> None:
+    """End the threads that the calling one has computed with; its next computation begins others."""
+    if PAUSE is not None and 1 < torch.get_num_threads() <= RESTING:
+        PAUSE(1)  # omp_pause_soft, OpenMP 5.0, section 3.2.44
+
+
+def _find_pause() -> Callable[[int], int] | None:
+    """`omp_pause_resource_all` of the OpenMP library that torch has loaded; None where there is none."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so"):
+        try:
+            return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+PAUSE = _find_pause()
 
 
 class OneAtATime(ThreadPoolExecutor):

@@ -34,6 +34,10 @@ class Passes:
         self.gate.set()
         self.memory = 10**9  # tokens
         self.error: BaseException | None = None
+        self.rested: list[int] = []
+
+    def rest(self) -> None:
+        self.rested.append(len(self.lengths))
 
     def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         self.lengths.append([len(ids) for ids in sequences])
@@ -89,7 +93,9 @@ def with_batcher(
         metrics = Metrics()
         admission = Admission(max_queue, max_queue_tokens, metrics)
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(passes, executor, admission, metrics, target_tokens=target_tokens, max_tokens=max_tokens)
+            batcher = Batcher(
+                passes, executor, admission, metrics, target_tokens=target_tokens, max_tokens=max_tokens, rest=passes.rest
+            )
             batcher.start()
             try:
                 await asyncio.wait_for(scenario(batcher, passes), 30)
@@ -315,6 +321,18 @@ def test_an_error_of_the_batchers_own_is_a_fault_that_leaves_nobody_waiting() ->
         assert batcher.fault(300) is not None
         with pytest.raises(ProblemError, match="must be restarted"):
             submit(batcher, None, [[3]], draws())
+
+    with_batcher(scenario)
+
+
+def test_the_worker_rests_after_a_pass_that_no_other_follows() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = submit(batcher, None, [[2]], draws())
+        await until(lambda: chosen(batcher) == [2])
+        passes.gate.set()
+        await asyncio.gather(*waiting)
+        await until(lambda: passes.rested == [2])
 
     with_batcher(scenario)
 

@@ -16,8 +16,10 @@ from server.answers import is_small
 from server.methods import Controlled
 from server.prompts import read_request
 from server.schemas import PredictRequest
-from server.threads import FOUND, OneAtATime, leave_cores, take_cores
+from server.threads import FOUND, PAUSE, OneAtATime, leave_cores, rest, take_cores
 from tests.server.conftest import serving, settings_for
+
+TASKS = Path("/proc/self/task")
 
 
 @pytest.mark.parametrize(("threads", "cores"), [(3, 3), (None, FOUND)])
@@ -51,6 +53,29 @@ def test_only_an_answer_of_few_samples_and_one_input_is_small() -> None:
     assert not is_small([one, one])
     assert not is_small([torch.zeros(64, 100)])
     assert not is_small([Controlled(one, cast(Linearization, None))])
+
+
+@pytest.mark.skipif(PAUSE is None or FOUND < 2, reason="needs an OpenMP library that can pause, and two cores")
+def test_a_thread_that_rests_ends_its_helpers_and_computes_as_before() -> None:
+    big = torch.randn(512, 512)
+
+    def helpers() -> tuple[int, int, int, bool]:
+        take_cores(2)
+        expected = big @ big
+        before = len(list(TASKS.iterdir()))
+        rest()
+        during = len(list(TASKS.iterdir()))
+        same = torch.equal(big @ big, expected)
+        return before - during, len(list(TASKS.iterdir())) - during, torch.get_num_threads(), same
+
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(helpers).result() == (1, 1, 2, True)
+
+
+def test_a_thread_that_computes_alone_has_nobody_to_rest() -> None:
+    with ThreadPoolExecutor(1, initializer=leave_cores) as executor:
+        executor.submit(rest).result()
+        assert executor.submit(torch.get_num_threads).result() == 1
 
 
 def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is_idle() -> None:
