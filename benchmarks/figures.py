@@ -101,8 +101,9 @@ def _load(found: dict[str, Any]) -> Figure:
         axes.legend(fontsize=8)
     if soak:
         axes = next(panels)
-        axes.plot([at for at, _ in soak["rss"]], [rss / 2**20 for _, rss in soak["rss"]], "o-", markersize=3)
-        axes.set(xlabel="requests answered", ylabel="resident memory (MiB)", ylim=(0, None))
+        memory = [rss / 2**20 for _, rss in soak["rss"]]
+        axes.plot([at / 1000 for at, _ in soak["rss"]], memory, "o-", markersize=3)
+        axes.set(xlabel="thousands of requests answered", ylabel="resident memory (MiB)", ylim=(0, 1.2 * max(memory)))
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     return figure
