@@ -30,9 +30,8 @@ class Prompter:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = task
         self._tokenizer = tokenizer
-        # What transformers adds around it takes as long again; by this name only where nothing else is added.
-        plain_call = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
-        self._backend = tokenizer.backend_tokenizer if plain_call else None
+        # What transformers adds around it takes as long again.
+        self._backend = tokenizer.backend_tokenizer if _adds_nothing(type(tokenizer)) else None
         if task.chat and not tokenizer.chat_template:
             raise PromptError("task.chat is true and the tokenizer has no chat template; set chat to false")
         plain, framed = (tokenizer(PROBE, add_special_tokens=framed)["input_ids"] for framed in (False, True))
@@ -166,6 +165,14 @@ class Prompter:
                 )
             tokens[token] = choice
         return tuple(tokens), tails[0][:shared]
+
+
+def _adds_nothing(kind: type[PreTrainedTokenizerBase]) -> bool:
+    """Whether calling such a tokenizer gives the ids that its backend gives, as far as transformers' own class does."""
+    if not issubclass(kind, PreTrainedTokenizerFast):
+        return False
+    names = ("__call__", "_encode_plus", "_switch_to_input_mode")
+    return all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in names)
 
 
 def check_text(field: str, text: str) -> None:

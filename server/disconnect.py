@@ -28,12 +28,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
     """
     task = asyncio.current_task()
     assert task is not None  # a coroutine runs in one
-    left = False
+    left = over = False
 
     def leave(watcher: asyncio.Future[None]) -> None:
         nonlocal left
-        if not watcher.cancelled():
-            watcher.exception()  # whatever it was, nobody can be answered any more
+        if watcher.cancelled():
+            return
+        watcher.exception()  # whatever it was, nobody can be answered any more
+        if not over:
             left = True
             task.cancel()
 
@@ -46,7 +48,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
             raise ProblemError("client-gone", "the client closed its connection before the answer") from None
         raise
     finally:
-        watcher.remove_done_callback(leave)
+        over = True
         watcher.cancel()
 
 

@@ -41,7 +41,7 @@ def _keep_to(count: int) -> None:
     torch.set_num_threads(count)
 
 
-RESTING = 8  # threads up to which `rest` costs little beside a pass: ending and beginning one takes 0.1 ms or so
+RESTING = 8  # threads up to which `rest` costs little beside a pass: ending and beginning each takes 0.1 ms or so
 
 
 def rest() -> None:
@@ -51,15 +51,15 @@ def rest() -> None:
 
 
 def _find_pause() -> Callable[[int], int] | None:
-    """`omp_pause_resource_all` of the OpenMP library that torch has loaded; None where there is none."""
+    """`omp_pause_resource_all` of the libgomp that torch has loaded, which ends threads; None where there is none."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
-    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so"):
-        try:
-            return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all
-        except (OSError, AttributeError):
-            continue
-    return None
+    try:
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        # LLVM's library under this name only lets them sleep.
+        return None if hasattr(library, "__kmpc_fork_call") else library.omp_pause_resource_all
+    except (OSError, AttributeError):
+        return None
 
 
 PAUSE = _find_pause()

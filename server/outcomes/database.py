@@ -138,6 +138,8 @@ class Database:
             self._check_file()
         except self._errors as error:
             self.close()
+            while isinstance(error.__context__, self._errors):  # a rollback that failed as well, after what it was for
+                error = error.__context__
             raise UnavailableError(_message(error)) from error
         except UnavailableError:
             self.close()

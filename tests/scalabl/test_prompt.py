@@ -54,6 +54,36 @@ def _word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.mark.parametrize("text", ["the sky", "Éire?", "<bos> as text", "a<eos>b", "a\tb\n"])
+def test_the_ids_are_those_that_the_tokenizer_gives(text: str) -> None:
+    for tokenizer in (tiny.tokenizer(), _word_tokenizer("the", "sky", "Label:", "red", "blue")):
+        task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix=" ")
+        prompter = Prompter(task, tokenizer)
+        assert prompter._backend is not None
+        expected = tokenizer(f"{text} Label:")["input_ids"]
+        cut = 1 if expected[-1] == tokenizer.eos_token_id else 0
+        assert prompter._ids(f"{text} Label:") == expected[: len(expected) - cut]
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
+    class Lowering(PreTrainedTokenizerFast):
+        def __call__(self, text: str, **options: object) -> object:  # type: ignore[override]
+            return super().__call__(text.lower(), **options)  # type: ignore[arg-type]
+
+    words = _word_tokenizer("x", "sky", "Label:", "label:", "red", "blue")
+    lowering = Lowering(tokenizer_object=words.backend_tokenizer, unk_token="<unk>", eos_token="<eos>")
+    task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix=" ")
+    assert Prompter(task, lowering).encode("SKY") == [*Prompter(task, words).encode("sky")[:-1], words.vocab["label:"]]
+
+
+def test_a_tokenizer_that_someone_has_cut_short_meanwhile_is_not_cut_short_here() -> None:
+    tokenizer = tiny.tokenizer()
+    prompter = Prompter(tiny.CLASSIFICATION, tokenizer)
+    whole = prompter.encode("the sky")
+    tokenizer("the sky", truncation=True, max_length=2)
+    assert prompter.encode("the sky") == whole
+
+
 def test_a_template_whose_end_merges_with_a_choice_is_refused() -> None:
     words = _word_tokenizer("x", "Label:red", "Label:blue", "Label:")
     task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix="")

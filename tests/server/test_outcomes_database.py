@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection
 
 from server.metrics import Metrics
 from server.outcomes.clock import Clock
@@ -88,6 +89,20 @@ def test_writes_reach_the_disk_before_they_count(file: Path) -> None:
     with database.transaction(write=True) as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+    database.close()
+
+
+def test_a_lost_connection_is_named_and_not_the_rollback_that_it_makes_fail(file: Path) -> None:
+    database = Database(f"sqlite:///{file}", 2)
+
+    def lose(connection: Connection) -> None:
+        connection.connection.driver_connection.close()  # type: ignore[union-attr]  # it is connected
+        raise sqlite3.OperationalError("first cause")
+
+    with pytest.raises(UnavailableError, match="first cause"), database.transaction(write=True) as connection:
+        lose(connection)
+    with database.transaction(write=True) as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
     database.close()
 
 
