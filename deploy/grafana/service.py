@@ -116,7 +116,7 @@ def _passes(made: dashboard.Dashboard) -> None:
         "Means: to tokenise and in total of a request, in the queue of an input, forward of a pass. Queue above forward: "
         "add replicas."
     )
-    made.with_panel(lines("Time in the queue and in passes", text, [query], "s", low=0))
+    made.with_panel(lines("Time in the queue and in passes", text, [query], "s", low=0, width=8))
     queries = [
         Query(mean("scalabl_batch_rows", "instance"), "{{instance}}, rows"),
         Query(mean("scalabl_batch_tokens", "instance"), "{{instance}}, tokens"),
@@ -124,7 +124,10 @@ def _passes(made: dashboard.Dashboard) -> None:
     text = (
         "Rows (inputs x samples) and tokens (with padding) of a pass. Always small under load: raise --target-batch-tokens."
     )
-    made.with_panel(lines("Size of passes", text, queries, "short", low=0))
+    made.with_panel(lines("Size of passes", text, queries, "short", low=0, width=8))
+    query = Query(mean("scalabl_pass_gap_seconds", "instance"), "{{instance}}")
+    text = "Mean time from one pass to the next that was chosen before. Above a hundredth of forward: the process lacks CPU."
+    made.with_panel(lines("Between two passes", text, [query], "s", low=0, width=8))
     queries = [
         Query(f"sum({rate('scalabl_batch_tokens_sum')})", "Computed"),
         Query(f"sum({rate('scalabl_padding_tokens_total')})", "Of them padding"),
