@@ -25,6 +25,7 @@ class Peers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from peft import PeftModel
+            from peft.tuners.tuners_utils import BaseTunerLayer
 
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "samples"
@@ -34,6 +35,7 @@ class Peers:
                 for name in self.names[1:]:
                     self.model.load_adapter(str(folder / name), adapter_name=name)
         self.model.eval()
+        self._adapted = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         assert prompter.choice_tokens is not None
         self._tokens = list(prompter.choice_tokens)
 
@@ -47,10 +49,15 @@ class Peers:
         ids, mask = _left_padded(sequences)
         found = []
         for name in self.names[:num_samples]:
-            self.model.set_adapter(name)
+            self._take(name)
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=int(last_only)).logits
             found.append(logits[:, -1, self._tokens])
         return torch.stack(found, dim=1)
+
+    def _take(self, name: str) -> None:
+        """As `set_adapter`, which besides visits every adapter that is loaded: the published code has one."""
+        for layer in self._adapted:
+            layer._active_adapter = name
 
     @torch.inference_mode()
     def mixed_batch(self, sequences: Sequence[Sequence[int]], num_samples: int) -> Tensor:

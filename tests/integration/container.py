@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = "localhost/scalabl-test-base:bookworm"
 IMAGE = "localhost/scalabl-test:latest"
 PACKAGES = "ca-certificates,python3,python3-pip,python3-venv"  # with them it has what python:3.11-slim-bookworm has

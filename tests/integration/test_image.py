@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ import pytest
 
 from scalabl import __version__
 from tests.integration import container
-from tests.integration.container import ROOT, Container
+from tests.integration.checkout import ROOT, copy_of_checkout
+from tests.integration.container import Container
 from tests.integration.process import free_port
 
 pytestmark = pytest.mark.integration
@@ -41,17 +41,7 @@ def built(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     """Built from the files that git knows, with the example's adapter baked in; the base model comes as a volume."""
     container.require_tools()
     context = tmp_path_factory.mktemp("context")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        target = context / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
+    copy_of_checkout(context)
     models = context / "models"
     shutil.copytree(ADAPTER, models / "adapters" / "intent-router")
     (models / "base").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +12,10 @@ import httpx
 import pytest
 
 from scalabl import __version__
+from tests.integration.checkout import ROOT, copy_of_checkout
 from tests.integration.process import Served, free_port, wait_until_ready, write_models
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str | Path, cwd: Path, seconds: float = 1200) -> str:
@@ -34,11 +32,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel and what it asks for, and nothing of this one."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    source.mkdir()
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in listed:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
+    copy_of_checkout(source)
     run(sys.executable, "-m", "build", "--outdir", folder / "dist", source, cwd=folder)
     built = sorted(path.name for path in (folder / "dist").iterdir())
     assert built == [f"scalabl-{__version__}-py3-none-any.whl", f"scalabl-{__version__}.tar.gz"]
