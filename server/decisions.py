@@ -73,10 +73,8 @@ def decisions(
     threshold = calibration.levels[level]
     members = prediction_sets(outcome.probabilities, calibration.method, threshold, keep_top=False).tolist()
     probabilities = outcome.probabilities.tolist()
-    first, *others = sorted(
-        range(len(probabilities)), key=probabilities.__getitem__, reverse=True
-    )  # equal ones stay in order
-    labels = [choices[first], *(choices[index] for index in others if members[index])]
+    order = sorted(range(len(choices)), key=probabilities.__getitem__, reverse=True)  # equal ones as they come
+    labels = [choices[index] for index in order if members[index] or index == order[0]]
     rule = calibration.abstain
     return {
         "prediction_set": PredictionSet(labels=labels, coverage=float(level), method=calibration.method),

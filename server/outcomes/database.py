@@ -98,7 +98,9 @@ class Database:
         if self._engine is None:
             url = parse_url(self._url)
             self._engine = self._sqlite(str(url.database)) if url.get_backend_name() == "sqlite" else self._postgresql(url)
+            self._errors = (DBAPIError, self._engine.dialect.loaded_dbapi.Error)
         first = self._may_create
+        self._writes = True
         try:
             if self._file is not None and first:
                 Path(self._file).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,6 @@ class Database:
         if self._kept is not None:
             self._kept.close()
             self._kept = None
-        self._writes = True
         if self._engine is not None:
             self._engine.dispose()
         self._ready = False
@@ -198,7 +199,6 @@ class Database:
             return made
 
         engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=1, max_overflow=0)
-        self._errors = (DBAPIError, sqlite3.Error)
 
         @event.listens_for(engine, "begin")
         def _begin(connection: Connection) -> None:
@@ -209,9 +209,6 @@ class Database:
         return engine
 
     def _postgresql(self, url: URL) -> Engine:
-        import psycopg
-
-        self._errors = (DBAPIError, psycopg.Error)
         milliseconds = max(1, round(self._timeout * 1000))
         engine = create_engine(
             url,
