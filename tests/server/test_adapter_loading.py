@@ -226,6 +226,7 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
     with ThreadPoolExecutor(4) as pool:
         running = pool.submit(answer, client, "colours")
         assert gate.entered.wait(30)
+        wait_until(lambda: service_of(client).admission.inputs == 0)  # the loop knows of the pass
         waiting = pool.submit(answer, client, "colours")
         wait_until(lambda: service_of(client).admission.inputs == 1)
         # The change waits for the model's thread; whoever asks after it has happened gets the new adapter.
@@ -241,6 +242,7 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(answer, client, "colours")
         assert gate.entered.wait(30)
+        wait_until(lambda: service_of(client).admission.inputs == 0)  # the loop knows of the pass
         waiting = pool.submit(answer, client, "colours")
         wait_until(lambda: service_of(client).admission.inputs == 1)
         unloaded = pool.submit(unload, client, "colours")

@@ -180,6 +180,7 @@ def test_the_next_pass_is_for_who_has_the_lowest_priority(serve: Callable[..., T
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(ask, client, inputs="a")
         assert gate.entered.wait(30)
+        wait_until(lambda: service.admission.inputs == 0)  # the loop knows of the pass
         first = pool.submit(ask, client, inputs="b")
         wait_until(lambda: service.admission.inputs == 1)
         urgent = pool.submit(client.post, path, json=infer)
