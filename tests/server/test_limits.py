@@ -123,6 +123,7 @@ def test_a_full_queue_answers_at_once_while_every_thread_is_busy(
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(ask, client, inputs="a")
         assert gate.entered.wait(30)
+        wait_until(lambda: service.admission.inputs == 0)  # the loop knows of the pass
         service._prompt_thread.submit(held.wait, 30)
         waiting = pool.submit(ask, client, inputs=inputs)
         wait_until(lambda: service.admission.inputs > 0)
