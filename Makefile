@@ -39,7 +39,7 @@ test: lint
 
 # Compiles the Triton kernel for GPUs that are not here; fails on a spill, a missing matrix instruction or a ceiling.
 kernel-report: $(VENV)/.installed-dev
-	$(BIN)/python -m kernels.report --check
+	$(BIN)/python -m scalabl_kernels.tools.report --check
 
 # The kernel's tests under a checker of memory: reads and writes out of bounds, and races. A young tool: pinned, and a job
 # of its own. It asks for Python 3.12 and runs on 3.11.
@@ -76,17 +76,17 @@ integration: $(VENV)/.installed-dev
 # vLLM for CPUs in a virtual environment of its own (2 GB, made once), and the vLLM engine before it; SCALABL_VLLM_QUERIES=20 is
 # a shorter comparison.
 VLLM ?= build/vllm
-$(VLLM)/.installed: tests/integration/vllm_process.py $(VENV)/.installed-dev
-	$(BIN)/python -m tests.integration.vllm_process $(VLLM)
+$(VLLM)/.installed: tests/integration/support/vllm_process.py $(VENV)/.installed-dev
+	$(BIN)/python -m tests.integration.support.vllm_process $(VLLM)
 	@touch $@
 
 integration-vllm: $(VENV)/.installed-dev $(VLLM)/.installed
 	@base=$(BASE) && $(OFFLINE) SCALABL_EXAMPLE_BASE="$$base" SCALABL_VLLM_PYTHON="$(abspath $(VLLM))/bin/python" \
-		$(BIN)/pytest -s -m vllm tests/integration/test_vllm.py $(ARGS)
+		$(BIN)/pytest -s -m vllm tests/integration/serving/test_vllm.py $(ARGS)
 
 # An hour at 80% of capacity; SOAK_SECONDS=300 shortens it.
 soak: $(VENV)/.installed-dev
-	$(OFFLINE) $(BIN)/pytest -s -m soak tests/integration/test_soak.py $(ARGS)
+	$(OFFLINE) $(BIN)/pytest -s -m soak tests/integration/serving/test_soak.py $(ARGS)
 
 # What K samples cost, beside a loop over them and PEFT: hours in full; ARGS='--only brute --prompts medium --samples 10' is one
 # table, and --vllm-python build/vllm/bin/python adds K requests to the vLLM of `make integration-vllm`. On a machine that does

@@ -1,4 +1,4 @@
-"""What `num_samples: "auto"` saves and what it costs: rules of `scalabl.adaptive` against all samples, on a data set.
+"""What `num_samples: "auto"` saves and what it costs: its stopping rules against all samples, on a data set.
 
 python -m benchmarks.adaptive --adapter <folder> --model <folder> --data <rows.jsonl> [--json out.json]
 
@@ -23,15 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import describe
-from scalabl.adapter_io import load_adapter, read_config
-from scalabl.adaptive import Estimate, Rule, adaptive_predictive, sample_adaptively
-from scalabl.dataset import read_examples
-from scalabl.evaluation import EncodedSet, encode_examples, logits_of, without_absent
-from scalabl.model import ScalaBLModel
-from scalabl.posterior import DEFAULT_SCHEME, SCHEMES, Draws
-from scalabl.predictive import Predictive, predictive
-from scalabl.pretrained import load_pretrained
+from scalabl.base.pretrained import load_pretrained
+from scalabl.evaluation.dataset import read_examples
+from scalabl.evaluation.inference import EncodedSet, encode_examples, logits_of, without_absent
+from scalabl.files.adapter_directory import load_adapter, read_config
+from scalabl.model.posterior import DEFAULT_SCHEME, SCHEMES, Draws
+from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.prompt import Prompter
+from scalabl.uncertainty.adaptive import Estimate, Rule, adaptive_predictive, sample_adaptively
+from scalabl.uncertainty.predictive import Predictive, predictive
 
 RULES = (
     ("decision", 0.05),

@@ -159,7 +159,9 @@ def serving(folder: Path, seconds: float = 300, **settings: object) -> Iterator[
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SCALABL_")}
     log = folder / "server.log"
     with log.open("wb") as errors:
-        process = subprocess.Popen([sys.executable, "-m", "server.cli", "serve", *arguments], stderr=errors, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "scalabl_server.cli", "serve", *arguments], stderr=errors, env=environment
+        )
     server = Server(process, port, log)
     try:
         deadline = time.monotonic() + seconds

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from scalabl.adapter_io import load_adapter, read_config
-from scalabl.dataset import read_examples
-from scalabl.evaluation import encode_examples, logits_of
-from scalabl.posterior import SCHEMES, Scheme
-from scalabl.predictive import Predictive, predictive
-from scalabl.pretrained import load_pretrained
+from scalabl.base.pretrained import load_pretrained
+from scalabl.evaluation.dataset import read_examples
+from scalabl.evaluation.inference import encode_examples, logits_of
+from scalabl.files.adapter_directory import load_adapter, read_config
+from scalabl.model.posterior import SCHEMES, Scheme
 from scalabl.prompt import Prompter
+from scalabl.uncertainty.predictive import Predictive, predictive
 
 
 def main() -> None:

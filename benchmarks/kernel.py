@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from scalabl_kernels import subspace_projection
 from torch import Tensor
 
 from benchmarks.machine import describe
-from kernels import subspace_projection
 
 RANK, NUM_SAMPLES, SCALING = 8, 16, 2.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -353,8 +353,8 @@ def engine(options: argparse.Namespace, budget: int) -> Iterator[Callable[[Seque
 
 def _offline(options: argparse.Namespace) -> None:
     """Each line of standard input is a list of prompts; says what seconds the engine takes for them."""
-    from server.engine import load_engine
-    from server.settings import ServeSettings
+    from scalabl_server.engines.interface import load_engine
+    from scalabl_server.settings import ServeSettings
 
     engine = load_engine(ServeSettings(**_settings(options), target_batch_tokens=options.offline))
     served = engine.adapter(None)

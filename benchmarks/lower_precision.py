@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from scalabl.adapter_io import load_adapter
-from scalabl.int8 import weight_levels
-from scalabl.model import ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
-from scalabl.predictive import Predictive, predictive
-from scalabl.pretrained import load_pretrained
+from scalabl.base.int8 import weight_levels
+from scalabl.base.pretrained import load_pretrained
+from scalabl.evaluation.precision_change import QuantizationChange
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
 from scalabl.prompt import Prompter
-from scalabl.quantization import QuantizationChange
+from scalabl.uncertainty.predictive import Predictive, predictive
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
 

@@ -13,11 +13,12 @@ import time
 import uuid
 from pathlib import Path
 
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.outcomes.store import OutcomeStore
+from scalabl_server.schemas import Prediction
+from scalabl_server.settings import ServeSettings
+
 from benchmarks.machine import describe
-from server.metrics import Metrics
-from server.outcomes.store import OutcomeStore
-from server.schemas import Prediction
-from server.settings import ServeSettings
 
 PROBABILITIES = {f"choice number {n}": p for n, p in enumerate((0.5, 0.2, 0.1, 0.1, 0.1))}
 

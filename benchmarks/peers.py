@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scalabl.peft_lora import export_peft
-from scalabl.pretrained import load_pretrained, load_skeleton
+from scalabl.base.pretrained import load_pretrained, load_skeleton
+from scalabl.files.peft_lora import export_peft
 from scalabl.prompt import Prompter
 
 

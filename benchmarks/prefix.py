@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.ratios import ratio, shown
-from scalabl.adapter_io import load_adapter
-from scalabl.prefix_cache import PrefixCache, PrefixStore
-from scalabl.pretrained import load_pretrained
-from scalabl.rounds import Rounds
+from scalabl.base.pretrained import load_pretrained
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
+from scalabl.passes.rounds import Rounds
 
 ALIKE = 0.8
 LIMIT = 2**29  # the server's default

@@ -44,12 +44,12 @@ from benchmarks.prefix import prefix
 from benchmarks.profiling import print_profile, profiled
 from benchmarks.ratios import ratio, shown
 from benchmarks.turns import in_turns
-from scalabl.adapter_io import load_adapter, load_weights, read_config, read_weights, save_adapter
-from scalabl.model import ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
-from scalabl.pretrained import load_pretrained
+from scalabl.base.pretrained import load_pretrained
+from scalabl.evaluation.precision_change import QuantizationChange
+from scalabl.files.adapter_directory import load_adapter, load_weights, read_config, read_weights, save_adapter
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
 from scalabl.prompt import Prompter
-from scalabl.quantization import QuantizationChange
 
 if TYPE_CHECKING:
     from benchmarks.vllm_peer import VllmPeer

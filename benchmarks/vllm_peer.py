@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scalabl_server.engines.vllm.client import VllmClient
 from torch import Tensor
 
-from scalabl.posterior import DEFAULT_SCHEME
-from scalabl.pretrained import load_skeleton
+from scalabl.base.pretrained import load_skeleton
+from scalabl.files.sample_loras import SampleLoras
+from scalabl.model.posterior import DEFAULT_SCHEME
 from scalabl.prompt import Prompter
-from scalabl.sample_loras import SampleLoras
-from server.vllm_client import VllmClient
-from tests.integration.vllm_process import Vllm
+from tests.integration.support.vllm_process import Vllm
 
 TIMEOUT = 600.0
 ROOM = 32  # tokens of a prompt beyond the longest that is asked

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scalabl.adapter_io import load_adapter
 from scalabl.config import Task
-from scalabl.convert import convert_bayesadapt
-from scalabl.model import ScalaBLModel, TokenBatch
-from scalabl.posterior import Draws
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.files.bayesadapt import convert_bayesadapt
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from scalabl.adapter_io import save_adapter
 from scalabl.config import AdapterConfig, Task
-from scalabl.model import ScalaBLModel
+from scalabl.files.adapter_directory import save_adapter
+from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.prompt import Prompter
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]

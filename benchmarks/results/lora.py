@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.results.study import ALPHA, RANK, Study
-from scalabl.attachment import Host
-from scalabl.evaluation import batches
-from scalabl.layer import ChoiceHead, cut_head
-from scalabl.model import TokenBatch
-from scalabl.recipe import TrainingConfig
-from scalabl.training import LengthGroupedSampler
-from scalabl.trunk import FanOut, Trunk
+from scalabl.evaluation.inference import batches
+from scalabl.model.attachment import Host
+from scalabl.model.layer import ChoiceHead, cut_head
+from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.trunk import FanOut, Trunk
+from scalabl.training.recipe import TrainingConfig
+from scalabl.training.trainer import LengthGroupedSampler
 
 BATCH_TOKENS = 4096
 

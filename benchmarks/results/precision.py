@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks.machine import describe
 from benchmarks.results.runs import keep, scores_of
 from benchmarks.results.study import Study, subset
-from scalabl.adapter_io import load_adapter
-from scalabl.evaluation import EncodedSet, batches, logits_of
-from scalabl.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
-from scalabl.model import TokenBatch
-from scalabl.posterior import SCHEMES, Draws, Scheme, draw
-from scalabl.predictive import Predictive, predictive
+from scalabl.evaluation.inference import EncodedSet, batches, logits_of
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.model.posterior import SCHEMES, Draws, Scheme, draw
+from scalabl.model.scalabl_model import TokenBatch
+from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
+from scalabl.uncertainty.predictive import Predictive, predictive
 
 COUNTS = (4, 8, 16, 32, 64, 128, 256)
 CONTROLLED = (4, 8, 16, 32)

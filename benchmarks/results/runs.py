@@ -19,12 +19,12 @@ from benchmarks.machine import describe
 from benchmarks.results.lora import fit, lora
 from benchmarks.results.scores import ensemble, scores_by_variant
 from benchmarks.results.study import NUM_SAMPLES, Study, subset
-from scalabl.adapter_io import load_adapter
-from scalabl.calibration import fit_scale
-from scalabl.evaluation import logits_of
-from scalabl.model import ScalaBLModel
-from scalabl.recipe import TrainingConfig
-from scalabl.training import train_adapter
+from scalabl.evaluation.calibration import fit_scale
+from scalabl.evaluation.inference import logits_of
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.training.recipe import TrainingConfig
+from scalabl.training.trainer import train_adapter
 
 STEPS = {"train": 600, "few": 200}
 SEEDS = (0, 1, 2)

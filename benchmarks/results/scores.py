@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.results.study import Study
-from scalabl.calibration import TEMPERATURES, minimise, mixture_nll
 from scalabl.config import SetMethod
-from scalabl.conformal import conformal_threshold, prediction_sets, set_scores
-from scalabl.posterior import DEFAULT_SCHEME, Scheme
-from scalabl.predictive import Predictive, predictive
-from scalabl.scoring import labelled_scores, outside_scores
+from scalabl.evaluation.calibration import TEMPERATURES, minimise, mixture_nll
+from scalabl.evaluation.scoring import labelled_scores, outside_scores
+from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
+from scalabl.uncertainty.conformal import conformal_threshold, prediction_sets, set_scores
+from scalabl.uncertainty.predictive import Predictive, predictive
 
 if TYPE_CHECKING:
     from benchmarks.results.runs import Run

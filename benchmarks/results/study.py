@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scalabl.calibration import split_halves
+from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.config import AdapterConfig, Task
-from scalabl.dataset import read_examples
-from scalabl.evaluation import EncodedSet, encode_examples
-from scalabl.model import ScalaBLModel
-from scalabl.pretrained import Pretrained, load_pretrained
+from scalabl.evaluation.calibration import split_halves
+from scalabl.evaluation.dataset import read_examples
+from scalabl.evaluation.inference import EncodedSet, encode_examples
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
 from scalabl.prompt import Prompter
-from scalabl.trunk_cache import TrunkCache, trunk_cache
 
 TEMPLATE = "{input}\nTopic:"
 RANK, ALPHA = 8, 16.0

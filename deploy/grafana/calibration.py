@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
+from scalabl_server.outcomes.scoring import UPPER_EDGES
 
 from deploy.grafana.panels import Look, Query, board, buckets, choice, clouds, curve, lines, number, rows
-from server.outcomes.scoring import UPPER_EDGES
 
 # As in every query: one adapter, all of its replicas.
 ONE = '{namespace=~"$namespace", job=~"$job", adapter="$adapter"}'

@@ -64,8 +64,8 @@ def test_a_query_is_restricted_by_the_variables_of_its_dashboard(name: str, pane
 
 @each_panel
 def test_a_query_asks_for_metrics_and_recorded_series_that_exist(name: str, panel: dict[str, Any]) -> None:
-    from server.metrics import Metrics
-    from server.outcomes.scoring import FAMILIES, RETRACTED
+    from scalabl_server.observe.metrics import Metrics
+    from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED
 
     known = {rule["record"] for path in RULES for rule in rules_of(path) if "record" in rule}
     for family in Metrics().registry.collect():

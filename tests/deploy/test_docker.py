@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scalabl_server import healthcheck
 
 from docker import lock
-from server import healthcheck
 from tests.deploy import dockerfile
 from tests.deploy.manifests import ROOT, tool
 
@@ -167,7 +167,7 @@ def listening(draining: bool = False, certificate: Path | None = None) -> Iterat
 
 
 def check(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "server.healthcheck"]
+    command = [sys.executable, "-m", "scalabl_server.healthcheck"]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SCALABL_")} | environment
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=30)
 
@@ -205,7 +205,7 @@ def test_where_the_health_check_looks(environment: dict[str, str], url: str) -> 
 
 
 def test_the_health_check_needs_nothing_that_is_slow_to_import() -> None:
-    program = "import sys, server.healthcheck; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    program = "import sys, scalabl_server.healthcheck; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "pydantic", "fastapi", "scalabl"} & set(done.stdout.split())
 

@@ -7,9 +7,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from scalabl_server.settings import ServeSettings
 
-from scalabl.adapter_io import read_config
-from server.settings import ServeSettings
+from scalabl.files.adapter_directory import read_config
 from tests.deploy.manifests import ROOT, Object, container_of, environment_of, loose, one, pod_of, rendered
 from tests.deploy.test_ties import in_a_container
 

@@ -92,15 +92,15 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
 
 
 def test_flags_that_the_runbook_names_exist() -> None:
-    from server.settings import ServeSettings
+    from scalabl_server.settings import ServeSettings
 
     flags = {name.replace("_", "-") for name in ServeSettings.model_fields}
     assert set(re.findall(r"`--([a-z-]+)", RUNBOOK)) <= flags
 
 
 def test_metrics_in_rules_and_runbook_exist() -> None:
-    from server.metrics import Metrics
-    from server.outcomes.scoring import FAMILIES, RETRACTED
+    from scalabl_server.observe.metrics import Metrics
+    from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED
 
     names = {"up"}
     for family in Metrics().registry.collect():

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scalabl_server import healthcheck
+from scalabl_server.app import create_admin_app, create_app
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.settings import ServeSettings
+from scalabl_server.web.draining import LAST_WORDS_SECONDS
 
 from scalabl import __version__
-from server import healthcheck
-from server.app import create_admin_app, create_app
-from server.lifecycle import LAST_WORDS_SECONDS
-from server.metrics import Metrics
-from server.settings import ServeSettings
 from tests.deploy import dockerfile
 from tests.deploy.manifests import (
     KUBERNETES,

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from scalabl_kernels import projection as dispatcher
+from scalabl_kernels import subspace_projection
+from scalabl_kernels.launch import FEW_ROWS, MAX_RANK
 from torch import Tensor
 
-from kernels import projection as dispatcher
-from kernels import subspace_projection
-from kernels.launch import FEW_ROWS, MAX_RANK
 from tests.kernels.formula import SCALING, by_formula, make_operands
 
-fused = pytest.importorskip("kernels.fused", reason="triton is not installed; it is for Linux")
+fused = pytest.importorskip("scalabl_kernels.fused", reason="triton is not installed; it is for Linux")
 
 pytestmark = [
     pytest.mark.fused,
@@ -198,7 +198,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "broken_kernel", module)  # Triton looks a kernel's module up by name
         spec.loader.exec_module(module)
-        monkeypatch.setitem(sys.modules, "kernels.fused", module)
+        monkeypatch.setitem(sys.modules, "scalabl_kernels.fused", module)
         return module
 
     return make

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from scalabl_kernels import subspace_projection
+from scalabl_kernels.reference import subspace_projection_torch
 from torch import Tensor
 
-from kernels import subspace_projection
-from kernels.reference import subspace_projection_torch
 from tests.kernels.formula import SCALING, by_formula, make_operands
 from tests.watching import LargestTensor
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from scalabl_kernels.launch import FEW_ROWS, MAX_RANK, TABLE, LaunchShape, blocks_per_program, choose, nearest, padded_rank
+from scalabl_kernels.tools import report, roofline
 
-from kernels import report, roofline
-from kernels.launch import FEW_ROWS, MAX_RANK, TABLE, LaunchShape, blocks_per_program, choose, nearest, padded_rank
-
-compiled = pytest.importorskip("kernels.compiled", reason="triton is not installed; it is for Linux")
+compiled = pytest.importorskip("scalabl_kernels.tools.compiled", reason="triton is not installed; it is for Linux")
 
 
 def test_a_row_of_the_table_is_within_the_limits() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from scalabl_server.app import create_app
+from scalabl_server.batching.jobs import Job, Result
+from scalabl_server.engines.interface import Engine, Served, load_engine
+from scalabl_server.engines.transformers_engine import LocalAdapter, TransformersEngine
+from scalabl_server.settings import ServeSettings
 
-from scalabl.model import ScalaBLModel
-from server.app import create_app
-from server.engine import Engine, Served, load_engine
-from server.methods import Job, Result
-from server.settings import ServeSettings
-from server.transformers_engine import LocalAdapter, TransformersEngine
+from scalabl.model.scalabl_model import ScalaBLModel
 from tests import tiny
 
 Load = Callable[[ServeSettings], Engine]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import typer
 from pydantic import BaseModel, Field, ValidationError
+from scalabl_server.cli.main import app
+from scalabl_server.cli.options import command_for
+from scalabl_server.settings import ServeSettings
 from typer.testing import CliRunner
 
 from scalabl import __version__
-from server.cli import app
-from server.options import command_for
-from server.settings import ServeSettings
 
 
 def test_every_setting_is_a_flag_with_its_variable_and_a_text() -> None:
@@ -75,7 +75,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_an_adapter_that_cannot_be_served_ends_the_process_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "server.cli", "serve", "--adapter", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "scalabl_server.cli", "serve", "--adapter", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,0 +1,163 @@
+"""Loading a base model and its tokenizer with transformers: device, dtype, precision, safe weight formats, clear errors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scalabl.base.heap import keep_freed_memory
+from scalabl.base.int8 import to_int8
+from scalabl.base.placement import device_of, left_out, read_device_map
+from scalabl.config import Quantization
+from scalabl.errors import BaseModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A base model, frozen and in eval mode, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # the longest prompt that the model was made for
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pass begins; the whole model is there unless a device map divides it."""
+        return device_of(self.model.get_input_embeddings())
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is a GPU when there is one.
+
+    Raises:
+        BaseModelError: the device is unknown or absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise BaseModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it and float32 elsewhere (CPUs without bf16 units crawl through it)."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[dtype]
+
+
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model's modules and shapes without its weights (on the meta device), and its tokenizer.
+
+    Raises:
+        BaseModelError: as `load_pretrained`, but for the weights.
+    """
+    with _load_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, pickle.UnpicklingError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
+        raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
+
+
+def load_pretrained(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    allow_pickle: bool = False,
+    quantization: Quantization | None = None,
+    device_map: str | None = None,
+) -> Pretrained:
+    """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
+
+    On a CPU the process then keeps what its passes free; see `heap`.
+
+    Args:
+        gguf_file: a file of the model; its weights are de-quantised to `dtype`.
+        allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
+        quantization: of the linear layers' weights but the head's: int8 on a CPU, or bitsandbytes', made for GPUs.
+        device_map: how the model is divided over devices, in place of `device`; see `placement.read_device_map`.
+
+    Raises:
+        BaseModelError: the name leads nowhere, is not a causal language model, has no safetensors weights, or cannot be
+            had in this precision.
+    """
+    where = resolve_device(device)
+    weights: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "use_safetensors": None if allow_pickle else True}
+    if device_map is not None:
+        weights["device_map"] = read_device_map(device_map)
+    if quantization in ("bnb-8bit", "bnb-4bit"):
+        weights = {
+            "device_map": {"": where},
+            "quantization_config": _bitsandbytes(quantization, weights["dtype"]),
+            **weights,
+        }
+    with _load_errors(name):
+        source = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+        config = AutoConfig.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers and a warning
+        raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
+    if isinstance(parts := weights.get("device_map"), dict) and (left := left_out(model, parts)):
+        raise BaseModelError(f"device map {device_map!r} says nothing of {left!r}; name it, or a module that holds it")
+    if "device_map" not in weights:
+        model.to(where)
+    model.requires_grad_(False).eval()
+    if quantization == "int8":
+        to_int8(model)
+    if where.type == "cpu":
+        keep_freed_memory()
+    return Pretrained(model, tokenizer, longest_prompt(config, tokenizer))
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if missing := [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]:
+        raise BaseModelError(
+            f"quantization {quantization} needs the package {missing[0]}; "
+            "install it with: pip install 'scalabl[bitsandbytes]'"
+        )
+    if quantization == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a base model was made for."""
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    return min(int(limit) for limit in limits if limit)

@@ -1,0 +1,285 @@
+"""Calibration on held-out labels: posterior scale and temperature by NLL, then thresholds for sets and abstention.
+
+The rows are split in two. One half chooses scale, temperature and the doubt score; the other, which none of these has seen,
+gives the thresholds and the numbers that are reported, so that their guarantees hold for inputs like these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalabl.config import Abstention, Calibration, CalibrationData, Fit, SetMethod
+from scalabl.errors import CalibrationError
+from scalabl.evaluation.inference import EncodedSet, logits_of, scores, without_absent
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.uncertainty.conformal import conformal_threshold, set_scores
+from scalabl.uncertainty.predictive import Predictive, predictive
+from scalabl.uncertainty.selective import aurc, check_rows_for_risk, doubts, guaranteed_threshold
+
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+TEMPERATURES = tuple(float(t) for t in np.geomspace(0.1, 10.0, 13))
+REFERENCE_QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+LogitsAt = Callable[[float], Tensor]  # tau -> [N, K, C]
+
+
+def mixture_nll(logits: Tensor, answers: Tensor, temperature: float) -> float:
+    """-mean_n ln mean_k softmax(z_nk / T)[y_n], in nats: logits [N, K, C], answers [N]."""
+    return _tempered_nll(_gaps(logits, answers), temperature)
+
+
+def _gaps(logits: Tensor, answers: Tensor) -> Tensor:
+    """z - z_y, [N, K, C] float64."""
+    picked = answers.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
+    return logits.double() - logits.double().gather(-1, picked)
+
+
+def _tempered_nll(gaps: Tensor, temperature: float) -> float:
+    return float(_row_nll(gaps, temperature).mean())
+
+
+def _row_nll(gaps: Tensor, temperature: float) -> Tensor:
+    log_p = -torch.logsumexp(gaps / temperature, dim=-1)  # [N, K], of the answer
+    return math.log(gaps.shape[1]) - torch.logsumexp(log_p, dim=-1)
+
+
+def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> tuple[float, float]:
+    """(x, loss) of the lowest point of a grid, refined by golden section between its neighbours.
+
+    Args:
+        loss: of x > 0.
+        grid: ascending.
+        tolerance: stop when ln x is known within this.
+    """
+    values = [loss(x) for x in grid]
+    best = min(range(len(grid)), key=values.__getitem__)
+    point, lowest = grid[best], values[best]
+    low, high = math.log(grid[max(0, best - 1)]), math.log(grid[min(len(grid) - 1, best + 1)])
+    golden = (math.sqrt(5) - 1) / 2
+    inner = [high - golden * (high - low), low + golden * (high - low)]
+    found = [loss(math.exp(x)) for x in inner]
+    while True:
+        for x, value in zip(inner, found, strict=True):
+            if value < lowest:
+                point, lowest = math.exp(x), value
+        if high - low <= tolerance:
+            return point, lowest
+        if found[0] <= found[1]:
+            high = inner[1]
+            inner = [high - golden * (high - low), inner[0]]
+            found = [loss(math.exp(inner[0])), found[0]]
+        else:
+            low = inner[0]
+            inner = [inner[1], low + golden * (high - low)]
+            found = [found[1], loss(math.exp(inner[1]))]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One posterior scale with the temperature that suits it best, and the NLL with it and with T = 1."""
+
+    posterior_scale: float
+    temperature: float
+    nll: float
+    nll_untempered: float
+
+
+@dataclass(frozen=True)
+class ScaleFit:
+    """The trial that was chosen with its logits [N, K, C], and every trial in the order of its scale."""
+
+    best: Trial
+    logits: Tensor
+    trials: list[Trial]
+
+
+def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> ScaleFit:
+    """The posterior scale and temperature of the lowest NLL; scale 1, where the data do not tell it from the best.
+
+    Each scale costs one pass over the data; its temperature is found on the logits of that pass. Scale 1 is always among
+    them, and temperature 1, so that the fit is never worse than none. NLL is often flat in the scale, since the temperature
+    makes up for it, and mutual information is not: so the posterior as trained stays unless another is better by more than
+    the standard error of the difference over the rows (the one-standard-error rule of Breiman et al., 1984).
+
+    Args:
+        logits_at: [N, K, C] for a posterior scale, with the same draws each time.
+        answers: [N].
+        tolerance: in ln tau; NLL is flat around its minimum, and no data tells scales apart that are closer.
+    """
+    trials: list[Trial] = []
+    kept: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
+
+    def best_nll(scale: float) -> float:
+        logits = logits_at(scale)
+        gaps = _gaps(logits, answers)
+        untempered = _tempered_nll(gaps, 1.0)
+        temperature, nll = minimise(lambda t: _tempered_nll(gaps, t), TEMPERATURES, 1e-3)
+        if nll >= untempered:
+            temperature, nll = 1.0, untempered
+        found = logits, _row_nll(gaps, temperature)
+        if all(nll < trial.nll for trial in trials):
+            kept["best"] = found
+        if scale == 1:
+            kept["unscaled"] = found
+        trials.append(Trial(scale, temperature, nll, untempered))
+        return nll
+
+    minimise(best_nll, SCALES, tolerance)
+    chosen, which = min(trials, key=lambda trial: trial.nll), "best"
+    gain = kept["unscaled"][1] - kept["best"][1]
+    if float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
+        chosen, which = next(trial for trial in trials if trial.posterior_scale == 1), "unscaled"
+    return ScaleFit(chosen, kept[which][0], sorted(trials, key=lambda trial: trial.posterior_scale))
+
+
+def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two halves of the rows, random but with each answer shared out evenly."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(answers)))
+    order = order[answers[order].argsort(stable=True)]
+    return order[::2].sort().values, order[1::2].sort().values
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a calibration; `target_risk` None: no abstention threshold."""
+
+    levels: tuple[float, ...] = (0.8, 0.9, 0.95)
+    method: SetMethod = "lac"
+    target_risk: float | None = 0.05
+    confidence: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that a calibration found: what goes into the adapter, and the path of the fit.
+
+    `refusal` says why there is no abstention threshold though one was asked for.
+    """
+
+    posterior_scale: float
+    temperature: float
+    calibration: Calibration
+    trials: list[Trial]
+    refusal: str | None = None
+
+
+def calibrate(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    draws: Draws,
+    options: Options,
+    *,
+    name: str,
+    sha256: str,
+    on_progress: Callable[[int], object] | None = None,
+) -> Outcome:
+    """Fit scale and temperature on one half of labelled rows, and take the thresholds from the other.
+
+    Args:
+        model: its own posterior scale and temperature must be 1; calibration starts from the posterior as trained.
+        name, sha256: of the data, to be recorded.
+        on_progress: told how many inputs each batch finished; the number of passes is not known beforehand.
+
+    Raises:
+        CalibrationError: too few rows for a level or for the target risk, before any pass.
+    """
+    assert model.config.posterior_scale == model.config.temperature == 1
+    chosen, held_out = split_halves(encoded.answers, options.seed)
+    if len(held_out) < 1:
+        raise CalibrationError("calibration needs at least two rows")
+    for level in options.levels:  # before the long work
+        conformal_threshold(torch.zeros(len(held_out)), level)
+
+    if options.target_risk is not None:
+        check_rows_for_risk(len(held_out), options.target_risk, options.confidence)
+
+    def logits_at(rows: Tensor, scale: float) -> Tensor:
+        scaled = dataclasses.replace(draws, epsilon=scale * draws.epsilon)
+        sequences = [encoded.sequences[i] for i in rows.tolist()]
+        logits = logits_of(model, sequences, scaled, on_progress=on_progress)
+        return without_absent(logits, encoded.num_choices[rows])
+
+    found = fit_scale(lambda scale: logits_at(chosen, scale), encoded.answers[chosen])
+    scale, temperature = found.best.posterior_scale, found.best.temperature
+    fitted = predictive(found.logits, temperature, draws.scheme)
+    answers = encoded.answers[held_out]
+    before = logits_at(held_out, 1.0)
+    after = before if scale == 1 else logits_at(held_out, scale)
+    outcome = predictive(after, temperature, draws.scheme)
+    thresholds: dict[SetMethod, dict[str, float]] = {
+        method: {
+            f"{level:g}": conformal_threshold(_of_answers(set_scores(outcome.probabilities, method), answers), level)
+            for level in sorted(options.levels)
+        }
+        for method in get_args(SetMethod)
+    }
+    abstain, refusal = None, None
+    try:
+        abstain = _abstention(fitted, encoded.answers[chosen], outcome, answers, options)
+    except CalibrationError as error:  # the rest is worth keeping
+        refusal = str(error)
+    calibration = Calibration(
+        data=CalibrationData(
+            name=name, sha256=sha256, rows=len(encoded.answers), fit_rows=len(chosen), threshold_rows=len(held_out)
+        ),
+        num_samples=draws.num_samples,
+        seed=draws.seed,
+        draw_scheme=draws.scheme,
+        method=options.method,
+        thresholds=thresholds,
+        abstain=abstain,
+        quantiles={"mutual_information": _quantiles(outcome.mutual_information), "entropy": _quantiles(outcome.entropy)},
+        before=_fit_of(predictive(before, 1.0, draws.scheme), answers),
+        after=_fit_of(outcome, answers),
+    )
+    return Outcome(scale, temperature, calibration, found.trials, refusal)
+
+
+def _of_answers(scores: Tensor, answers: Tensor) -> Tensor:
+    return scores.gather(1, answers.unsqueeze(1))[:, 0]
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    found = torch.quantile(values, torch.tensor(REFERENCE_QUANTILES, dtype=values.dtype)).tolist()
+    return dict(zip(map("{:g}".format, REFERENCE_QUANTILES), found, strict=True))
+
+
+def _fit_of(outcome: Predictive, answers: Tensor) -> Fit:
+    found = scores(outcome, answers)
+    return Fit(nll=found["nll"], ece=found["ece"])
+
+
+def _abstention(
+    fitted: Predictive, fit_answers: Tensor, outcome: Predictive, answers: Tensor, options: Options
+) -> Abstention | None:
+    if options.target_risk is None:
+        return None
+    mistakes = fitted.probabilities.argmax(-1) != fit_answers
+    candidates = doubts(fitted)
+    score = min(candidates, key=lambda name: aurc(candidates[name], mistakes))
+    found = guaranteed_threshold(
+        candidates[score],
+        doubts(outcome)[score],
+        outcome.probabilities.argmax(-1) != answers,
+        options.target_risk,
+        options.confidence,
+    )
+    return Abstention(
+        score=score,
+        threshold=found.threshold,
+        target_risk=options.target_risk,
+        confidence=options.confidence,
+        achieved_risk=found.risk,
+        risk_bound=found.bound,
+        coverage=found.coverage,
+    )

@@ -1,0 +1,146 @@
+"""What a base model in lower precision changes in answers: the same inputs before and after, by the same draws."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+
+from scalabl.base.int8 import to_int8
+from scalabl.base.pretrained import Pretrained
+from scalabl.config import Quantization, Task
+from scalabl.evaluation.dataset import read_examples
+from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of
+from scalabl.files.adapter_directory import load_adapter
+from scalabl.model.attachment import Host
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.prompt import Prompter
+from scalabl.uncertainty.predictive import Predictive
+
+logger = logging.getLogger("scalabl")
+
+# Asked of any adapter, where there is no file of better ones.
+QUERIES = (
+    "how do i change the address on my account",
+    "The film was far too long, but the ending made up for it.",
+    "which of these two would you choose, and why",
+    "A train leaves at noon and arrives at ten past three.",
+    "please cancel the order i placed yesterday",
+    "what is the boiling point of water on a high mountain",
+    "I am not sure whether this belongs here at all.",
+    "turn the lights off when everybody has gone to bed",
+)
+OFFERED = ("yes", "no", "it depends", "that cannot be known")  # the choices that come with each, where a task wants some
+
+
+class Probes:
+    """The inputs that are asked before and after.
+
+    Args:
+        file: rows of `dataset.read_examples`, whose answers do not matter; None for `QUERIES`.
+
+    Raises:
+        DatasetError: the file cannot be read; see `read_examples`.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        if file is None:
+            self._inputs: list[tuple[str, tuple[str, ...]]] = [(text, OFFERED) for text in QUERIES]
+        else:
+            self._inputs = [(row.text, row.choices) for row in read_examples(file, labelled=False)]
+
+    def encode(self, task: Task, prompter: Prompter, max_tokens: int) -> EncodedSet:
+        """As prompts of a task, cut where they are too long."""
+        kept = [None if task.kind == "classification" else choices[: len(task.choices)] for _, choices in self._inputs]
+        sequences = [
+            prompter.encode(text, choices, max_tokens=max_tokens, truncate=True)
+            for (text, _), choices in zip(self._inputs, kept, strict=True)
+        ]
+        counts = [len(task.choices if choices is None else choices) for choices in kept]
+        return EncodedSet(sequences, torch.full((len(sequences),), -1), torch.tensor(counts))
+
+    def ask(self, model: ScalaBLModel, prompter: Prompter, max_tokens: int, draws: Draws) -> Predictive:
+        """What an adapter answers."""
+        encoded = self.encode(model.config.task, prompter, max_tokens)
+        return predictive_of(logits_of(model, encoded.sequences, draws), encoded.num_choices, model, draws)
+
+
+class QuantizationChange(BaseModel):
+    """By how much the answers to the probe inputs are others with the base model in lower precision."""
+
+    inputs: int
+    num_samples: int
+    probability_largest: float = Field(description="Of any choice of any input.")
+    probability_mean: float = Field(description="The mean over inputs of the largest of each.")
+    mutual_information_largest: float = Field(description="In nats.")
+    mutual_information_mean: float = Field(description="In nats.")
+    other_decisions: int = Field(description="Inputs for which another choice is the most probable one.")
+
+    @classmethod
+    def between(cls, before: Predictive, after: Predictive) -> QuantizationChange:
+        """Of two answers to the same inputs."""
+        probability = (after.probabilities - before.probabilities).abs().amax(-1)
+        information = (after.mutual_information - before.mutual_information).abs()
+        decided = after.probabilities.argmax(-1) != before.probabilities.argmax(-1)
+        return cls(
+            inputs=len(probability),
+            num_samples=before.sample_probabilities.shape[1],
+            probability_largest=float(probability.max()),
+            probability_mean=float(probability.mean()),
+            mutual_information_largest=float(information.max()),
+            mutual_information_mean=float(information.mean()),
+            other_decisions=int(decided.sum()),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.inputs} probe inputs and {self.num_samples} samples probabilities change by at most "
+            f"{self.probability_largest:.2g} (mean {self.probability_mean:.2g}), mutual information by at most "
+            f"{self.mutual_information_largest:.2g} nats (mean {self.mutual_information_mean:.2g}), and "
+            f"{self.other_decisions} decisions"
+        )
+
+
+def load_and_ask(
+    load: Callable[[Quantization | None], Pretrained],
+    quantization: Quantization,
+    adapters: Mapping[str, Path],
+    ask: Callable[[ScalaBLModel, Pretrained], Predictive],
+) -> tuple[Pretrained, dict[str, Predictive]]:
+    """A quantised base model, and what each adapter answered on it before.
+
+    Where the weights do not fit as they are, nothing is known of before; that is logged.
+
+    Args:
+        load: the base model, in this precision or (None) as it is.
+        ask: see `Probes.ask`.
+
+    Raises:
+        AdapterError, BaseModelError: as from loading either.
+    """
+    before: dict[str, Predictive] = {}
+    try:
+        pretrained = load(None)
+        for name, folder in adapters.items():
+            model = load_adapter(pretrained.model, folder)
+            before[name] = ask(model, pretrained)
+            model.detach()
+            del model
+        Host.forget(pretrained.model)
+    except torch.OutOfMemoryError:
+        before.clear()
+        logger.warning("the base model does not fit without --quantization: what that changes is not known")
+    else:
+        if quantization == "int8":
+            to_int8(pretrained.model)
+            return pretrained, before
+        del pretrained
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return load(quantization), before

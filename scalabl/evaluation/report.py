@@ -1,0 +1,165 @@
+"""What an evaluation says: scores with bootstrap intervals, curves, prediction sets and cost, as plain JSON values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalabl.config import Calibration
+from scalabl.evaluation.scoring import BINS, bins_of, interval, labelled_scores, outside_scores, resamples
+from scalabl.uncertainty.conformal import prediction_sets
+from scalabl.uncertainty.predictive import Predictive
+from scalabl.uncertainty.selective import doubts, risk_coverage
+
+BLOCK = 4_000_000  # elements of the weights that are held at once
+COVERAGES = tuple(step / 20 for step in range(1, 21))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One data set after its passes. `answers` [N] has -1 for none of the choices; `tokens` are prompt tokens."""
+
+    name: str
+    outcome: Predictive
+    answers: Tensor
+    num_choices: Tensor
+    tokens: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
+def report(
+    inside: Evaluated, outside: list[Evaluated], calibration: Calibration | None, *, repeats: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """`data`: everything about the labelled set; `ood`: about each set outside the choices.
+
+    Args:
+        repeats: bootstrap resamples behind each 95% interval; 0 leaves the intervals out.
+        seed: of the resamples.
+    """
+    wrong = inside.outcome.probabilities.argmax(-1) != inside.answers
+    data = {
+        **_scored(lambda *w: labelled_scores(inside.outcome, inside.answers, *w), (len(inside),), repeats, seed),
+        "reliability": reliability(inside.outcome, inside.answers),
+        "risk_coverage": {
+            name: {f"{share:g}": float(_at(risk_coverage(doubt, wrong), share)) for share in COVERAGES}
+            for name, doubt in doubts(inside.outcome).items()
+        },
+    }
+    if calibration is not None:
+        data["prediction_sets"] = [_sets(inside, calibration, level) for level in calibration.levels]
+        data["abstention"] = _abstention(inside, calibration)
+    return {
+        "data": {**_cost(inside), **data},
+        "ood": [_outside(inside, each, calibration, repeats, seed) for each in outside],
+    }
+
+
+def _outside(inside: Evaluated, each: Evaluated, calibration: Calibration | None, repeats: int, seed: int) -> dict[str, Any]:
+    found = {
+        **_cost(each),
+        **_scored(lambda *w: outside_scores(inside.outcome, each.outcome, *w), (len(inside), len(each)), repeats, seed),
+    }
+    if calibration is not None:
+        found["prediction_sets"] = [_sets(each, calibration, level) for level in calibration.levels]
+        found["abstention"] = _abstention(each, calibration)
+    return found
+
+
+def _cost(each: Evaluated) -> dict[str, Any]:
+    return {
+        "name": each.name,
+        "inputs": len(each),
+        "cost": {
+            "seconds_per_input": each.seconds / len(each),
+            "tokens_per_input": each.tokens / len(each),
+        },
+    }
+
+
+def _scored(score: Callable[..., dict[str, Tensor]], counts: tuple[int, ...], repeats: int, seed: int) -> dict[str, Any]:
+    """The scores that there are, with an interval for each.
+
+    Args:
+        score: takes weights [R, N] for each of the sets whose sizes are `counts`, or nothing.
+    """
+    values = {name: float(value) for name, value in score().items()}
+    values = {name: value for name, value in values.items() if not math.isnan(value)}  # no wrong answer, or only wrong ones
+    if repeats < 1:
+        return values
+    block = max(1, BLOCK // sum(counts))
+    sets = [resamples(count, repeats, seed + index, block) for index, count in enumerate(counts)]
+    scored = [score(*weights) for weights in zip(*sets, strict=True)]
+    return {
+        **values,
+        "intervals": {
+            name: list(interval(value, torch.cat([each[name] for each in scored]))) for name, value in values.items()
+        },
+    }
+
+
+def _at(curve: Tensor, share: float) -> Tensor:
+    return curve[max(0, round(share * len(curve)) - 1)]
+
+
+def reliability(outcome: Predictive, answers: Tensor) -> list[dict[str, float | int]]:
+    """For each non-empty bin of confidence: its ends, its inputs, their mean confidence and their accuracy."""
+    confidence, index = outcome.probabilities.max(-1)
+    hit, bins = (index == answers).double(), bins_of(confidence)
+    return [
+        {
+            "low": place / BINS,
+            "high": (place + 1) / BINS,
+            "count": int((bins == place).sum()),
+            "confidence": float(confidence[bins == place].mean()),
+            "accuracy": float(hit[bins == place].mean()),
+        }
+        for place in range(BINS)
+        if bool((bins == place).any())
+    ]
+
+
+def _sets(each: Evaluated, calibration: Calibration, level: str) -> dict[str, Any]:
+    """Sizes of the sets as served, with the top choice always in, and for labelled inputs how often they hold the answer.
+
+    `coverage_of_rule` is that of the conformal rule alone, the number that its theory is about: where the model is right
+    more often than the level, no non-empty set can cover as little.
+    """
+    threshold, p = calibration.levels[level], each.outcome.probabilities
+    real = torch.arange(p.shape[1]) < each.num_choices.unsqueeze(1)
+    served = prediction_sets(p, calibration.method, threshold) & real
+    found: dict[str, Any] = {
+        "level": float(level),
+        "method": calibration.method,
+        "mean_size": float(served.sum(-1).double().mean()),
+    }
+    if bool((each.answers >= 0).all()):
+        truth = each.answers.unsqueeze(1)
+        rule = prediction_sets(p, calibration.method, threshold, keep_top=False)
+        found["coverage"] = float(served.gather(1, truth).double().mean())
+        found["coverage_of_rule"] = float(rule.gather(1, truth).double().mean())
+    return found
+
+
+def _abstention(each: Evaluated, calibration: Calibration) -> dict[str, Any] | None:
+    """How many inputs are answered, and for labelled ones how many of the answers are wrong."""
+    rule = calibration.abstain
+    if rule is None:
+        return None
+    answered = doubts(each.outcome)[rule.score] <= rule.threshold
+    found: dict[str, Any] = {
+        "score": rule.score,
+        "target_risk": rule.target_risk,
+        "answered": float(answered.double().mean()),
+    }
+    if bool((each.answers >= 0).all()) and bool(answered.any()):
+        wrong = each.outcome.probabilities.argmax(-1) != each.answers
+        found["risk"] = float(wrong[answered].double().mean())
+    return found

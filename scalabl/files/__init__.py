@@ -1,0 +1,1 @@
+"""Files on disk: adapter directories, conversions from other projects, exports. Nothing here computes an answer."""

@@ -1,0 +1,172 @@
+"""Adapter directories: reading with every check, writing, and loading onto a base model. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scalabl.config import AdapterConfig
+from scalabl.errors import AdapterError
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """`adapter_config.json` of an adapter directory.
+
+    Raises:
+        AdapterError: the file is missing, is not JSON or holds a wrong field; the message names it.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} has no {CONFIG_FILE}; an adapter is a folder with it and {WEIGHTS_FILE}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}") from None
+    if isinstance(raw, dict) and raw.get("peft_type", "SCALABL") != "SCALABL":
+        raise AdapterError(f"{path}: peft_type is {raw['peft_type']!r}; a ScalaBL adapter has 'SCALABL'")
+    try:
+        return AdapterConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise AdapterError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `adapter_model.safetensors`, in float32.
+
+    Raises:
+        AdapterError: the file is missing or not safetensors.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        # Not `load_file`: it leaks every tensor's name (safetensors 0.8), which adds up where adapters come and go.
+        return {name: tensor.float() for name, tensor in load(path.read_bytes()).items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a safetensors file: {error}") from None
+
+
+def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors into a model, all of them or none.
+
+    Raises:
+        AdapterError: a tensor is missing, surplus, misshapen or not finite, or a sigma is not above 0.
+    """
+    parameters = model.adapter_parameters()
+    surplus = sorted(weights.keys() - parameters.keys())
+    if surplus:
+        module = surplus[0].rpartition(".")[0]
+        raise AdapterError(f"tensor {surplus[0]!r} has no place: {module!r} is not an adapted module of the base model")
+    for name, parameter in parameters.items():
+        if name not in weights:
+            raise AdapterError(f"tensor {name!r} is missing from {WEIGHTS_FILE}")
+        tensor = weights[name]
+        if tensor.shape != parameter.shape:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need {list(parameter.shape)}"
+            )
+        if name.endswith(".s_log_std"):
+            sigma = tensor.exp()
+            if bool((sigma <= 0).any()):
+                raise AdapterError(f"tensor {name!r} holds a sigma that is not above 0 (log {float(tensor.min())})")
+            if not bool(torch.isfinite(sigma).all()):
+                raise AdapterError(f"tensor {name!r} holds a sigma that is not finite (log {float(tensor.max())})")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"tensor {name!r} holds values that are not finite")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def check_effect(model: ScalaBLModel) -> None:
+    """Refuse an adapter that changes no logit: two draws on a probe equal the base model's logits to the last bit.
+
+    Raises:
+        AdapterError: nothing changed, or the logits are not finite.
+    """
+    vocabulary = model.base.get_input_embeddings().weight.shape[0]
+    probe = [(7 * i + 3) % vocabulary for i in range(8)]
+    # The scheme that reaches any number of scalars.
+    adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
+    if not bool(torch.isfinite(adapted).all()):
+        raise AdapterError(
+            "the adapter gives logits that are not finite; its values are too large for the base model's dtype"
+        )
+    # As many rows in both passes: a product of another shape may round otherwise.
+    if torch.equal(adapted[0], model.base_logits(TokenBatch.of([probe, probe]))):
+        raise AdapterError("the adapter changes no logit of the base model; it was saved before training, or scaled to zero")
+
+
+def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
+    """The adapter of a directory over a base model, not attached yet and its effect not checked.
+
+    Runs nothing and changes nothing of the base, so that another thread may be using it meanwhile.
+    Adapter matrices are held in the base model's dtype, mu and sigma in float32.
+
+    Raises:
+        AdapterError: the adapter is malformed or does not fit the base model.
+    """
+    config, weights = read_config(folder), read_weights(folder)
+    # Before anything of that size is made: a wrong rank may be any number.
+    for name, tensor in weights.items():
+        if name.endswith(".s_mean") and list(tensor.shape) != [config.r]:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need [{config.r}]"
+            )
+    if not any(name.endswith(".s_mean") for name in weights):
+        raise AdapterError(f"{folder / WEIGHTS_FILE} holds no tensor named <module>.s_mean")
+    model = ScalaBLModel(base, config, attach=False)
+    load_weights(model, weights)
+    for layer in model.adapted.values():
+        layer.lora_A.data = layer.lora_A.data.to(base.dtype)
+        layer.lora_B.data = layer.lora_B.data.to(base.dtype)
+        layer.requires_grad_(False)
+    return model
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
+    """Put the adapter of a directory onto a base model, ready to serve.
+
+    Raises:
+        AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
+    """
+    model = read_adapter(base, folder)
+    model.eval()
+    model.find_shared_work()
+    check_effect(model)
+    return model
+
+
+def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter directory. Each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        # Not save_file: that leaves a file which only its owner can read, and a server may run as somebody else.
+        (Path(scratch) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        os.replace(Path(scratch) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    save_config(folder, config)
+
+
+def save_config(folder: Path, config: AdapterConfig) -> None:
+    """Write `adapter_config.json` of an adapter directory, whole or not at all."""
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        os.replace(Path(scratch) / CONFIG_FILE, folder / CONFIG_FILE)

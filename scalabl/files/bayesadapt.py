@@ -1,0 +1,79 @@
+"""Checkpoints of other projects -> adapter directories. `.pt` files are read with `weights_only`, never unpickled."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scalabl.config import AdapterConfig, Task
+from scalabl.errors import AdapterError
+from scalabl.files.adapter_directory import save_adapter
+
+# BayesAdapt wraps PEFT: base_model.model.<module>.lora_A.default.<name>, base_model.model.<module>.lora_B.default.weight
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.default\.(?P<name>\w+)$")
+NEEDED = ("A.Vh", "A.log_s", "A.log_s_sigma", "B.weight")
+
+
+def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_alpha: float, task: Task) -> AdapterConfig:
+    """Write the adapter directory of a ScalaBL `state_dict.pt` made by the authors' code.
+
+    Theirs: s ~ N(exp(log_s), exp(log_s_sigma)^2), A = Vh, and a prior per scalar of which only the geometric mean of its
+    standard deviations is kept (`prior_std`), since it plays no part after training.
+
+    Args:
+        task: with `choice_tokens` set: the head's lora_B has one row per choice token, in that order.
+
+    Raises:
+        AdapterError: the file is not such a checkpoint; the message names the key.
+    """
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AdapterError(f"{checkpoint} does not exist") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise AdapterError(f"{checkpoint} is not a state dict of tensors ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise AdapterError(f"{checkpoint} holds a {type(state).__name__}, not a state dict")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = KEY.match(str(key))
+        if match:
+            modules.setdefault(match["module"], {})[f"{match['side']}.{match['name']}"] = tensor
+    if not modules:
+        raise AdapterError(f"{checkpoint} has no key like base_model.model.<module>.lora_A.default.log_s")
+
+    weights: dict[str, Tensor] = {}
+    prior_log_std = []
+    for module, parts in modules.items():
+        missing = [name for name in NEEDED if name not in parts]
+        if missing:
+            raise AdapterError(f"{checkpoint}: {module} lacks lora_{missing[0].replace('.', '.default.')}")
+        weights |= {
+            f"{module}.lora_A": parts["A.Vh"],
+            f"{module}.lora_B": parts["B.weight"],
+            f"{module}.s_mean": parts["A.log_s"].exp(),
+            f"{module}.s_log_std": parts["A.log_s_sigma"],
+        }
+        if "A.log_p_sigma" in parts:
+            prior_log_std.append(parts["A.log_p_sigma"].flatten())
+    ranks = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(".s_mean")}
+    if len(ranks) != 1:
+        raise AdapterError(f"{checkpoint}: the modules have different ranks {sorted(ranks)}; one rank is supported")
+    layers = {int(match[1]) for module in modules if (match := re.search(r"\.(\d+)\.", module))}
+    complete = layers == set(range(max(layers) + 1)) if layers else True
+    config = AdapterConfig(
+        base_model_name_or_path=base_model,
+        r=ranks.pop(),
+        lora_alpha=lora_alpha,
+        target_modules=tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
+        layers_to_transform=None if complete else tuple(sorted(layers)),
+        prior_std=math.exp(float(torch.cat(prior_log_std).mean())) if prior_log_std else 1.0,
+        task=task,
+    )
+    save_adapter(output, config, weights)
+    return config

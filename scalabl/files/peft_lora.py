@@ -1,0 +1,358 @@
+"""PEFT's LoRA directories: posterior samples written as them, and a finished one turned into an adapter of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scalabl.config import AdapterConfig, Task
+from scalabl.errors import AdapterError
+from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights, save_adapter
+from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme
+from scalabl.model.scalabl_model import ScalaBLModel
+
+EXPORT_FILE = "scalabl_export.json"
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+# PEFT saves the base model's own embeddings and head beside a LoRA of the head.
+COPY = re.compile(r"^base_model\.model\.(?P<name>.+?)(\.base_layer)?\.(weight|bias)$")
+
+HOW_TO_READ = (
+    "Each folder is an ordinary LoRA: one sample of the posterior. For each, take the logits at the last position of the "
+    "prompt over task.choice_tokens, divide them by the temperature and take the softmax; the predictive is the mean over "
+    "the folders. The head is adapted over the choice tokens only: its lora_B has zero rows for every other token."
+)
+
+# What a LoRA may have that B diag(s) A cannot hold, and the values under which it does not have it.
+UNSUPPORTED = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    # Others change the base model's weights (pissa, olora, corda, loftq, …), which the adapter then needs.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def export_peft(
+    adapter: Path, output: Path, base: PreTrainedModel, *, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME
+) -> list[str]:
+    """Write K posterior samples as K LoRA folders, A_k = diag(s_k) A, with a note of what they are (`EXPORT_FILE`).
+
+    Args:
+        output: must not exist; it appears whole or not at all.
+        base: the base model or a skeleton of it (`pretrained.load_skeleton`); changed in place.
+
+    Returns:
+        The names of the folders in `output`.
+
+    Raises:
+        AdapterError: the adapter is malformed or does not fit the base model, or `output` exists.
+    """
+    if output.exists():
+        raise AdapterError(f"{output} exists; export into a new folder")
+    samples = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
+    config = samples.config
+    names = [f"sample-{index:0{len(str(num_samples - 1))}d}" for index in range(num_samples)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".writing-") as scratch:
+        root = Path(scratch) / "export"
+        for index, name in enumerate(names):
+            write_lora(root / name, samples.tensors(index), samples.settings)
+        note = {
+            "how_to_read": HOW_TO_READ,
+            "samples": names,
+            "seed": seed,
+            "draw_scheme": scheme,
+            "posterior_scale": config.posterior_scale,
+            "temperature": config.temperature,
+            "base_model_name_or_path": config.base_model_name_or_path,
+            "task": config.task.model_dump(mode="json"),
+        }
+        _write_json(root / EXPORT_FILE, note)
+        os.rename(root, output)
+    return names
+
+
+@dataclass(frozen=True)
+class LoraSamples:
+    """K posterior samples of an adapter, each of which makes a LoRA.
+
+    Attributes:
+        modules: the adapted ones, in the order of the draws.
+        settings: what is in each LoRA's `adapter_config.json`.
+        vocabulary: the rows of the base model's head.
+    """
+
+    config: AdapterConfig
+    weights: Mapping[str, Tensor]
+    draws: Draws
+    modules: tuple[str, ...]
+    settings: Mapping[str, Any]
+    head_name: str
+    vocabulary: int
+
+    @classmethod
+    def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> LoraSamples:
+        """Read an adapter for a base model or a skeleton of it, which is changed in place.
+
+        Raises:
+            AdapterError: the adapter is malformed or does not fit, or has more scalars than the scheme reaches.
+        """
+        head_name, vocabulary = _head_of(base)
+        transposed = any(isinstance(module, Conv1D) for module in base.modules())
+        model = ScalaBLModel(base, read_config(adapter))
+        weights = read_weights(adapter)
+        load_weights(model, weights)
+        modules = tuple(model.adapted)
+        try:
+            draws = model.draws(num_samples, seed, scheme)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
+        settings = _lora_config(model.config, list(modules), fan_in_fan_out=transposed)
+        return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """One sample's LoRA: A_k = diag(s_k) A, and B, the head's over the whole vocabulary."""
+        tensors = {}
+        parts = torch.split(self.draws.epsilon[index], self.config.r)
+        for module, noise in zip(self.modules, parts, strict=True):
+            sigma = self.weights[f"{module}.s_log_std"].exp()
+            s = self.weights[f"{module}.s_mean"] + self.config.posterior_scale * sigma * noise
+            up = self.weights[f"{module}.lora_B"]
+            if module == self.head_name:
+                up = _all_tokens(up, self.config.task, self.vocabulary)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * self.weights[f"{module}.lora_A"]
+            tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+        return tensors
+
+
+def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write one LoRA directory, which must not exist."""
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+    _write_json(folder / CONFIG_FILE, settings)
+
+
+def _head_of(base: PreTrainedModel) -> tuple[str, int]:
+    """(name of the output head, its rows); ("", 0) for a model without one, which `ScalaBLModel` refuses."""
+    head = base.get_output_embeddings()
+    return next(((name, head.weight.shape[0]) for name, module in base.named_modules() if module is head), ("", 0))
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _all_tokens(rows: Tensor, task: Task, vocabulary: int) -> Tensor:
+    """The head's lora_B [C, R] over every token: [V, R], zero but for the choice tokens."""
+    assert task.choice_tokens is not None
+    return rows.new_zeros(vocabulary, rows.shape[1]).index_copy_(0, torch.tensor(task.choice_tokens), rows)
+
+
+def _lora_config(config: AdapterConfig, modules: list[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
+        # In full where layers are left out: PEFT's layers_to_transform would leave out the head too.
+        "target_modules": list(config.target_modules) if config.layers_to_transform is None else modules,
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A finished LoRA.
+
+    Attributes:
+        modules: name in the base model -> (A [r, d_in], B [d_out, r]), float64, with the scaling in B.
+        copies: module of the base model -> rows of its weight, where a copy of the base's own was saved with the LoRA.
+    """
+
+    base_model: str | None
+    modules: dict[str, tuple[Tensor, Tensor]]
+    copies: dict[str, int]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(down.shape[0] for down, _ in self.modules.values())
+
+
+def read_peft(folder: Path) -> Lora:
+    """A LoRA directory that PEFT saved; ranks and alphas may differ by module, and be rank-stabilised.
+
+    Raises:
+        AdapterError: it is no such directory, or has something that a low-rank product alone cannot hold, by name.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{error.filename or folder / WEIGHTS_FILE} does not exist; a PEFT adapter has both") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{folder} cannot be read as a PEFT adapter: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder / CONFIG_FILE}: peft_type must be 'LORA'; other kinds of adapters cannot be converted")
+    for field, harmless in UNSUPPORTED.items():
+        if config.get(field, harmless[0]) not in harmless:
+            raise AdapterError(f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted")
+    sides: dict[str, dict[str, Tensor]] = {}
+    copies = {}
+    for key, tensor in tensors.items():
+        match = KEY.match(key)
+        if match is None:
+            copy = COPY.match(key)
+            if copy is None or "lora_" in key:
+                raise AdapterError(f"{folder / WEIGHTS_FILE}: tensor {key!r} is no lora_A or lora_B of a linear layer")
+            copies[copy["name"]] = tensor.shape[0]
+            continue
+        sides.setdefault(match["module"], {})[match["side"]] = tensor.double()
+    modules = {}
+    for module, pair in sides.items():
+        if pair.keys() != {"A", "B"} or any(t.dim() != 2 for t in pair.values()) or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise AdapterError(f"{folder / WEIGHTS_FILE}: lora_A and lora_B of {module!r} do not belong together")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in pair.values()):
+            raise AdapterError(f"{folder / WEIGHTS_FILE}: {module!r} holds values that are not finite")
+        try:
+            scaling = _scaling(config, module, pair["A"].shape[0])
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error):
+            raise AdapterError(f"{folder / CONFIG_FILE}: lora_alpha or alpha_pattern cannot be understood") from None
+        modules[module] = (pair["A"], scaling * pair["B"])
+    if not modules:
+        raise AdapterError(f"{folder / WEIGHTS_FILE} has no tensors")
+    return Lora(config.get("base_model_name_or_path"), modules, copies)
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt r: as PEFT takes it, the first pattern that the module's name ends with."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    default = float(config.get("lora_alpha", 8))
+    alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def subspace_of(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of B A as (A' [R, d_in], mu [R], B' [d_out, R]) with B' diag(mu) A' = B A.
+
+    A' has orthonormal rows, mu the singular values. Where the product has a lower rank than R, mu and the columns of B' are
+    zero, so that the surplus scalars do nothing, whatever is drawn for them.
+
+    Args:
+        down, up: A [r, d_in] and B [d_out, r], float64, r <= R.
+    """
+    left, left_core = torch.linalg.qr(up)
+    right, right_core = torch.linalg.qr(down.T)
+    u, singular, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    kept = int((singular > 1e-9 * singular[:1]).sum()) if float(singular[0]) > 0 else 0
+    rows = down.new_zeros(rank, down.shape[1])
+    columns = up.new_zeros(up.shape[0], rank)
+    mean = singular.new_zeros(rank)
+    rows[: len(singular)] = vh @ right.T
+    columns[:, :kept] = (left @ u)[:, :kept]
+    mean[:kept] = singular[:kept]
+    return rows, mean, columns
+
+
+def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The configuration and the tensors, but for sigma, of an adapter whose mean is the LoRA.
+
+    Args:
+        skeleton: of the base model (`pretrained.load_skeleton`); changed in place.
+        task: with `choice_tokens` set; the head's part of the LoRA is cut to them.
+        fields: more of `AdapterConfig`.
+
+    Raises:
+        AdapterError: the LoRA does not fit the base model, or does nothing.
+    """
+    # Scaling 1: it is in B already, and PEFT's may differ by module.
+    head_name, vocabulary = _head_of(skeleton)
+    for name, rows_saved in lora.copies.items():
+        own = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
+        weight = getattr(own, "weight", None)
+        if weight is None or weight.shape[0] != rows_saved:
+            raise AdapterError(f"the LoRA was saved with a {name!r} of another size than the base model's")
+    config = AdapterConfig(
+        r=lora.rank, lora_alpha=float(lora.rank), target_modules=_targets(lora.modules, skeleton), task=task, **fields
+    )
+    model = ScalaBLModel(skeleton, config)
+    assert task.choice_tokens is not None
+    tensors: dict[str, Tensor] = {}
+    for module, (down, up) in lora.modules.items():
+        layer = model.adapted[module]
+        if module == head_name and up.shape[0] == vocabulary:
+            up = up[torch.tensor(task.choice_tokens)]
+        if (up.shape[0], down.shape[1]) != (layer.d_out, layer.d_in):
+            raise AdapterError(
+                f"the LoRA of {module!r} maps {down.shape[1]} to {up.shape[0]} features; "
+                f"the base model's has {layer.d_in} and {layer.d_out}"
+            )
+        rows, mean, columns = subspace_of(down, up, config.r)
+        tensors |= {f"{module}.lora_A": rows, f"{module}.s_mean": mean, f"{module}.lora_B": columns}
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".s_mean")):
+        raise AdapterError("the LoRA does nothing: every product B A is zero; it was saved before training")
+    return config, {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _targets(modules: Mapping[str, object], skeleton: PreTrainedModel) -> tuple[str, ...]:
+    """The last parts of the names where these mean exactly these modules, else the names in full."""
+    absent = [name for name in modules if name not in dict(skeleton.named_modules())]
+    if absent:
+        raise AdapterError(f"the LoRA adapts {absent[0]!r}, which the base model {type(skeleton).__name__} does not have")
+    short = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    meant = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] in short}
+    return short if meant == set(modules) else tuple(modules)
+
+
+def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:
+    """ln sigma [R] for sigma = share * mu; where mu is 0 and sigma has no effect, as for the smallest mu above it."""
+    present = mean[mean > 0]
+    smallest = present.min() if len(present) else mean.new_ones(())
+    return (share * torch.where(mean > 0, mean, smallest)).log()
+
+
+def convert_peft(
+    folder: Path, output: Path, skeleton: PreTrainedModel, *, base_model: str, task: Task, relative_std: float
+) -> AdapterConfig:
+    """Write the adapter directory whose posterior mean is a finished PEFT LoRA, with sigma a share of each mu.
+
+    Raises:
+        AdapterError: see `read_peft` and `adapter_of`.
+    """
+    config, weights = adapter_of(read_peft(folder), skeleton, task, base_model_name_or_path=base_model)
+    means = {name: tensor for name, tensor in weights.items() if name.endswith(".s_mean")}
+    for name, mean in means.items():
+        weights[name.replace(".s_mean", ".s_log_std")] = relative_log_std(mean, relative_std)
+    save_adapter(output, config, weights)
+    return config

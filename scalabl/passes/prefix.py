@@ -1,0 +1,116 @@
+"""The beginning of a prompt, run once for others that start alike: making it, and seeing that it changes no number.
+
+Which beginnings are worth keeping is `prefix_cache`'s to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from scalabl.base.int8 import unrounded
+from scalabl.model.past import Past, Prefix
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.passes.probes import PROBE_ERRORS, are_alike
+
+SHORT = 12  # tokens of a probe
+LONGEST_WINDOW = 64  # of attention, that a probe reaches beyond
+UNLIMITED = 2**62
+
+
+def shared_blocks(model: ScalaBLModel) -> int:
+    """The first decoder blocks, that have the same keys and values whatever is drawn, and one row for each input."""
+    if not model.trunk.verified:
+        return 0
+    return model.trunk.depth if model.trunk.blocks else num_blocks(model)
+
+
+def num_blocks(model: ScalaBLModel) -> int:
+    """Decoder blocks of the base model."""
+    return int(model.base.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def past_of(model: ScalaBLModel, parts: Mapping[int, Sequence[Prefix]], length: int, *, keeps: bool = False) -> Past:
+    """What a pass over the rest of prompts with one beginning is given; see `Past`."""
+    return Past(num_blocks(model), shared_blocks(model), parts, length, keeps=keeps)
+
+
+def kept_prefix(
+    model: ScalaBLModel, tokens: Sequence[int], draws: Draws, before: Sequence[Prefix] = (), start: int = 0
+) -> Prefix:
+    """The prefix of these tokens under these draws, in one pass.
+
+    Args:
+        before: under the same draws, of the first `start` tokens or more; at least one token is left to compute.
+    """
+    past = past_of(model, {id(draws): before} if before else {}, start, keeps=True)
+    model.logits_each(TokenBatch.of([tokens[start:]]), [draws], past=past)
+    return past.prefix()
+
+
+@torch.inference_mode()
+def longest_exact(model: ScalaBLModel) -> int:
+    """Tokens of the longest prompt for which a kept prefix is known to change no number, 0 where it changes any.
+
+    Known by passes, so that it holds for any architecture. Where a window of attention is longer than they can reach
+    beyond, or positions are scaled by the prompt's length, it is known below that length only.
+    """
+    window = _window(model.base)
+    length = window + SHORT if window <= LONGEST_WINDOW else SHORT
+    longest = window if length <= window < UNLIMITED else UNLIMITED
+    return min(longest, _unscaled(model.base)) if _is_exact(model, length) else 0
+
+
+@unrounded()
+def _is_exact(model: ScalaBLModel, length: int) -> bool:
+    """Whether passes after half of so many tokens give the numbers of passes over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.base.get_input_embeddings().num_embeddings
+    tokens = torch.randint(vocabulary, (3, length), generator=generator)
+    half = length // 2
+    tokens[:, :half] = tokens[0, :half]
+    two, one = (Draws(0, "gaussian", torch.randn(n, model.num_stochastic_parameters, generator=generator)) for n in (2, 1))
+    probes = (
+        ([length], [two]),
+        ([length - 1, half + 1], [two, two]),
+        ([half + 1, length, half + 2], [two, one, two]),
+    )
+    expected, rests = [], []
+    for lengths, draws in probes:
+        sequences = [tokens[row, :end].tolist() for row, end in enumerate(lengths)]
+        expected.append(torch.cat(model.logits_each(TokenBatch.of(sequences), draws)))
+        rests.append(TokenBatch.of([ids[half:] for ids in sequences]))
+    first = tokens[0, :half].tolist()
+    try:
+        parts = {}
+        for each in (two, one):
+            start = kept_prefix(model, first[:-1], each)
+            parts[id(each)] = [kept_prefix(model, first, each, [start], half // 2)]
+        found = [
+            torch.cat(model.logits_each(rest, draws, past=past_of(model, parts, half)))
+            for rest, (_, draws) in zip(rests, probes, strict=True)
+        ]
+    except PROBE_ERRORS:
+        return False  # it keeps something else, or in another form
+    return are_alike(model.base, found, expected)
+
+
+def _window(base: PreTrainedModel) -> int:
+    config = base.config.get_text_config(decoder=True)
+    given = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((int(window) for window in given if window), default=UNLIMITED)
+
+
+def _unscaled(base: PreTrainedModel) -> int:
+    """The longest prompt whose positions no rotary embedding scales by the prompt's length."""
+    config = base.config.get_text_config(decoder=True)
+    given = getattr(config, "rope_parameters", None) or {}
+    each = [given, *(value for value in given.values() if isinstance(value, dict))]
+    scaled = [rope for rope in each if rope.get("rope_type") in ("dynamic", "longrope")]
+    return min(
+        (int(rope.get("original_max_position_embeddings") or config.max_position_embeddings) for rope in scaled),
+        default=UNLIMITED,
+    )

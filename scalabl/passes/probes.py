@@ -1,0 +1,118 @@
+"""What a base model allows, found out by passes with it and without it, so that it holds for any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scalabl.base.int8 import rounds_activations, unrounded
+from scalabl.model.layer import RowSamples
+from scalabl.model.packing import Packing, may_pack
+
+if TYPE_CHECKING:
+    from scalabl.model.scalabl_model import ScalaBLModel
+
+PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of an architecture's own code
+
+
+def are_alike(base: PreTrainedModel, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether two ways of computing gave the same logits, up to rounding."""
+    # A difference in the last bit can take an activation over the edge between two of its 256 values.
+    exact = base.dtype == torch.float32 and not rounds_activations(base)
+    tolerance = 1e-4 if exact else 2e-2
+    return all(
+        one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+@unrounded()
+@torch.no_grad()
+def find_shared_work(model: ScalaBLModel) -> None:
+    """Find out what all samples of an input have in common, and what need not be computed at all.
+
+    * The trunk and the last block's MLP (`trunk.Trunk`): whether rows that fan out only after the one, and are cut to
+      the position that is read before the other, get the numbers that they get without.
+    * Padding (`packing`): whether rows that lie end to end get the numbers that padded ones get. On a CPU only, where
+      attention for one length after the other costs less than padding does.
+    * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
+      same tensor (q, k and v of one attention). They multiply each input once.
+    """
+    trunk = model.trunk
+    if trunk.blocks:
+        trunk.learn(lambda count: model.run_rows(*_inputs(model, count), None))
+    expected = _probe(model, fans_out=False, trims=False)
+    trunk.verified = trunk.possible and _agrees(model, expected, fans_out=True, trims=False)
+    trunk.trims = bool(trunk.blocks) and _agrees(model, expected, fans_out=trunk.verified, trims=True)
+    model.packs = trunk.verified and may_pack(model.base) and _packs_alike(model, expected)
+    calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: calls.append((name, arguments[0], arguments[0]._version))
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in model.adapted.items()]
+    try:
+        length = torch.ones(1, dtype=torch.int64, device=model.device)
+        model.run_rows(torch.zeros(1, 1, dtype=torch.int64, device=model.device), length, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _, first, version = calls[0]
+    for name, layer in model.adapted.items():
+        layer.shared_input = all(x is first and seen == version for called, x, seen in calls if called == name)
+
+
+def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
+    """Whether passes without padding are possible and get the numbers of those with it."""
+
+    def run(count: int) -> int:
+        ids, lengths = _inputs(model, count)
+        packing = Packing.of(lengths, [1] * count)
+        s = model.sample(torch.zeros(1, model.num_stochastic_parameters))
+        model.run_rows(ids, lengths, RowSamples(s, torch.zeros_like(lengths), packing=packing))
+        return packing.rows.tokens
+
+    try:
+        if model.trunk.blocks:
+            model.trunk.learn_packed(run)
+    except PROBE_ERRORS:
+        return False
+    return _agrees(model, expected, fans_out=True, trims=model.trunk.trims, packs=True)
+
+
+def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = False) -> list[Tensor]:
+    """Logits of a few inputs under two samples, with and without the trunk, the trimming and padding."""
+    generator = torch.Generator().manual_seed(0)
+    trunk = model.trunk
+    kept = trunk.verified, trunk.trims
+    found = []
+    try:
+        trunk.verified, trunk.trims = fans_out, trims
+        for count in (1, 2, 3):
+            ids, lengths = _inputs(model, count)
+            s = model.sample(torch.randn(2, model.num_stochastic_parameters, generator=generator))
+            rows = torch.arange(2 * count, device=model.device)
+            packing = Packing.of(lengths, [2] * count) if packs else None
+            found.append(model.run_rows(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2, packing)))
+    finally:
+        trunk.verified, trunk.trims = kept
+    return found
+
+
+def _inputs(model: ScalaBLModel, count: int) -> tuple[Tensor, Tensor]:
+    """(ids [B, 5], lengths [B], ascending): random, for a check of shapes and numbers."""
+    vocabulary = model.base.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (count, 5), generator=torch.Generator().manual_seed(count))
+    return ids.to(model.device), torch.arange(6 - count, 6, device=model.device)
+
+
+def _agrees(model: ScalaBLModel, expected: list[Tensor], *, fans_out: bool, trims: bool, packs: bool = False) -> bool:
+    try:
+        found = _probe(model, fans_out=fans_out, trims=trims, packs=packs)
+    except PROBE_ERRORS:
+        return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
+    return are_alike(model.base, found, expected)

@@ -1,0 +1,89 @@
+"""Passes over the same prompts, or some of them, again and again: what no sample changes is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scalabl.model.past import Past
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.passes.grouping import grouped
+from scalabl.passes.prefix_cache import PrefixCache
+
+
+@dataclass
+class _Part:
+    """The prompts of one pass, after the first `start` tokens, which they have in common.
+
+    Attributes:
+        names: of all beginnings that they have in common (`PrefixCache.names`).
+        states: [B, T, D], what the trunk gives for the others.
+    """
+
+    indices: Sequence[int]
+    start: int
+    names: dict[int, bytes]
+    states: Tensor | None = None
+
+
+class Rounds:
+    """A batch of prompts, called by any numbers, over which more than one pass may run.
+
+    Args:
+        draws: of the first round. The later ones go on in the same sequences.
+        cache: where beginnings that prompts have in common are kept; None to run every prompt from its first token.
+        keeps_trunk: whether there may be more passes than one, so that what the trunk gives is worth keeping.
+    """
+
+    def __init__(
+        self,
+        model: ScalaBLModel,
+        sequences: Mapping[int, Sequence[int]],
+        draws: Mapping[int, Draws],
+        cache: PrefixCache | None = None,
+        *,
+        keeps_trunk: bool,
+    ) -> None:
+        self._model, self._sequences, self._cache = model, sequences, cache
+        self._keeps_trunk = keeps_trunk and model.trunk.has_states
+        if cache is None:
+            self._parts = [_Part(list(sequences), 0, {})]
+        else:
+            self._parts = [
+                _Part(group.prompts.indices, group.length, group.prompts.common)
+                for group in grouped(cache, sequences, draws)
+            ]
+
+    def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
+        """Logits [K, C] on the CPU of those prompts that are given draws."""
+        found: dict[int, Tensor] = {}
+        for part in self._parts:
+            indices = [index for index in part.indices if index in draws]
+            if indices:
+                found |= self._pass(part, indices, [draws[index] for index in indices])
+        return {index: found[index] for index in draws}
+
+    def _pass(self, part: _Part, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Tensor]:
+        past = None
+        if self._cache is not None and part.start:
+            ids = self._sequences[indices[0]]
+            past = self._cache.past(ids, part.names, part.start, list({id(each): each for each in draws}.values()))
+        batch = self._rest(part, indices)
+        states = None
+        if self._keeps_trunk:
+            if part.states is None:
+                part.states = self._trunk(part, past)
+            places = [part.indices.index(index) for index in indices]
+            states = part.states[places, : batch.input_ids.shape[1]]
+        each = self._model.logits_each(batch, draws, states, past)
+        return {index: logits.cpu() for index, logits in zip(indices, each, strict=True)}
+
+    def _rest(self, part: _Part, indices: Sequence[int]) -> TokenBatch:
+        return TokenBatch.of([self._sequences[index][part.start :] for index in indices])
+
+    def _trunk(self, part: _Part, past: Past | None) -> Tensor:
+        ids, _ = self._rest(part, part.indices).right_padded()
+        return self._model.trunk_states(ids.to(self._model.device), past)

@@ -1,0 +1,293 @@
+"""Stochastic variational inference for an adapter: the loss, and transformers' own Trainer around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from scalabl.config import AdapterConfig
+from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of, scores
+from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
+from scalabl.files.peft_lora import relative_log_std
+from scalabl.model.layer import RowSamples
+from scalabl.model.posterior import kl_divergence
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
+from scalabl.training.published import KLSteps
+from scalabl.training.recipe import TrainingConfig
+
+
+class VariationalModule(nn.Module):
+    """An adapter's evidence lower bound as a module: what the Trainer steps.
+
+    Loss per batch, in nats: the mean over examples and samples of -log p(y | x, s), plus beta * KL(q||p) / N, with N the
+    number of training examples (Samplawski et al. 2025, section 3). Every row draws its own s, so that the gradient's
+    noise averages within the batch. With `kl_optimizer` sgd the loss is the first part alone (`published.KLSteps`).
+
+    Args:
+        trunk: the states of the training set's rows, when they are kept.
+    """
+
+    def __init__(
+        self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int, trunk: TrunkCache | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.num_examples, self._trunk = model, recipe, num_examples, trunk
+
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, num_choices: Tensor, labels: Tensor, row: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """input_ids [B, T] right-padded; lengths, num_choices, labels [B] -> scalars `loss`, `nll`, `kl`.
+
+        `row` [B] says which of the training set's rows they are, for their kept states.
+        """
+        count, repeat = len(input_ids), self.recipe.train_samples
+        of_row = torch.arange(count, device=input_ids.device).repeat_interleave(repeat)  # [M]
+        epsilon = torch.randn(len(of_row), self.model.num_stochastic_parameters, device=input_ids.device)
+        sample = torch.arange(len(of_row), device=input_ids.device)
+        samples = RowSamples(self.model.sample(epsilon), sample, repeat, of_row if repeat > 1 else None)
+        states = None if self._trunk is None or row is None else self._trunk.of(row, input_ids.shape[1])
+        logits = self.model.run_rows(input_ids, lengths, samples, states)  # [M, C]
+        num_choices, labels = num_choices[of_row], labels[of_row]
+        absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
+        nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
+        mean, log_std = self.model.posterior()
+        kl = kl_divergence(mean, log_std, self.model.config.prior_std, self.recipe.kl_direction)
+        weight = self.recipe.kl_weight / self.num_examples if self.recipe.kl_optimizer == "joint" else 0.0
+        return {"loss": nll + weight * kl, "nll": nll, "kl": kl}
+
+
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    ids, lengths = TokenBatch.of([row["input_ids"] for row in rows]).right_padded()
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("num_choices", "labels", "row")}
+    return {"input_ids": ids, "lengths": lengths, **columns}
+
+
+def _rows(encoded: EncodedSet) -> list[dict[str, Any]]:
+    return [
+        {"input_ids": ids, "num_choices": int(count), "labels": int(answer), "row": row}
+        for row, (ids, count, answer) in enumerate(zip(encoded.sequences, encoded.num_choices, encoded.answers, strict=True))
+    ]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Every index once an epoch, batches of similar length in random order: a pure function of (seed, epoch).
+
+    transformers' own sampler draws from the global generator, so that a run resumed within an epoch sees other batches.
+    """
+
+    WINDOW = 50  # batches whose examples are sorted together
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self._seed, self._epoch))
+        order = generator.permutation(len(self._lengths))
+        window = self.WINDOW * self._batch_size
+        grouped = np.concatenate(
+            [sorted(order[i : i + window], key=self._lengths.__getitem__) for i in range(0, len(order), window)]
+        )
+        full = len(grouped) // self._batch_size * self._batch_size
+        batches = grouped[:full].reshape(-1, self._batch_size)
+        yield from generator.permutation(batches).flatten().tolist()
+        yield from grouped[full:].tolist()  # an incomplete batch can only be the last
+
+
+class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """transformers' Trainer, with checkpoints that are adapter directories and a validation by the predictive itself."""
+
+    def __init__(self, module: VariationalModule, validation: EncodedSet, trunk: TrunkCache | None, **kwargs: Any) -> None:
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
+        super().__init__(model=module, eval_dataset=_rows(validation), data_collator=_collate, **kwargs)
+        self.module, self.validation = module, validation
+        self._states = None if trunk is None else trunk.of
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already: average it over accumulated batches
+        self.terms: dict[str, float] = {}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        output: dict[str, Tensor] = model(**inputs)
+        self.terms = {"nll": output["nll"].item(), "kl": output["kl"].item()}
+        return output["loss"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, batch_size, self.args.seed)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.terms}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores of the K-sample predictive on the validation set; `eval_loss` is its NLL."""
+        model, recipe = self.module.model, self.module.recipe
+        model.eval()
+        draws = model.draws(recipe.eval_samples, seed=recipe.seed)
+        logits = logits_of(model, self.validation.sequences, draws, states=self._states)
+        outcome = predictive_of(logits, self.validation.num_choices, model, draws)
+        metrics = {f"eval_{name}": value for name, value in scores(outcome, self.validation.answers).items()}
+        metrics["eval_loss"] = metrics.pop("eval_nll")
+        mean, log_std = (tensor.detach() for tensor in model.posterior())
+        metrics["eval_median_sigma"] = float(log_std.exp().median())
+        metrics["eval_median_abs_mu"] = float(mean.abs().median())
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = self.module.model.adapter_parameters().items()
+            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": []}
+            for name, parameter in parameters:
+                groups[name.rpartition(".")[2]].append(parameter)
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": groups["lora_A"] + groups["lora_B"], "lr": rate, "weight_decay": decay},
+                    # The prior is the regulariser of the scalars.
+                    {"params": groups["s_mean"], "lr": rate, "weight_decay": 0.0},
+                    {"params": groups["s_log_std"], "lr": self.module.recipe.sigma_learning_rate, "weight_decay": 0.0},
+                ]
+            )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.module.model
+        save_adapter(Path(output_dir or str(self.args.output_dir)), model.config, dict(model.adapter_parameters()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.module.model, read_weights(Path(resume_from_checkpoint)))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@torch.no_grad()
+def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.adapter_parameters().items():
+        if name in start:
+            parameter.copy_(start[name])
+        else:
+            mean = start[name.replace(".s_log_std", ".s_mean")].to(parameter.device)
+            parameter.copy_(relative_log_std(mean, parameter.exp()))
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def train_adapter(
+    base: PreTrainedModel,
+    config: AdapterConfig,
+    recipe: TrainingConfig,
+    train: EncodedSet,
+    validation: EncodedSet,
+    output: Path,
+    start: Mapping[str, Tensor] | None = None,
+    caches: tuple[TrunkCache | None, TrunkCache | None] | None = None,
+) -> dict[str, float]:
+    """Train a fresh adapter and write it to `output`; resumes from `output/checkpoints` when a run was cut short.
+
+    The adapter that is kept is the one of the validation with the lowest NLL.
+
+    Args:
+        start: A, B and mu of every layer to begin with (`peft_lora.adapter_of`); sigma then begins as a share of mu.
+        caches: of `train` and `validation`, from another run with the same trunk; made here otherwise.
+
+    Returns:
+        The last validation's scores, with the counts of stochastic and of additional parameters.
+    """
+    set_seed(recipe.seed)
+    model = ScalaBLModel(base, config)
+    model.reset_adapter(recipe.seed, recipe.std_init)
+    if start is not None:
+        _start_from(model, start)
+    model.find_shared_work()
+    if recipe.gradient_checkpointing:
+        # Its new name since transformers 5.20; the old one warns.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if recipe.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "runs")
+    checkpoints = output / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup_fraction * recipe.max_steps),
+        lr_scheduler_type=recipe.lr_schedule,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=base.device.type == "cuda",
+        seed=recipe.seed,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps",
+        save_steps=recipe.eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=base.device.type == "cuda",
+        report_to=["tensorboard"] if recipe.tensorboard else [],
+    )
+    callbacks: list[TrainerCallback] = []
+    if recipe.kl_optimizer == "sgd":
+        callbacks.append(KLSteps(model, recipe, len(train.sequences)))
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
+    trunks = caches or tuple(trunk_cache(model, rows, recipe.trunk_cache_gib) for rows in (train, validation))
+    module = VariationalModule(model, recipe, len(train.sequences), trunks[0])
+    trainer = VariationalTrainer(
+        module, validation, trunks[1], args=arguments, train_dataset=_rows(train), callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    metrics = trainer.evaluate()
+    save_adapter(output, config, dict(model.adapter_parameters()))
+    metrics["stochastic_parameters"] = model.num_stochastic_parameters
+    metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
+    return metrics

@@ -1,0 +1,187 @@
+"""The predictive from the model's linearisation in the subspace scalars, and the same as a control variate for samples.
+
+Only P scalars are random (hundreds, whatever the base model), so that z(s) ~ z(mu) + J (s - mu), with J = dz/ds at the mean
+by one reverse pass for each choice, many of them in one batch. Then z is Gaussian over C choices, from which thousands of
+samples cost nothing. Exact for an adapter of the head alone; biased where sigma is not small against mu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scalabl.evaluation.inference import ABSENT, EncodedSet, batches, without_absent
+from scalabl.model.posterior import Draws, draw
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
+
+INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
+NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
+SPREAD_LIMIT = 0.5  # median tau sigma / |mu| above which the linearisation should not be trusted
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """z(s) of B inputs to first order around the posterior mean. All float64, on the CPU.
+
+    Attributes:
+        mean: [B, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
+        scaled_jacobian: [B, C, P], dz/ds times tau sigma: by how much each scalar's standard deviation moves each logit.
+        layers: name -> the columns of P that are its own.
+    """
+
+    mean: Tensor
+    scaled_jacobian: Tensor
+    layers: dict[str, slice]
+
+    def logits_at(self, draws: Draws) -> Tensor:
+        """[B, K, C]: the linearised logits of the very samples that `ScalaBLModel.logits` gives for these draws."""
+        return self.mean.unsqueeze(1) + draws.epsilon.double() @ self.scaled_jacobian.transpose(1, 2)
+
+    def of_input(self, index: int) -> Linearization:
+        """That of one input, B = 1."""
+        return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
+
+    def of_choices(self, count: int) -> Linearization:
+        """Over the first choices alone, for inputs that have no others."""
+        return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
+
+    def covariance(self) -> Tensor:
+        """Cov(z) = J diag(tau^2 sigma^2) J^T, [B, C, C]."""
+        return self.scaled_jacobian @ self.scaled_jacobian.transpose(1, 2)
+
+    def samples(self, num_samples: int = INTEGRATION_DRAWS) -> Tensor:
+        """[B, N, C]: Sobol samples of N(mean, covariance), the same at every call."""
+        covariance = self.covariance()
+        # A covariance of rank below C has no Cholesky factor; this much more than nothing is far below any digit shown.
+        jitter = 1e-10 * covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)
+        factor = torch.linalg.cholesky(covariance + jitter.view(-1, 1, 1) * torch.eye(covariance.shape[1]))
+        epsilon = draw(0, num_samples, self.mean.shape[1], "sobol").epsilon.double()
+        z: Tensor = self.mean.unsqueeze(1) + epsilon @ factor.transpose(1, 2)
+        return z
+
+    def predictive(self, temperature: float = 1.0) -> Predictive:
+        """As of infinitely many samples. Standard errors are NaN: what error there is is not one of sampling."""
+        found = predictive(self.samples(), temperature, "sobol")
+        unknown = torch.full_like(found.entropy, math.nan)
+        error = StandardErrors(torch.full_like(found.probabilities, math.nan), unknown, unknown, unknown)
+        return Predictive(
+            found.probabilities,
+            found.entropy,
+            found.expected_entropy,
+            found.mutual_information,
+            found.sample_probabilities,
+            error,
+        )
+
+    def layer_shares(self, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Each adapted layer's share of the variance that the posterior gives the probabilities, [B]; they sum to 1.
+
+        The variance of softmax(z / T) to first order, summed over choices; independent scalars add up.
+        """
+        p = torch.softmax(self.mean / temperature, -1).unsqueeze(-1)  # [B, C, 1]
+        moved = p * (self.scaled_jacobian - (p * self.scaled_jacobian).sum(1, keepdim=True))  # [B, C, P], over T
+        variance = moved.square().sum(1)  # [B, P]
+        total = variance.sum(1).clamp_min(1e-300)
+        return {name: variance[:, columns].sum(1) / total for name, columns in self.layers.items()}
+
+
+def linearize(
+    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+) -> Linearization:
+    """Linearise B inputs: a forward and a reverse pass over a row for each choice of each, all at the posterior mean.
+
+    Args:
+        num_choices: [B], how many of the task's choices each input has; None for all.
+        negligible: choices that have less than this probability at the mean are left at their mean logits and cost no
+            row, but for a pass over B rows that finds them; the two most probable always get theirs.
+    """
+    present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
+    if num_choices is not None:
+        present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
+    active = present
+    if negligible > 0:
+        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~present, ABSENT)
+        likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
+        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
+    mean, jacobian = model.jacobian(batch, active)
+    _, log_std = model.posterior()
+    deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
+    columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
+    mean = mean.double().cpu().masked_fill(~present, ABSENT)
+    return Linearization(mean, jacobian.double().cpu() * deviation, columns)
+
+
+def linearized_predictive(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    *,
+    draws: Draws | None = None,
+    negligible: float = 0.0,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> Predictive:
+    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches.
+
+    Args:
+        draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
+    """
+    found: dict[int, Predictive] = {}
+    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
+        tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
+        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        if draws is None:
+            outcome = linear.predictive(model.config.temperature)
+        else:
+            logits = without_absent(model.logits(tokens, draws).cpu(), counts)
+            outcome = controlled(logits, linear, draws, model.config.temperature)
+        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
+        if on_progress is not None:
+            on_progress(len(batch))
+    return Predictive.stack([found[index] for index in range(len(found))])
+
+
+def relative_spread(model: ScalaBLModel) -> float:
+    """Median tau sigma / |mu| over all scalars: the linearisation is trustworthy where it is well below `SPREAD_LIMIT`."""
+    mean, log_std = (tensor.detach() for tensor in model.posterior())
+    return spread_of(mean, log_std, model.config.posterior_scale)
+
+
+def spread_of(mean: Tensor, log_std: Tensor, posterior_scale: float) -> float:
+    """As `relative_spread`, of the posterior's numbers alone: [P] each."""
+    return posterior_scale * float((log_std.exp() / mean.abs().clamp_min(1e-12)).median())
+
+
+def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature: float = 1.0) -> Predictive:
+    """The predictive of K samples, corrected by what the linearisation says of the same samples.
+
+    f(z_k) - f(z_k linearised) + E[f(z linearised)] has the expectation of f(z_k), and little variance where the two agree.
+    Probabilities and expected entropy are so estimated without bias; entropy and mutual information are functions of these,
+    brought back to their ranges where noise has led outside. The standard errors are those of the corrected terms, with the
+    two of an antithetic pair as one; Sobol draws do better.
+
+    Args:
+        logits: [B, K, C] of `draws`, finite, as is `linear` of the same inputs.
+    """
+    sampled = predictive(logits, temperature, draws.scheme)
+    linearised = predictive(linear.logits_at(draws), temperature, draws.scheme)
+    exact = predictive(linear.samples(), temperature, "sobol")
+    differences = sampled.sample_probabilities - linearised.sample_probabilities  # [B, K, C]
+    p = (exact.probabilities + differences.mean(1)).clamp_min(1e-12)
+    p = p / p.sum(-1, keepdim=True)
+    terms = _entropies(sampled.sample_probabilities) - _entropies(linearised.sample_probabilities)  # [B, K]
+    entropy = _entropies(p)
+    expected = torch.minimum((exact.expected_entropy + terms.mean(1)).clamp_min(0), entropy)
+    cross = -(differences * p.log().unsqueeze(1)).sum(-1)  # how a sample moves H(p), to first order
+    error = standard_errors(differences, cross, terms, cross - terms, draws.scheme)
+    return Predictive(p, entropy, expected, entropy - expected, sampled.sample_probabilities, error)
+
+
+def _entropies(p: Tensor) -> Tensor:
+    entropies: Tensor = torch.special.entr(p).sum(-1)
+    return entropies

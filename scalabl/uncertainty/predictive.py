@@ -1,0 +1,146 @@
+"""From logits [B, K, C] to probabilities, entropies and mutual information, in nats. Pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalabl.model.posterior import Scheme
+
+
+@dataclass(frozen=True)
+class StandardErrors:
+    """Monte Carlo standard errors of the fields of `Predictive`, same shapes; NaN where K is too small to tell."""
+
+    probabilities: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """What K posterior samples say of B inputs. All float64; entropies in nats.
+
+    Attributes:
+        probabilities: [B, C], the mean over samples of softmax(z_k / T).
+        entropy: [B], H(probabilities): total uncertainty.
+        expected_entropy: [B], the mean over samples of H(softmax(z_k / T)): aleatoric.
+        mutual_information: [B], their difference: epistemic. 0 <= it <= entropy <= ln C.
+        sample_probabilities: [B, K, C], softmax(z_k / T).
+        standard_error: of the first four.
+    """
+
+    probabilities: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    sample_probabilities: Tensor
+    standard_error: StandardErrors
+
+    def of_input(self, index: int) -> Predictive:
+        """That of one of the B inputs, without the leading dimension."""
+        fields = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        errors = {name: value[index] for name, value in vars(self.standard_error).items()}
+        return Predictive(**fields, standard_error=StandardErrors(**errors))
+
+    @staticmethod
+    def stack(outcomes: Sequence[Predictive]) -> Predictive:
+        """The predictive of several inputs from those of each."""
+        errors = [vars(each.standard_error) for each in outcomes]
+        fields = [name for name, value in vars(outcomes[0]).items() if isinstance(value, Tensor)]
+        return Predictive(
+            **{name: torch.stack([getattr(each, name) for each in outcomes]) for name in fields},
+            standard_error=StandardErrors(**{name: torch.stack([each[name] for each in errors]) for name in errors[0]}),
+        )
+
+
+def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gaussian") -> Predictive:
+    """The Bayesian model average and its uncertainty.
+
+    Mutual information is computed as mean_k KL(p_k || mean p), as a sum of terms that are each non-negative, and not as
+    the difference of two entropies, so that small values keep their digits.
+
+    The standard errors are first-order (delta method): with p the mean, H(p) varies with sample k as the cross-entropy
+    -sum_c p_kc ln p_c, and mutual information as KL(p_k || p). The two draws of an antithetic pair count as one.
+    For Sobol draws the independent-sample formula is used, which overstates the error.
+
+    Args:
+        logits: [B, K, C] (or any leading dimensions in place of B), finite.
+        temperature: T > 0, divides the logits.
+        scheme: how the K samples were drawn.
+
+    Raises:
+        ValueError: logits that are not finite, fewer than two classes, or no sample.
+    """
+    if logits.dim() < 2 or logits.shape[-1] < 2 or logits.shape[-2] < 1:
+        raise ValueError(f"logits need shape [..., K >= 1, C >= 2], got {tuple(logits.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    z = logits.double() / temperature
+    if not all_finite(z):
+        raise ValueError("the logits are not finite")
+    num_samples, num_classes = z.shape[-2:]
+    log_p = torch.log_softmax(z, dim=-1)  # [B, K, C]
+    p = log_p.exp()
+    log_mean = torch.logsumexp(log_p, dim=-2) - math.log(num_samples)  # [B, C]
+    mean = log_mean.exp()
+
+    # Every log here is finite and at worst ~ -1e4 / T, where its probability is exactly 0: no 0 * inf can arise.
+    sample_entropy = -(p * log_p).sum(-1)  # [B, K]
+    cross_entropy = -(p * log_mean.unsqueeze(-2)).sum(-1)  # [B, K], mean over K: H(mean)
+    divergence = (p * (log_p - log_mean.unsqueeze(-2)) - p + mean.unsqueeze(-2)).clamp_min(0).sum(-1)  # [B, K]
+
+    entropy = (-(mean * log_mean).sum(-1)).clamp(0, math.log(num_classes))
+    mutual_information = torch.minimum(divergence.mean(-1), entropy)
+    # For one sample the mean is the sample: nothing is unknown between samples, whatever the rounding says.
+    if num_samples == 1:
+        mutual_information = torch.zeros_like(mutual_information)
+    return Predictive(
+        probabilities=mean,
+        entropy=entropy,
+        expected_entropy=entropy - mutual_information,
+        mutual_information=mutual_information,
+        sample_probabilities=p,
+        standard_error=standard_errors(p, cross_entropy, sample_entropy, divergence, scheme),
+    )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN, of float32 or smaller ones, or of float64 ones whose sum is in its range."""
+    return math.isfinite(float(values.sum(dtype=torch.float64)))
+
+
+def independent_units(num_samples: int, scheme: Scheme) -> int:
+    """How many of K samples count as independent of one another: pairs, where they are antithetic."""
+    return num_samples // 2 if scheme == "antithetic" and num_samples > 1 else num_samples
+
+
+def standard_errors(
+    probabilities: Tensor, entropy: Tensor, expected_entropy: Tensor, mutual_information: Tensor, scheme: Scheme
+) -> StandardErrors:
+    """Those of the means over the samples of probabilities [..., K, C] and of the others [..., K], found in one go."""
+    terms = [probabilities, entropy.unsqueeze(-1), expected_entropy.unsqueeze(-1), mutual_information.unsqueeze(-1)]
+    errors = standard_error(torch.cat(terms, dim=-1).transpose(-1, -2), scheme)
+    return StandardErrors(errors[..., :-3], errors[..., -3], errors[..., -2], errors[..., -1])
+
+
+def standard_error(values: Tensor, scheme: Scheme) -> Tensor:
+    """Standard error of the mean over the last dimension [..., K] -> [...]; NaN with fewer than two independent units."""
+    count = values.shape[-1]
+    if scheme == "antithetic" and count > 1:
+        # Pairs are independent of one another, their members are not; an odd draw at the end has no partner.
+        paired = count // 2 * 2
+        units = values[..., :paired].reshape(*values.shape[:-1], paired // 2, 2).mean(-1)
+        if units.shape[-1] < 2:
+            return torch.full_like(values[..., 0], math.nan)
+        spread: Tensor = units.std(-1) / math.sqrt(units.shape[-1])
+        return spread * math.sqrt(paired / count)
+    if count < 2:
+        return torch.full_like(values[..., 0], math.nan)
+    error: Tensor = values.std(-1) / math.sqrt(count)
+    return error

@@ -1,0 +1,133 @@
+"""Answering only when sure: doubt scores, the risk-coverage curve, and a threshold with a guaranteed risk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalabl.config import DoubtName
+from scalabl.errors import CalibrationError
+from scalabl.uncertainty.predictive import Predictive
+
+CANDIDATES = 10  # thresholds that are tested for a target risk: one for each tenth of the inputs
+
+
+DOUBTS: dict[DoubtName, Callable[[Predictive], Tensor]] = {
+    "mutual_information": lambda outcome: outcome.mutual_information,
+    "entropy": lambda outcome: outcome.entropy,
+    "confidence": lambda outcome: 1 - outcome.probabilities.max(-1).values,
+}
+
+
+def doubt(outcome: Predictive, name: DoubtName) -> Tensor:
+    """A doubt score of B inputs, [B]; higher is less sure. `confidence` stands for one minus it."""
+    return DOUBTS[name](outcome)
+
+
+def doubts(outcome: Predictive) -> dict[DoubtName, Tensor]:
+    """Each doubt score of B inputs, [B]."""
+    return {name: doubt(outcome, name) for name in DOUBTS}
+
+
+def risk_coverage(doubt: Tensor, wrong: Tensor) -> Tensor:
+    """The share of wrong answers among all inputs at most as doubtful as each one, the surest first: [N].
+
+    Inputs of equal doubt are answered together, as any threshold would.
+
+    Args:
+        doubt, wrong: [N].
+    """
+    _, index, counts = torch.unique(doubt, return_inverse=True, return_counts=True)
+    errors = torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, index, wrong.double())
+    risk: Tensor = errors.cumsum(0) / counts.cumsum(0)
+    return risk.repeat_interleave(counts)
+
+
+def aurc(doubt: Tensor, wrong: Tensor) -> float:
+    """Area under the risk-coverage curve (Geifman, Uziel and El-Yaniv, ICLR 2019): the mean of `risk_coverage`."""
+    return float(risk_coverage(doubt, wrong).mean())
+
+
+def binomial_upper_bound(errors: int, count: int, delta: float) -> float:
+    """Clopper and Pearson's upper bound of an error rate: the largest p with P(Binomial(count, p) <= errors) >= delta."""
+    if errors >= count:
+        return 1.0
+    log_choose = [
+        math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1) for i in range(errors + 1)
+    ]  # fmt: skip
+    low, high = errors / count, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        terms = (c + i * math.log(p) + (count - i) * math.log1p(-p) for i, c in enumerate(log_choose))
+        if sum(map(math.exp, terms)) >= delta:
+            low = p
+        else:
+            high = p
+    return high
+
+
+def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> None:
+    """Refuse a risk that so few rows could not promise even if no answer were wrong.
+
+    Args:
+        target_risk: above 0.
+
+    Raises:
+        CalibrationError: with the number of rows that it takes.
+    """
+    delta = (1 - confidence) / CANDIDATES
+    if rows < 1 or binomial_upper_bound(0, rows, delta) > target_risk:
+        needed = math.ceil(math.log(delta) / math.log1p(-target_risk))
+        raise CalibrationError(
+            f"an abstention threshold for a risk of {target_risk:g} with confidence {confidence:g} needs at least {needed} "
+            f"rows for the thresholds and there are {rows}; give more rows, raise --target-risk, or pass --no-abstain"
+        )
+
+
+@dataclass(frozen=True)
+class GuaranteedThreshold:
+    """Answer where doubt <= `threshold`: `coverage` of the inputs, of which `risk` were wrong, at most `bound` in truth."""
+
+    threshold: float
+    coverage: float
+    risk: float
+    bound: float
+
+
+def guaranteed_threshold(
+    candidates: Tensor, doubt: Tensor, wrong: Tensor, target_risk: float, confidence: float
+) -> GuaranteedThreshold:
+    """The threshold that answers most, among those whose share of wrong answers stays within the target.
+
+    The ten thresholds that are tested are quantiles of doubts of other inputs, so each test is an exact binomial one; each
+    bound gets a tenth of the error probability, so that all ten hold together with `confidence`.
+
+    Args:
+        candidates: [M], doubts of inputs that took no part in `doubt`.
+        doubt, wrong: [N].
+
+    Raises:
+        CalibrationError: no threshold keeps the target; the message says what could be had.
+    """
+    delta = (1 - confidence) / CANDIDATES
+    quantiles = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
+    found = []
+    for threshold in torch.quantile(candidates, quantiles, interpolation="higher").tolist():
+        answered = doubt <= threshold
+        count, errors = int(answered.sum()), int(wrong[answered].sum())
+        if count:
+            bound = binomial_upper_bound(errors, count, delta)
+            found.append(GuaranteedThreshold(threshold, count / len(doubt), errors / count, bound))
+    kept = [each for each in found if each.bound <= target_risk]
+    if not kept:
+        best = min((each.bound for each in found), default=1.0)
+        raise CalibrationError(
+            f"no abstention threshold keeps the share of wrong answers within {target_risk:g} with confidence "
+            f"{confidence:g}: the lowest that {len(doubt)} rows can promise is {math.ceil(best * 1000) / 1000:g}. "
+            "Give more rows, raise --target-risk, or pass --no-abstain"
+        )
+    return max(kept, key=lambda each: each.coverage)

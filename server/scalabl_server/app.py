@@ -1,0 +1,103 @@
+"""`create_app`: settings in, ASGI application out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from scalabl import __version__
+from scalabl_server import problems
+from scalabl_server.dashboard import routes as dashboard
+from scalabl_server.engines.interface import Engine, load_engine
+from scalabl_server.observe.spans import make_spans
+from scalabl_server.open_inference import routes as open_inference
+from scalabl_server.predict.service import Service
+from scalabl_server.settings import ServeSettings
+from scalabl_server.web.adapter_routes import build_adapter_router
+from scalabl_server.web.auth import KeyRing
+from scalabl_server.web.draining import CloseWhileDraining
+from scalabl_server.web.middleware import ArrivalLimits, Observe
+from scalabl_server.web.routes import build_router, health_routes, metrics_route
+
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["authorization", "content-type", "x-api-key", "x-request-id", "x-request-timeout", "traceparent"],
+    "expose_headers": ["x-request-id", "traceparent", "retry-after", "x-total-time", "x-queue-time", "x-inference-time"],
+    "max_age": 600,
+}
+
+
+def create_app(
+    settings: ServeSettings,
+    on_failure: Callable[[Exception], None] | None = None,
+    load: Callable[[ServeSettings], Engine] = load_engine,
+) -> FastAPI:
+    """The application of one server. Its `state.service` is the `Service`; loading begins with the lifespan.
+
+    Args:
+        on_failure: told the error when the model cannot be loaded.
+        load: makes the engine; called once, on the model's thread.
+    """
+    keys = KeyRing(settings.api_keys, settings.api_keys_file)
+    spans = make_spans(settings.otlp_endpoint)
+    service = Service(settings, load, on_failure)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
+
+    app = FastAPI(
+        title="ScalaBL inference server",
+        version=__version__,
+        summary="Language models that know what they do not know.",
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,  # a redirect would repeat the Host header
+        strict_content_type=False,  # `strict_json` decides
+    )
+    app.state.service = service
+    problems.install(app)
+    app.include_router(build_router(service, keys))
+    if settings.enable_adapter_loading:
+        app.include_router(build_adapter_router(service, keys))
+    app.include_router(open_inference.build_router(service, keys))
+    if settings.dashboard:
+        app.include_router(dashboard.build_router(service, keys))
+    app.include_router(health_routes(service))
+    if settings.admin_port is None:
+        app.include_router(metrics_route(service))
+    app.add_middleware(
+        ArrivalLimits,
+        max_header_bytes=settings.max_header_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout=settings.body_timeout,
+    )
+    origins = [each.strip() for each in settings.cors_origins.split(",") if each.strip()]
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
+    app.add_middleware(CloseWhileDraining, service=service)
+    app.add_middleware(Observe, metrics=service.metrics, spans=spans, https=settings.ssl_certfile is not None)
+    return app
+
+
+def create_admin_app(main: FastAPI) -> FastAPI:
+    """Health and metrics of the same server, for a port of their own."""
+    service: Service = main.state.service
+    app = FastAPI(title="ScalaBL inference server: admin port", openapi_url=None, redirect_slashes=False)
+    problems.install(app)
+    app.include_router(health_routes(service))
+    app.include_router(metrics_route(service))
+    app.add_middleware(Observe, metrics=service.metrics)
+    return app

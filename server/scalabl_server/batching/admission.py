@@ -1,0 +1,149 @@
+"""Places in the queue: bounded by inputs and by tokens, taken before any work is done and given back exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from scalabl.uncertainty.adaptive import Rule, Target
+from scalabl_server.observe.metrics import Metrics, Reason
+from scalabl_server.problems import ProblemError
+
+HEADROOM = 0.5  # of the time until its deadline that a request may be expected to wait, since speed varies
+SMOOTHING = 0.1  # weight of the newest pass in the running speed
+
+
+class Place:
+    """What one input takes of the queue from its request's arrival until its pass begins or it is given up.
+
+    `tokens` (rows x length) is an estimate until the prompt is tokenised. `priority`: lower is earlier.
+    """
+
+    def __init__(self, admission: Admission, tokens: int, priority: int) -> None:
+        self._admission, self.tokens, self.priority, self._held = admission, tokens, priority, True
+
+    def free(self) -> None:
+        """Give the place back; a second time changes nothing."""
+        if self._held:
+            self._held = False
+            self._admission.change(-1, -self.tokens, self.priority)
+
+    def resize(self, tokens: int) -> None:
+        """The tokens are known now."""
+        if self._held:
+            self._admission.change(0, tokens - self.tokens, self.priority)
+        self.tokens = tokens
+
+
+class Admission:
+    """Counts what waits, from before it is tokenised, and refuses what would not fit or not be answered in time.
+
+    Args:
+        max_inputs, max_tokens: the queue's bounds.
+    """
+
+    def __init__(self, max_inputs: int, max_tokens: int, metrics: Metrics) -> None:
+        self.max_inputs, self.max_tokens, self._metrics = max_inputs, max_tokens, metrics
+        metrics.queue_limit_inputs.set(max_inputs)
+        metrics.queue_limit_tokens.set(max_tokens)
+        self.inputs = self.tokens = 0
+        self.running_tokens = 0  # in the pass that runs now
+        self._tokens_at = Counter[int]()  # by priority
+        self._pass_seconds = self._pass_tokens = 0.0  # running means
+        self._share_taken: dict[Target, float] = {}  # of the most samples, by inputs that took as many as they needed
+
+    def enter(self, tokens: Sequence[int], seconds_left: float, priority: int = 0) -> list[Place]:
+        """A place for each input of a request, all of them or none.
+
+        Args:
+            tokens: of each input, an estimate.
+            seconds_left: until the request's deadline.
+            priority: it waits for nothing that has a later one.
+
+        Raises:
+            ProblemError: `queue-full` with a time to come back, or `input-too-large` for what never fits.
+        """
+        self._check_size(len(tokens), sum(tokens))
+        self._check_room(len(tokens), sum(tokens))
+        wait = self.expected_wait(self._ahead_of(priority))
+        if wait > HEADROOM * seconds_left:
+            raise self._full(
+                "wait", f"what waits already takes about {wait:.1f} s and this request's deadline is {seconds_left:g} s"
+            )
+        self.change(len(tokens), sum(tokens), priority)
+        return [Place(self, each, priority) for each in tokens]
+
+    def settle(self, places: Sequence[Place], tokens: Sequence[int]) -> None:
+        """The request's tokens are counted now: check again and correct its places.
+
+        Raises:
+            ProblemError: as `enter`.
+        """
+        grown = sum(tokens) - sum(place.tokens for place in places)
+        self._check_size(len(tokens), sum(tokens))
+        if grown > 0:
+            self._check_room(0, grown)
+        for place, each in zip(places, tokens, strict=True):
+            place.resize(each)
+
+    def change(self, inputs: int, tokens: int, priority: int) -> None:
+        """Called by `Place`."""
+        self.inputs += inputs
+        self.tokens += tokens
+        self._tokens_at[priority] += tokens
+        if not self._tokens_at[priority]:
+            del self._tokens_at[priority]  # as many priorities as requests name could gather otherwise
+        self._metrics.queue_inputs.set(self.inputs)
+        self._metrics.queue_tokens.set(self.tokens)
+
+    def observe_pass(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens, without padding, has taken so long."""
+        self._pass_tokens += SMOOTHING * (tokens - self._pass_tokens)
+        self._pass_seconds += SMOOTHING * (seconds - self._pass_seconds)
+
+    def observe_rows(self, rule: Rule, taken: int) -> None:
+        """An input that gets samples until it has enough has taken so many."""
+        share = self._share_taken.setdefault(rule.target, 1.0)
+        self._share_taken[rule.target] = share + SMOOTHING * (taken / rule.most - share)
+
+    def expected_rows(self, rule: Rule) -> int:
+        """Rows that such an input is expected to take, by what others with the same target took; at first the most."""
+        return max(rule.first, math.ceil(rule.most * self._share_taken.get(rule.target, 1.0)))
+
+    def expected_wait(self, tokens: int) -> float:
+        """Seconds until so many tokens are computed; 0 before the first pass."""
+        return tokens * self._pass_seconds / self._pass_tokens if self._pass_tokens else 0.0
+
+    def _ahead_of(self, priority: int) -> int:
+        return self.running_tokens + sum(tokens for each, tokens in self._tokens_at.items() if each <= priority)
+
+    def _check_size(self, inputs: int, tokens: int) -> None:
+        if inputs > self.max_inputs:
+            raise ProblemError(
+                "input-too-large", f"inputs: {inputs} inputs never fit in the queue of {self.max_inputs}; send fewer at once"
+            )
+        if tokens > self.max_tokens:
+            raise ProblemError(
+                "input-too-large",
+                f"inputs: about {tokens} tokens (inputs x samples x length) never fit in the queue of {self.max_tokens}; "
+                "send fewer inputs at once or lower num_samples",
+            )
+
+    def _check_room(self, inputs: int, tokens: int) -> None:
+        if self.inputs + inputs > self.max_inputs:
+            raise self._full(
+                "inputs",
+                f"{self.inputs} inputs wait and the queue holds {self.max_inputs}; this request has {inputs}",
+            )
+        if self.tokens + tokens > self.max_tokens:
+            raise self._full(
+                "tokens",
+                f"{self.tokens} tokens (inputs x samples x length) wait and the queue holds {self.max_tokens}; "
+                f"this request adds about {tokens}",
+            )
+
+    def _full(self, reason: Reason, detail: str) -> ProblemError:
+        self._metrics.rejected.labels(reason).inc()
+        wait = self.expected_wait(self.tokens + self.running_tokens)
+        return ProblemError("queue-full", f"{detail}. Try again later or send fewer inputs", retry_after=wait)

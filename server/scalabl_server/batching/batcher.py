@@ -1,0 +1,356 @@
+"""Batching: a queue of admitted inputs, joined into forward passes by a token budget, on one worker thread.
+
+There is no waiting window: while one pass runs, the next is chosen from what has come (`selection`), so that load makes
+batches, and the thread goes from one to the other by itself. A pass that fails is split until only its cause fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import threading
+import time
+import traceback
+from bisect import insort
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, Generic
+
+from scalabl_server.batching.admission import HEADROOM, Admission, Place
+from scalabl_server.batching.faults import Failure, classify
+from scalabl_server.batching.jobs import AutoJob, Job, Result, rows_of
+from scalabl_server.batching.selection import PRIORITY_SECONDS, Choice, QueuedInput, Target, select
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.observe.trace import Stages
+from scalabl_server.problems import ProblemError
+
+logger = logging.getLogger("scalabl")
+
+RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Job]], list[Result]]
+
+LATE = "the answer would come after the request's deadline; send fewer inputs or samples, or try again later"
+BROKEN = "what feeds the model has ended; the server must be restarted"
+
+
+class Batcher(Generic[Target]):
+    """Feeds one worker thread.
+
+    The event loop owns the queue. It puts the next pass into a slot, whose inputs are then no longer in the queue, and takes
+    them back while better ones come; the worker's thread empties the slot when it is free. Of the executor it uses one turn
+    for a pass and queues the next turn behind it, so that others who need the thread get it between two passes.
+
+    Args:
+        run: the forward pass, called on `executor`.
+        target_tokens: join inputs while expected rows x padded length stays within this; one input alone may exceed it.
+        max_tokens: refuse an input whose own rows x length exceed this; no pass holds more at once.
+        pads: whether passes for an adapter compute the padding of their inputs.
+        rest: called on `executor` after a pass that no other follows at once.
+        admission: counts what waits; an input's place is free once its pass begins.
+    """
+
+    def __init__(
+        self,
+        run: RunBatch[Target],
+        executor: Executor,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        target_tokens: int,
+        max_tokens: int,
+        pads: Callable[[Target], bool] = lambda _: True,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._executor, self._admission, self._metrics = run, executor, admission, metrics
+        self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
+        self._rest = rest
+        self._numbers = itertools.count()
+        self._queue: list[QueuedInput[Target]] = []  # in order
+        self._slot_lock = threading.Lock()
+        self._slot: Choice[Target] | None = None
+        self._unanswered: set[QueuedInput[Target]] = set()
+        self._stale = True  # whether the slot has to be filled anew
+        self._planning = False  # whether `_plan` is due on the loop
+        self._turns = 0  # of the executor, queued or running
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = self._broken = self._device_failed = False
+        self._pass_began: float | None = None
+        self._pass_ended: float | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    async def stop(self) -> None:
+        """Begin no pass any more; whatever has no answer yet gets a 503."""
+        self._stopped = True
+        self._refuse_all("draining", "the server is shutting down; try another replica")
+
+    def fault(self, longest_pass: float) -> str | None:
+        """Why the worker cannot be relied on any more; None while it can.
+
+        Args:
+            longest_pass: seconds after which a pass counts as stuck.
+        """
+        if self._device_failed:
+            return "the device has failed, and every pass with it; the server must be restarted"
+        if self._broken:
+            return BROKEN
+        began = self._pass_began  # the worker's thread may set it to None at any time
+        running = 0.0 if began is None else time.perf_counter() - began
+        if running > longest_pass:
+            return f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s; the worker is stuck"
+        return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pass is on the worker's thread."""
+        return self._pass_began is not None
+
+    def check_input(self, position: int | None, length: int, num_samples: int) -> None:
+        """Whether a pass can hold an input.
+
+        Args:
+            position: among the request's inputs, None for a single one.
+            num_samples: the most at once.
+
+        Raises:
+            ProblemError: `input-too-large`.
+        """
+        tokens = length * num_samples
+        if tokens > self._max_tokens:
+            raise ProblemError(
+                "input-too-large",
+                f"{'inputs' if position is None else f'inputs.{position}'}: {length} tokens x {num_samples} samples = "
+                f"{tokens}, above the limit of {self._max_tokens} for one pass; shorten the input or lower num_samples",
+            )
+
+    def submit(
+        self,
+        target: Target,
+        sequences: Sequence[list[int]],
+        jobs: Sequence[Job],
+        places: Sequence[Place],
+        stages: Stages | None = None,
+        deadline: float = math.inf,
+    ) -> list[asyncio.Future[Result]]:
+        """Queue a request's inputs, all of them or none, each with its job and the place it was admitted to.
+
+        Args:
+            stages: told when the inputs are in a pass.
+            deadline: of the answers, by `time.perf_counter`.
+
+        Raises:
+            ProblemError: `input-too-large` for one that no pass can hold; `stuck`; otherwise as `Admission.settle`.
+        """
+        assert self._loop is not None  # started
+        if self._broken:
+            raise ProblemError("stuck", BROKEN)
+        for position, (ids, job) in enumerate(zip(sequences, jobs, strict=True)):
+            self.check_input(position if len(sequences) > 1 else None, len(ids), job.num_samples)
+        rows = [self._expected_rows(job) for job in jobs]
+        self._admission.settle(places, [len(ids) * each for ids, each in zip(sequences, rows, strict=True)])
+        now, slot, futures = time.perf_counter(), self._slot, []
+        for ids, job, count, place in zip(sequences, jobs, rows, places, strict=True):
+            queued = QueuedInput(
+                target,
+                ids,
+                job,
+                count,
+                place,
+                self._loop.create_future(),
+                (now + PRIORITY_SECONDS * place.priority, next(self._numbers)),
+                deadline,
+                now,
+                stages or Stages(),
+            )
+            self._unanswered.add(queued)
+            queued.logits.add_done_callback(partial(self._ended, queued))
+            insort(self._queue, queued, key=_order)
+            if slot is None or not slot.full or queued.order < slot.inputs[-1].order:
+                self._stale = True
+            futures.append(queued.logits)
+        self._plan_soon()
+        return futures
+
+    def _expected_rows(self, job: Job) -> int:
+        return self._admission.expected_rows(job.rule) if isinstance(job, AutoJob) else job.num_samples
+
+    def _ended(self, queued: QueuedInput[Target], logits: asyncio.Future[Result]) -> None:
+        """It has its answer, or was given up."""
+        self._unanswered.discard(queued)
+        if logits.cancelled():
+            slot = self._slot
+            self._stale = self._stale or (slot is not None and queued in slot.inputs)
+            self._plan_soon()
+
+    def _plan_soon(self) -> None:
+        """Once for all that happens in one turn of the loop."""
+        if not self._planning:
+            assert self._loop is not None  # started
+            self._planning = True
+            self._loop.call_soon(self._guarded, self._plan)
+
+    def _plan(self) -> None:
+        """Forget what was given up, choose the next pass if another could be better, and see that a turn takes it."""
+        self._planning = False
+        if self._stopped or self._broken:
+            return
+        if any(queued.logits.done() for queued in self._queue):
+            self._queue = [queued for queued in self._queue if not queued.logits.done()]
+        with self._slot_lock:
+            if self._stale or self._slot is None:
+                self._fill_slot()
+            chosen = self._slot is not None
+        if chosen and self._turns < 2:
+            self._turns += 1
+            self._executor.submit(self._turn)
+
+    def _fill_slot(self) -> None:
+        if self._slot is not None:
+            for queued in self._slot.inputs:
+                if not queued.logits.done():
+                    insort(self._queue, queued, key=_order)
+        self._slot, self._stale = None, False
+        if self._queue:
+            self._slot = select(self._queue, self._target_tokens, self._max_tokens, self._pads)
+            members = set(map(id, self._slot.inputs))
+            self._queue = [queued for queued in self._queue if id(queued) not in members]
+
+    # On the worker's thread, from here to `_tell`; what it changes of the loop's it tells the loop.
+
+    def _turn(self) -> None:
+        """One pass, or none when all that was chosen has been given up."""
+        try:
+            batch = self._take()
+            parts = [batch]
+            while parts:
+                part = [queued for queued in parts.pop() if not queued.logits.done()]
+                if part:
+                    parts += self._answer(part)
+            if self._slot is None:
+                self._rest()
+        except BaseException:
+            self._broken = True
+            logger.critical(BROKEN, exc_info=True)
+            self._tell(self._refuse_all, "stuck", BROKEN)
+        finally:
+            self._tell(self._turn_ended)
+
+    def _take(self) -> list[QueuedInput[Target]]:
+        with self._slot_lock:
+            choice, self._slot = self._slot, None
+            if choice is None:
+                return []
+            now = time.perf_counter()
+            chosen = [queued for queued in choice.inputs if not queued.logits.done()]
+            late = [queued for queued in chosen if self._is_late(queued, now)]
+            if len(late) == len(chosen):  # the estimate may be wrong, and only passes correct it
+                late = []
+            batch = [queued for queued in chosen if queued not in late]
+            for queued in choice.overtaken:
+                queued.overtaken += 1
+        gap = None if self._pass_ended is None or self._pass_ended < choice.chosen_at else now - self._pass_ended
+        self._tell(self._begun, batch, late, now, gap)
+        return batch
+
+    def _is_late(self, queued: QueuedInput[Target], now: float) -> bool:
+        """Whether its deadline would pass even if its own rows were all of the pass, and took less time than they do."""
+        return now + HEADROOM * self._admission.expected_wait(queued.tokens) > queued.deadline
+
+    def _answer(self, part: list[QueuedInput[Target]]) -> list[list[QueuedInput[Target]]]:
+        """Run one pass and have its inputs answered; after a failure, the parts to try again, the last one first."""
+        started = self._pass_began = time.perf_counter()
+        try:
+            results = self._run(part[0].target, [q.token_ids for q in part], [q.job for q in part])
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the pass's tensors
+            failure = classify(error)
+        else:
+            self._tell(self._answered, part, results, started, time.perf_counter())
+            return []
+        finally:
+            self._pass_ended, self._pass_began = time.perf_counter(), None
+        self._metrics.failed_passes.labels(failure.kind).inc()
+        self._device_failed = self._device_failed or failure.lasting
+        if len(part) > 1 and failure.of_one_input:
+            logger.warning("a pass over %d inputs failed, trying its parts: %r", len(part), failure.error)
+            self._metrics.batch_splits.inc()
+            half = len(part) // 2
+            return [part[half:], part[:half]]
+        self._tell(self._failed, part, failure)
+        return []
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None  # started
+        if not self._loop.is_closed():  # else nobody waits any more
+            self._loop.call_soon_threadsafe(self._guarded, what, *arguments)
+
+    # On the loop again.
+
+    def _guarded(self, what: Callable[..., None], *arguments: Any) -> None:
+        """A mistake in here would leave requests without an answer: it is a fault, and says so."""
+        try:
+            what(*arguments)
+        except BaseException:
+            self._broken = True
+            self._refuse_all("stuck", BROKEN)
+            raise
+
+    def _begun(
+        self, batch: list[QueuedInput[Target]], late: list[QueuedInput[Target]], now: float, gap: float | None
+    ) -> None:
+        for queued in batch + late:
+            queued.place.free()
+            self._metrics.stage("queue", now - queued.queued_at)
+        for queued in late:
+            _refuse(queued, ProblemError("deadline-exceeded", LATE))
+        self._admission.running_tokens = sum(queued.tokens for queued in batch)
+        if gap is not None:
+            self._metrics.pass_gap.observe(gap)
+        self._plan()
+
+    def _turn_ended(self) -> None:
+        self._turns -= 1
+        self._admission.running_tokens = 0
+        self._plan()
+
+    def _answered(self, part: list[QueuedInput[Target]], results: Sequence[Result], started: float, ended: float) -> None:
+        for queued, logits in zip(part, results, strict=True):
+            queued.stages.took(started, ended)
+            if not queued.logits.done():
+                queued.logits.set_result(logits)
+        assert self._loop is not None  # started
+        self._loop.call_soon(self._guarded, self._observe, part, results, ended - started)  # those who wait go first
+
+    def _failed(self, part: list[QueuedInput[Target]], failure: Failure) -> None:
+        for queued in part:
+            _refuse(queued, failure.problem(queued.length, queued.job.num_samples))
+
+    def _refuse_all(self, slug: str, detail: str) -> None:
+        with self._slot_lock:
+            self._queue, self._slot = [], None
+        for queued in list(self._unanswered):
+            queued.place.free()
+            _refuse(queued, ProblemError(slug, detail))
+
+    def _observe(self, part: Sequence[QueuedInput[Target]], results: Sequence[Result], seconds: float) -> None:
+        each = [rows_of(queued.job, result) for queued, result in zip(part, results, strict=True)]
+        for queued, taken in zip(part, each, strict=True):
+            if isinstance(queued.job, AutoJob):
+                self._admission.observe_rows(queued.job.rule, taken)
+        rows = sum(each)
+        tokens = sum(taken * queued.length for queued, taken in zip(part, each, strict=True))
+        self._admission.observe_pass(tokens, seconds)
+        padded = rows * max(queued.length for queued in part) if self._pads(part[0].target) else tokens
+        self._metrics.observe_batch(rows, padded, tokens, seconds)
+
+
+def _order(queued: QueuedInput[Any]) -> tuple[float, int]:
+    return queued.order
+
+
+def _refuse(queued: QueuedInput[Any], error: Exception) -> None:
+    if not queued.logits.done():
+        queued.logits.set_exception(error)

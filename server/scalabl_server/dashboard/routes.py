@@ -1,0 +1,68 @@
+"""The routes of the dashboard: its page and the page's files, which need no key, and the JSON that it draws, which does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from scalabl_server.dashboard.schemas import Dashboard
+from scalabl_server.dashboard.summaries import stored
+from scalabl_server.predict.service import Service
+from scalabl_server.problems import ProblemError
+from scalabl_server.web.auth import KeyRing
+from scalabl_server.web.guard import documented, route_class
+
+PAGE = Path(__file__).with_name("page")
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Its own files and its own server, nothing inline, and no text that could become markup.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def build_router(service: Service, keys: KeyRing) -> APIRouter:
+    """The page's files are read once, so that no name in a request is a path."""
+    router = APIRouter(route_class=route_class(keys), tags=["dashboard"])
+    files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in PAGE.iterdir()}
+    headers = {"content-security-policy": POLICY}
+
+    @router.get("/dashboard", include_in_schema=False)
+    async def page() -> Response:
+        content, kind = files["index.html"]
+        return Response(content, media_type=kind, headers=headers)
+
+    @router.get("/dashboard/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in files:
+            raise ProblemError("not-found", f"the dashboard has no such file; it has {', '.join(sorted(files))}")
+        content, kind = files[name]
+        return Response(content, media_type=kind, headers=headers)
+
+    @router.get(
+        "/v1/dashboard",
+        dependencies=keys.guards,
+        responses=documented("unknown-adapter", "invalid-field", "starting", "outcomes-unavailable"),
+        summary="What the dashboard draws",
+    )
+    async def data(
+        adapter: Annotated[str | None, Query(description="Name of the adapter (default: the server's default one).")] = None,
+    ) -> Dashboard:
+        """An adapter's reliability, uncertainty, risk and doubtful predictions: counts over all replicas and all time, and
+        the newest 1,000 predictions and the newest 1,000 labels (fewer where answers are long)."""
+        served = service.adapter(adapter)
+        survey = await service.outcomes.survey(served.name)
+        if survey is None:
+            return Dashboard(adapter=served.name, stored=None)
+        found = await asyncio.to_thread(stored, survey, served.config.calibration)
+        return Dashboard(adapter=served.name, stored=found)
+
+    return router

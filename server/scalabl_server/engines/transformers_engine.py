@@ -1,0 +1,306 @@
+"""The default engine: transformers in this process. The one module of the server that touches a `ScalaBLModel`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from scalabl.base.pretrained import Pretrained, load_pretrained
+from scalabl.errors import AdapterError, ScalaBLError
+from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
+from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
+from scalabl.model.posterior import Draws
+from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
+from scalabl.passes.rounds import Rounds
+from scalabl.prompt import Prompter
+from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
+from scalabl.uncertainty.predictive import Predictive
+from scalabl_server.batching.faults import classify
+from scalabl_server.batching.jobs import AutoJob, Job, LinearJob, Result, joined, linear_jobs, sample_jobs
+from scalabl_server.batching.threads import take_cores
+from scalabl_server.engines.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
+from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.settings import ServeSettings
+
+logger = logging.getLogger("scalabl")
+
+
+class CapacityError(ScalaBLError):
+    """What the settings allow does not fit in this machine's memory."""
+
+
+@dataclass(eq=False)
+class LocalAdapter(Served):
+    """An adapter over the base model in this process.
+
+    Attributes:
+        opening: what its template puts before every input.
+        prefixes: what is kept of its prompts' beginnings; None for nothing, and until it is checked.
+    """
+
+    model: ScalaBLModel
+    opening: list[int]
+    prefixes: PrefixCache | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TransformersEngine(Engine):
+    """The base model in this process, its weights once, with any number of adapters over it."""
+
+    pretrained: Pretrained
+
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        """One forward pass for all that are sampled, more for those that go on, and the passes of the linearised."""
+        try:
+            return self._run(_local(served), sequences, jobs)
+        finally:
+            if self.adapters.get(served.name) is not served:  # unloaded or replaced while its requests waited
+                self.release(served)
+
+    def _run(self, local: LocalAdapter, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        try:
+            return run_jobs(local.model, sequences, jobs, local.prefixes)
+        except Exception as error:
+            if not self.prefixes.bytes or classify(error).kind != "out-of-memory":
+                raise
+            logger.warning("a pass over %d inputs did not fit in memory; dropping all kept prefixes", len(sequences))
+        self.prefixes.clear()
+        return run_jobs(local.model, sequences, jobs)
+
+    def read(self, name: str, folder: Path) -> Callable[[], Served]:
+        model = read_adapter(self.pretrained.model, folder)
+        return lambda: self._serve(name, model)
+
+    def _serve(self, name: str, model: ScalaBLModel) -> Served:
+        prompter = Prompter(model.config.task, self.pretrained.tokenizer)
+        prompter.check_tokenizer(model.config.base_model_name_or_path)
+        return LocalAdapter(
+            name=name,
+            config=model.config,
+            prompter=prompter,
+            scheme=self.settings.draw_scheme,
+            adapted_layers=len(model.adapted),
+            stochastic_parameters=model.num_stochastic_parameters,
+            additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
+            relative_spread=relative_spread(model),
+            model=model,
+            opening=prompter.opening(),
+        )
+
+    def check(self, served: Served) -> None:
+        """The first passes of an adapter: what its layers see, its effect, and every launch shape."""
+        local = _local(served)
+        model = local.model
+        try:
+            try:
+                served.draws(self.settings.num_samples, self.settings.seed)
+            except ValueError as error:
+                raise AdapterError(str(error)) from None
+            model.find_shared_work()
+            served.pads = not model.packs
+            check_effect(model)
+            if self.prefixes.limit:
+                local.prefixes = PrefixCache(self.prefixes, model, local.opening)
+                if not local.prefixes.longest:
+                    logger.info("adapter %s: with this base model no beginnings of prompts are kept", served.name)
+            model.warm_up()
+            if served.relative_spread > SPREAD_LIMIT:
+                logger.warning(
+                    "adapter %s: sigma is %.2g of |mu| in the median; its answers by the method linearized will be biased",
+                    served.name,
+                    served.relative_spread,
+                )
+        except BaseException:
+            model.detach()
+            raise
+
+    def release(self, served: Served) -> None:
+        local = _local(served)
+        local.model.detach()
+        if local.prefixes is not None:
+            local.prefixes.clear()
+
+    def budget(self) -> int:
+        """The tokens that a pass should have, by a flag or by measuring passes of the default adapter."""
+        settings, device, most = self.settings, self.pretrained.device, self.settings.max_batch_tokens
+        if settings.target_batch_tokens is not None:
+            return min(settings.target_batch_tokens, most)
+        if settings.warmup == "quick":
+            return min(UNMEASURED_CPU_TOKENS, most) if device.type == "cpu" else most
+        served, length = self.adapter(None), min(LENGTH, self.max_input_tokens)
+        samples = max(1, min(settings.num_samples, most // length))
+        draws = served.draws(samples, settings.seed)
+
+        def run(tokens: int) -> None:
+            inputs = max(1, tokens // (samples * length))
+            run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
+
+        with self._room_for_prefixes():
+            return find_budget(run, device, samples * length, most)
+
+    @contextmanager
+    def _room_for_prefixes(self) -> Iterator[None]:
+        """Holds a GPU's memory that kept prefixes may take later."""
+        device = self.pretrained.device
+        room = torch.empty(0 if device.type == "cpu" else self.prefixes.limit, dtype=torch.uint8, device=device)
+        yield
+        del room
+
+    def compare(self, served: Served, before: Predictive) -> None:
+        """Find and log by how much an adapter's answers are others than these, of the base model as it was."""
+        after = _asker(self.settings)(_local(served).model, self.pretrained)
+        served.quantization_change = QuantizationChange.between(before, after)
+        logger.info("adapter %s: %s: %s", served.name, self.settings.quantization, served.quantization_change)
+
+    def warm_up(self) -> None:
+        """Passes of the default adapter, of the largest shapes when the settings say so.
+
+        Raises:
+            CapacityError: a pass that requests may ask for does not fit in memory.
+        """
+        served, settings = self.adapter(None), self.settings
+        shapes = [(1, settings.num_samples, min(16, self.max_input_tokens))]  # inputs, samples, length
+        full = settings.warmup == "full" or (settings.warmup == "auto" and self.pretrained.device.type != "cpu")
+        if full:
+            longest = min(self.max_input_tokens, settings.max_batch_tokens)
+            for tokens, length in ((self.target_batch_tokens, min(16, longest)), (settings.max_batch_tokens, longest)):
+                rows = max(1, tokens // length)
+                samples = min(settings.num_samples, rows)
+                shapes.append((rows // samples, samples, length))
+        for inputs, samples, length in shapes:
+            draws = served.draws(samples, settings.seed)
+            try:
+                with self._room_for_prefixes():
+                    run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
+            except Exception as error:
+                if classify(error).kind != "out-of-memory":
+                    raise
+                raise CapacityError(
+                    f"a pass over {inputs} inputs x {samples} samples x {length} tokens, which --max-batch-tokens "
+                    f"{settings.max_batch_tokens} allows, does not fit in memory beside --prefix-cache-bytes "
+                    f"{settings.prefix_cache_bytes}; lower one of them or --max-input-tokens"
+                ) from None
+
+
+def load(settings: ServeSettings) -> Engine:
+    """Load, check and warm up what the settings name.
+
+    Raises:
+        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
+    """
+    started = time.perf_counter()
+    disable_progress_bar()  # a log has no use for it
+    take_cores(settings.threads)
+    folders = settings.adapter_folders()
+    configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
+    name = settings.model or configs[0].base_model_name_or_path
+    pretrained, unquantised = _load_base(settings, name, folders)
+    limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+    engine = TransformersEngine(
+        pretrained=pretrained,
+        default_adapter=settings.default_adapter,
+        model_name=Path(name).name if Path(name).is_dir() else name,
+        architecture=type(pretrained.model).__name__,
+        dtype=str(pretrained.model.dtype).removeprefix("torch."),
+        device=str(pretrained.device),
+        max_input_tokens=limit,
+        target_batch_tokens=settings.max_batch_tokens,  # until it is measured
+        prefixes=PrefixStore(settings.prefix_cache_bytes),
+        settings=settings,
+    )
+    for each, folder in folders.items():
+        served = engine.read(each, folder)()
+        engine.check(served)
+        if each in unquantised:
+            engine.compare(served, unquantised[each])
+        engine.adapters[each] = served
+        logger.info(
+            "adapter %s: %d adapted layers, %d stochastic parameters",
+            each,
+            served.adapted_layers,
+            served.stochastic_parameters,
+        )
+    engine = replace(engine, target_batch_tokens=engine.budget())
+    engine.warm_up()
+    logger.info(
+        "%s with %s ready in %.1f s: %s on %s",
+        engine.model_name,
+        ", ".join(engine.adapters),
+        time.perf_counter() - started,
+        engine.dtype,
+        engine.device,
+    )
+    return engine
+
+
+def _load_base(settings: ServeSettings, name: str, folders: dict[str, Path]) -> tuple[Pretrained, dict[str, Predictive]]:
+    """The base model, and what the adapters answered before it was quantised, where it is."""
+    load_as = functools.partial(
+        load_pretrained,
+        name,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        gguf_file=settings.gguf_file,
+        allow_pickle=settings.allow_pickle,
+        device_map=settings.device_map,
+    )
+    if settings.quantization is None:
+        return load_as(), {}
+    return load_and_ask(lambda precision: load_as(quantization=precision), settings.quantization, folders, _asker(settings))
+
+
+def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Predictive]:
+    """What an adapter is asked before and after its base model is quantised."""
+    probes = Probes(settings.probe_file)
+
+    def ask(model: ScalaBLModel, pretrained: Pretrained) -> Predictive:
+        limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+        prompter = Prompter(model.config.task, pretrained.tokenizer)
+        return probes.ask(model, prompter, limit, model.draws(settings.num_samples, settings.seed, settings.draw_scheme))
+
+    return ask
+
+
+def _local(served: Served) -> LocalAdapter:
+    assert isinstance(served, LocalAdapter)  # `_serve` makes no other
+    return served
+
+
+def run_jobs(
+    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], cache: PrefixCache | None = None
+) -> list[Result]:
+    """B prompts, each with its job; those that are sampled may begin with what is kept in a cache."""
+    goes_on = any(isinstance(job, AutoJob) for job in jobs)
+    rounds: list[Rounds] = []  # made by the first pass, which all prompts with samples are in
+
+    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
+        each = dict(zip(indices, draws, strict=True))
+        if not rounds:
+            prompts = {index: sequences[index] for index in indices}
+            rounds.append(Rounds(model, prompts, each, cache, keeps_trunk=goes_on))
+        return list(rounds[0].logits(each).values())
+
+    logits_of = sample_jobs(run, jobs, model.config.temperature)
+    linear = linear_jobs(jobs)
+    return joined(logits_of, _linearize(model, sequences, linear), len(jobs))
+
+
+def _linearize(
+    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: dict[int, LinearJob]
+) -> dict[int, Linearization]:
+    if not jobs:
+        return {}
+    batch = TokenBatch.of([sequences[index] for index in jobs])
+    counts = torch.tensor([job.num_choices for job in jobs.values()])
+    found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+    return {index: found.of_input(row) for row, index in enumerate(jobs)}

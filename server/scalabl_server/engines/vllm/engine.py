@@ -1,0 +1,203 @@
+"""The engine that asks vLLM servers: a posterior sample is an ordinary LoRA there, and nothing of the base model is here.
+
+What stays here is the server's own: prompts, draws, what samples come to. Choices' logits are log-probabilities, the same up
+to a constant of each row, which no softmax sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from scalabl.base.pretrained import load_skeleton, longest_prompt
+from scalabl.errors import AdapterError
+from scalabl.files.adapter_directory import read_config
+from scalabl.files.sample_loras import SampleLoras
+from scalabl.model.posterior import Draws
+from scalabl.prompt import Prompter
+from scalabl.uncertainty.linearized import spread_of
+from scalabl_server.batching.jobs import Job, Result, joined, sample_jobs
+from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.engines.vllm.client import VllmClient
+from scalabl_server.engines.vllm.examination import Examined
+from scalabl_server.engines.vllm.pool import Call, EngineError, VllmPool
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.problems import ProblemError
+from scalabl_server.schemas import PredictRequest
+from scalabl_server.settings import ServeSettings
+
+logger = logging.getLogger("scalabl")
+
+
+@dataclass(eq=False)
+class RemoteAdapter(Served):
+    """An adapter whose samples are LoRAs of the servers. `rows`: each draw's bytes -> the LoRA of that sample."""
+
+    examined: Examined
+    rows: dict[bytes, str]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VllmEngine(Engine):
+    """Adapters over a base model that vLLM servers have."""
+
+    pool: VllmPool
+    base: str  # name or folder of the base model, for its shapes
+    tokenizer: PreTrainedTokenizerBase
+
+    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        """A call for each posterior sample, all at once; more for each round of those inputs that go on."""
+        assert isinstance(served, RemoteAdapter)  # `read` makes no other
+
+        def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
+            names_of = {id(each): _names(served, each) for each in draws}  # few: inputs share their draws
+            wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
+            for position, each in enumerate(draws):
+                for row, name in enumerate(names_of[id(each)]):
+                    wanted.setdefault(name, []).append((position, row))
+            calls = [
+                Call(served.examined, name, [sequences[indices[position]] for position, _ in places])
+                for name, places in wanted.items()
+            ]
+            answers = self.pool.score(calls, self.settings.request_timeout)
+            found = [torch.empty(each.num_samples, len(served.examined.tokens)) for each in draws]
+            for places, answer in zip(wanted.values(), answers, strict=True):
+                for (position, row), logits in zip(places, answer, strict=True):
+                    found[position][row] = logits
+            return found
+
+        return joined(sample_jobs(run, jobs, served.config.temperature), {}, len(jobs))
+
+    def read(self, name: str, folder: Path) -> Callable[[], Served]:
+        settings = self.settings
+        skeleton, _ = load_skeleton(self.base, trust_remote_code=settings.trust_remote_code)
+        loras = SampleLoras.read(
+            folder, skeleton, num_samples=settings.max_samples, seed=settings.seed, scheme=settings.draw_scheme
+        )
+        return lambda: self._serve(name, loras)
+
+    def _serve(self, name: str, loras: SampleLoras) -> Served:
+        samples = loras.loras
+        prompter = Prompter(samples.config.task, self.tokenizer)
+        prompter.check_tokenizer(samples.config.base_model_name_or_path)
+        mean, log_std = (
+            torch.cat([samples.weights[f"{module}.{kind}"] for module in samples.modules])
+            for kind in ("s_mean", "s_log_std")
+        )
+        served = RemoteAdapter(
+            name=name,
+            config=samples.config,
+            prompter=prompter,
+            scheme=self.settings.draw_scheme,
+            adapted_layers=len(samples.modules),
+            stochastic_parameters=samples.draws.epsilon.shape[1],
+            additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
+            relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
+            examined=Examined(loras),
+            rows={row.numpy().tobytes(): each for row, each in zip(samples.draws.epsilon, loras.names, strict=True)},
+        )
+        served.pads = False  # each prompt is a sequence of its own there
+        return served
+
+    def check(self, served: Served) -> None:
+        """Have the servers load its LoRAs, and see that they answer with all of them."""
+        assert isinstance(served, RemoteAdapter)
+        self.check_ready()
+        try:
+            self.pool.add(served.examined)
+        except EngineError as error:
+            raise AdapterError(str(error)) from None
+
+    def release(self, served: Served) -> None:
+        assert isinstance(served, RemoteAdapter)
+        self.pool.remove(served.examined)
+
+    def check_request(self, request: PredictRequest) -> None:
+        """Refuse what takes gradients, or samples that the servers do not have."""
+        if request.method != "monte_carlo":
+            raise ProblemError(
+                "invalid-field",
+                f"method: {request.method} takes gradients, which this server's engine (vLLM) does not give; "
+                "send monte_carlo, or ask a server with --engine transformers",
+            )
+        if request.seed is not None and request.seed != self.settings.seed:
+            raise ProblemError(
+                "invalid-field",
+                f"seed: this server's engine (vLLM) has the samples of seed {self.settings.seed} only; leave the field out",
+            )
+
+    def check_ready(self) -> None:
+        self.pool.check_ready()
+
+    def watch(self, metrics: Metrics) -> None:
+        self.pool.watch(metrics)
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def _names(served: RemoteAdapter, draws: Draws) -> list[str]:
+    """The LoRA of each sample, found by the numbers that it was made of."""
+    return [served.rows[row.numpy().tobytes()] for row in draws.epsilon]
+
+
+def load(settings: ServeSettings) -> Engine:
+    """Read the adapters, and wait for a server that answers with them.
+
+    Raises:
+        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
+        EngineError: no server can be used; the cause of each.
+    """
+    assert settings.engine_url is not None  # the settings see to it
+    started = time.perf_counter()
+    if "max_samples" not in settings.model_fields_set:  # each is a LoRA that the servers hold
+        settings = settings.model_copy(update={"max_samples": settings.num_samples})
+    folders = settings.adapter_folders()
+    base = settings.model or read_config(settings.adapter).base_model_name_or_path
+    skeleton, tokenizer = load_skeleton(base, trust_remote_code=settings.trust_remote_code)
+    config: PreTrainedConfig = skeleton.config
+    key = settings.engine_api_key.get_secret_value() if settings.engine_api_key is not None else None
+    pool = VllmPool(
+        [VllmClient(url, key, settings.engine_timeout) for url in settings.engine_urls],
+        settings.engine_adapter_dir or settings.data_folder / "engine-adapters",
+        settings.engine_timeout,
+    )
+    longest = longest_prompt(config, tokenizer)
+    longest = min(settings.max_input_tokens or longest, longest)
+    reader = VllmEngine(
+        default_adapter=settings.default_adapter,
+        model_name=Path(base).name if Path(base).is_dir() else base,
+        architecture=type(skeleton).__name__,
+        dtype="the engine's",
+        device="vllm",
+        max_input_tokens=longest,
+        target_batch_tokens=min(settings.target_batch_tokens or settings.max_batch_tokens, settings.max_batch_tokens),
+        settings=settings,
+        pool=pool,
+        base=base,
+        tokenizer=tokenizer,
+    )
+    adapters = {each: reader.read(each, folder)() for each, folder in folders.items()}
+    pool.start(
+        [each.examined for each in adapters.values() if isinstance(each, RemoteAdapter)], settings.engine_start_timeout
+    )
+    if pool.max_tokens is not None:
+        longest = min(longest, pool.max_tokens - 1)  # vLLM counts the token that it adds
+    engine = dataclasses.replace(reader, max_input_tokens=longest, adapters=adapters)
+    logger.info(
+        "%s with %s ready in %.1f s: %d samples each, on %s",
+        engine.model_name,
+        ", ".join(adapters),
+        time.perf_counter() - started,
+        settings.max_samples,
+        ", ".join(settings.engine_urls),
+    )
+    return engine

@@ -1,0 +1,1 @@
+"""What is observed of the server: metrics, logs, traces and spans. Nothing here changes an answer."""

@@ -1,0 +1,91 @@
+"""How the server logs: one line per record, as text or JSON, and one access line per request. Nothing can forge a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from scalabl_server.observe import trace
+
+LogFormat = Literal["text", "json"]
+
+MESSAGE_LIMIT = 4096  # characters
+EXCEPTION_LIMIT = 32_768
+FIELD_LIMIT = 256
+
+access = logging.getLogger("scalabl.access")
+
+
+def configure(level: str, style: LogFormat) -> None:
+    """Every logger of the process through one handler on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if style == "json" else TextLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    for client in ("httpx", "httpx2"):  # transformers' look-ups and calls of an engine, one line each
+        logging.getLogger(client).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # three lines at each start that say nothing
+    transformers = logging.getLogger("transformers")  # it writes to standard error by itself otherwise
+    transformers.handlers.clear()
+    transformers.propagate = True
+
+
+def log_request(fields: dict[str, Any], level: int = logging.INFO) -> None:
+    """The access line of one request; fields that are None are left out."""
+    known = {name: _bounded(value, FIELD_LIMIT) for name, value in fields.items() if value is not None}
+    access.log(level, " ".join(f"{name}={_plain(value)}" for name, value in known.items()), extra={"fields": known})
+
+
+def _plain(value: Any) -> str:
+    """A value for a line of `name=value`: quoted where it would run into the next."""
+    text = str(value)
+    return text if text and not any(c.isspace() or c in '"=' for c in text) else json.dumps(text)
+
+
+def _bounded(value: Any, limit: int) -> Any:
+    if isinstance(value, str) and len(value) > limit:
+        return value[:limit] + "…"
+    return value
+
+
+def _escaped(text: str) -> str:
+    """Control characters and line ends of any script as escapes, so that a value stays on its line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record, ASCII only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields: dict[str, Any] | None = getattr(record, "fields", None)
+        if fields is None:
+            line["message"] = _bounded(record.getMessage(), MESSAGE_LIMIT)
+            request = trace.current_or_none()
+            if request is not None:
+                line |= {"request_id": request.request_id, "trace_id": request.trace_id}
+        else:
+            line |= {"message": "request"} | fields
+        if record.exc_info:
+            line["exception"] = _bounded(self.formatException(record.exc_info), EXCEPTION_LIMIT)
+        return json.dumps(line)
+
+
+class TextLines(logging.Formatter):
+    """`LEVEL logger: message`, with a stack trace on indented lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{record.levelname} {record.name}: {_escaped(_bounded(record.getMessage(), MESSAGE_LIMIT))}"
+        request = trace.current_or_none()
+        if request is not None and not hasattr(record, "fields"):
+            line += f" request_id={request.request_id}"
+        if record.exc_info:
+            text = _bounded(self.formatException(record.exc_info), EXCEPTION_LIMIT)
+            line += "".join(f"\n    {_escaped(each)}" for each in text.splitlines())
+        return line

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol, version 2: its routes, and its tensors as requests and answers of `predict`."""

@@ -1,0 +1,167 @@
+"""The Open Inference Protocol, version 2, beside `/predict`: routes for clients of KServe and Triton.
+
+An adapter is a model here. `infer` becomes a request as `/predict` takes it and goes the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import Headers
+
+from scalabl import __version__
+from scalabl_server.engines.interface import Served
+from scalabl_server.open_inference.tensors import (
+    BINARY,
+    OUTPUTS,
+    InferError,
+    InferRequest,
+    InferResponse,
+    Live,
+    ModelMetadata,
+    ModelReady,
+    Ready,
+    ServerMetadata,
+    TensorMetadata,
+    as_predict,
+    output_tensor,
+    wanted,
+)
+from scalabl_server.predict.service import Service
+from scalabl_server.problems import ProblemError
+from scalabl_server.schemas import PredictResponse
+from scalabl_server.web.auth import KeyRing
+from scalabl_server.web.disconnect import RequestTimeout, while_connected
+from scalabl_server.web.guard import documented, route_class
+
+VERSION = "1"
+
+
+def build_router(service: Service, keys: KeyRing) -> APIRouter:
+    """The protocol's routes over one service."""
+    form: dict[str, Any] = {"model": InferError, "media_type": "application/json"}
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], route_class=route_class(keys, _no_binary, **form))
+    guarded = keys.guards
+
+    def errors(*slugs: str) -> dict[int | str, dict[str, Any]]:
+        return documented(*slugs, **form)
+
+    @router.get("", dependencies=guarded)
+    async def server_metadata() -> ServerMetadata:
+        """Name, version and extensions, of which there are none."""
+        return ServerMetadata(name="scalabl", version=__version__, extensions=[])
+
+    @router.get("/health/live", responses=errors("failed"))
+    async def server_live() -> Live:
+        """As /health/live."""
+        service.check_alive()
+        return Live(live=True)
+
+    @router.get("/health/ready", responses=errors("starting"))
+    async def server_ready() -> Ready:
+        """As /health/ready."""
+        service.check_ready()
+        return Ready(ready=True)
+
+    answers: dict[str, Any] = {"dependencies": guarded, "responses": errors("unknown-adapter", "starting")}
+
+    @router.get("/models/{name}", **answers)
+    async def model_metadata(name: str) -> ModelMetadata:
+        """The tensors that an adapter takes and gives."""
+        return _metadata(service, name)
+
+    @router.get("/models/{name}/versions/{version}", **answers)
+    async def model_version_metadata(name: str, version: str) -> ModelMetadata:
+        """The same; there is one version."""
+        return _metadata(service, name, version)
+
+    @router.get("/models/{name}/ready", **answers)
+    async def model_ready(name: str) -> ModelReady:
+        """200 while an adapter takes requests."""
+        _adapter(service, name)
+        return ModelReady(name=name, ready=True)
+
+    @router.get("/models/{name}/versions/{version}/ready", **answers)
+    async def model_version_ready(name: str, version: str) -> ModelReady:
+        """The same; there is one version."""
+        _adapter(service, name, version)
+        return ModelReady(name=name, ready=True)
+
+    inferences: dict[str, Any] = {
+        "dependencies": guarded,
+        "responses": errors(
+            "unknown-adapter", "invalid-field", "input-too-large", "queue-full", "starting", "deadline-exceeded"
+        ),
+        "response_model_exclude_none": True,
+    }
+
+    @router.post("/models/{name}/infer", **inferences)
+    async def infer(
+        name: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
+    ) -> InferResponse:
+        """What /predict answers, as tensors."""
+        return await while_connected(http, _infer(service, name, request, x_request_timeout))
+
+    @router.post("/models/{name}/versions/{version}/infer", **inferences)
+    async def infer_version(
+        name: str, version: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
+    ) -> InferResponse:
+        """The same; there is one version."""
+        return await while_connected(http, _infer(service, name, request, x_request_timeout, version))
+
+    return router
+
+
+def _no_binary(headers: Headers) -> None:
+    if "inference-header-content-length" in headers:
+        raise ProblemError("unsupported-media-type", BINARY)
+
+
+def _adapter(service: Service, name: str, version: str = VERSION) -> Served:
+    """A loaded adapter.
+
+    Raises:
+        ProblemError: there is no such adapter or version, or none yet.
+    """
+    served = service.adapter(name)
+    if version != VERSION:
+        raise ProblemError("unknown-adapter", f"model {name!r} has no version {version!r}; its only version is {VERSION!r}")
+    return served
+
+
+def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetadata:
+    task = _adapter(service, name, version).prompter.task
+    classification = task.kind == "classification"
+    inputs = [TensorMetadata(name="text", datatype="BYTES", shape=[-1])]
+    if not classification:
+        inputs.append(TensorMetadata(name="choices", datatype="BYTES", shape=[-1, -1]))
+    width = len(task.choices) if classification else -1
+    return ModelMetadata(
+        name=name,
+        versions=[VERSION],
+        platform="scalabl",
+        inputs=inputs,
+        outputs=[
+            TensorMetadata(name=output, datatype=datatype, shape=[-1, width] if output == "probabilities" else [-1])
+            for output, (datatype, _) in OUTPUTS.items()
+        ],
+        parameters={"task": task.kind} | ({"choices": list(task.choices)} if classification else {}),
+    )
+
+
+async def _infer(
+    service: Service, name: str, request: InferRequest, timeout: float | None, version: str = VERSION
+) -> InferResponse:
+    _adapter(service, name, version)
+    names = wanted(request)
+
+    def form(response: PredictResponse) -> InferResponse:
+        return InferResponse(
+            model_name=name,
+            model_version=VERSION,
+            id=request.id,
+            outputs=[output_tensor(output, response.predictions) for output in names],
+        )
+
+    return await service.predict(as_predict(name, request), timeout, form)

@@ -1,0 +1,197 @@
+"""What the store does inside a transaction: insert predictions, take labels, look one up, delete the oldest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
+
+from scalabl_server.outcomes import scoring
+from scalabl_server.outcomes.prepared import PreparedInsert
+from scalabl_server.outcomes.tables import LABELS, PREDICTIONS
+from scalabl_server.outcomes.totals import Additions
+
+Status = Literal["recorded", "unchanged", "corrected"]
+
+INSERT_PREDICTIONS = PreparedInsert(
+    ("id", "created_at", "adapter", "model", "answer", "input_hash", "input"),
+    lambda rows, _: insert(PREDICTIONS).values(rows),
+)
+SHOWN_CHOICES = 20
+SHOWN_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class NewPrediction:
+    """One row to be: what was asked and what was answered."""
+
+    id: str
+    adapter: str
+    model: str
+    answer: dict[str, Any]
+    input_hash: str
+    input: str | None
+
+
+@dataclass(eq=False)
+class Refusal(Exception):
+    """A label that cannot be taken; `position` is its index in the request."""
+
+    kind: Literal["unknown", "label"]
+    position: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A prediction with its labels, oldest first."""
+
+    id: str
+    adapter: str
+    model: str
+    created_at: float
+    answer: dict[str, Any]
+    input_hash: str
+    input: str | None
+    labels: list[tuple[str, float]]
+
+
+def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], now: float, additions: Additions) -> None:
+    """Store new predictions and count them."""
+    if not rows:
+        return
+    INSERT_PREDICTIONS.run(
+        connection,
+        [
+            {
+                "id": row.id,
+                "created_at": now,
+                "adapter": row.adapter,
+                "model": row.model,
+                "answer": json.dumps(row.answer, separators=(",", ":")),
+                "input_hash": row.input_hash,
+                "input": None if row.input is None else json.dumps(row.input),
+            }
+            for row in rows
+        ],
+    )
+    for row in rows:
+        additions.add(row.adapter, scoring.of_prediction(row.answer))
+
+
+@dataclass
+class LabelRound:
+    """The labels of one transaction, from several requests. Each request is taken whole or not at all."""
+
+    rows: dict[str, Row[Any]]
+    now: float
+    labels: dict[str, int | None] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    delays: list[tuple[str, float]] = field(default_factory=list)  # (adapter, seconds) of first labels
+
+    @classmethod
+    def read(cls, connection: Connection, ids: Iterable[str], now: float) -> LabelRound:
+        """Read and lock the predictions, in one order for every replica, so that two never wait for each other."""
+        found = connection.execute(
+            select(PREDICTIONS).where(PREDICTIONS.c.id.in_(sorted(set(ids)))).order_by(PREDICTIONS.c.id).with_for_update()
+        )
+        rows = {row.id: row for row in found}
+        return cls(rows, now, {name: row.label for name, row in rows.items()})
+
+    def take(self, given: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
+        """The (prediction id, label) pairs of one request.
+
+        Raises:
+            Refusal: the first that cannot be taken; then none is.
+        """
+        indices = []
+        for position, (name, label) in enumerate(given):
+            row = self.rows.get(name)
+            if row is None:
+                raise Refusal("unknown", position, absent(name))
+            choices = scoring.choices_of(json.loads(row.answer))
+            if label not in choices:
+                raise Refusal(
+                    "label", position, f"{_short(label)} is not among the choices of this prediction: {_list(choices)}"
+                )
+            indices.append(choices.index(label))
+        return [
+            self._set(self.rows[name], index, replica, additions) for (name, _), index in zip(given, indices, strict=True)
+        ]
+
+    def _set(self, row: Row[Any], label: int, replica: str, additions: Additions) -> Status:
+        before = self.labels[row.id]
+        if before == label:
+            return "unchanged"
+        answer = json.loads(row.answer)
+        additions.add(row.adapter, scoring.of_label(answer, label))
+        self.labels[row.id] = label
+        self.history.append({"prediction": row.seq, "label": label, "labelled_at": self.now, "replica": replica})
+        if before is None:
+            self.delays.append((row.adapter, max(0.0, self.now - row.created_at)))
+            return "recorded"
+        additions.add(row.adapter, scoring.retraction(scoring.of_label(answer, before)))
+        return "corrected"
+
+    def write(self, connection: Connection) -> None:
+        """Store what was taken."""
+        changed = [
+            {"at": row.seq, "value": self.labels[name]} for name, row in self.rows.items() if self.labels[name] != row.label
+        ]
+        # A label that was changed and changed back within the round has a history all the same.
+        if self.history:
+            connection.execute(insert(LABELS), self.history)
+        if changed:
+            connection.execute(
+                update(PREDICTIONS).where(PREDICTIONS.c.seq == bindparam("at")).values(label=bindparam("value")), changed
+            )
+
+
+def look_up(connection: Connection, name: str) -> Stored | None:
+    """A prediction by its id."""
+    row = connection.execute(select(PREDICTIONS).where(PREDICTIONS.c.id == name)).one_or_none()
+    if row is None:
+        return None
+    answer = json.loads(row.answer)
+    choices = scoring.choices_of(answer)
+    labels = connection.execute(select(LABELS).where(LABELS.c.prediction == row.seq).order_by(LABELS.c.seq))
+    return Stored(
+        id=row.id,
+        adapter=row.adapter,
+        model=row.model,
+        created_at=row.created_at,
+        answer=answer,
+        input_hash=row.input_hash,
+        input=None if row.input is None else json.loads(row.input),
+        labels=[(choices[each.label], each.labelled_at) for each in labels],
+    )
+
+
+def delete_oldest(connection: Connection, *, older_than: float | None, max_rows: int, limit: int) -> int:
+    """Delete predictions made before a time, and the oldest beyond a number, at most `limit`; returns how many."""
+    seq = PREDICTIONS.c.seq
+    newest = select(func.max(seq)).scalar_subquery()
+    surplus = seq <= newest - max_rows
+    doomed = surplus if older_than is None else or_(surplus, PREDICTIONS.c.created_at < older_than)
+    chosen = select(seq).where(doomed).order_by(seq).limit(limit).with_for_update(skip_locked=True)
+    found = connection.execute(chosen).scalars().all()
+    if found:
+        connection.execute(delete(PREDICTIONS).where(seq.in_(found)))  # their labels go with them
+    return len(found)
+
+
+def absent(name: str) -> str:
+    """What to say of an id that is not, or no longer, stored."""
+    return f"there is no prediction {_short(name)}; it never was or has expired"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+
+def _list(choices: Sequence[str]) -> str:
+    shown = ", ".join(_short(choice) for choice in choices[:SHOWN_CHOICES])
+    return shown if len(choices) <= SHOWN_CHOICES else f"{shown}, … ({len(choices)} in all)"

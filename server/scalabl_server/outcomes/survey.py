@@ -1,0 +1,96 @@
+"""What the dashboard is drawn from: one adapter's totals over all replicas, its newest predictions and its newest labels.
+
+The work of one reading is bounded: each list ends at `MOST_ROWS` predictions, or when so much JSON has been read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, func, select
+
+from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED, Amounts
+from scalabl_server.outcomes.tables import PREDICTIONS, TOTALS
+
+MOST_ROWS = 1000
+MOST_CHARACTERS = 4_000_000  # an answer has 1,000 for ten choices and 20,000 for 256
+MOST_DOUBTFUL = 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A stored prediction; `label` is the index of its latest label among the answer's choices."""
+
+    id: str
+    created_at: float
+    answer: dict[str, Any]
+    label: int | None
+    input: str | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All lists are newest first, but for `doubtful` without an abstention: then the most doubtful come first.
+
+    Attributes:
+        amounts: over all replicas and all time, what corrections took back taken off.
+        doubtful: the abstentions among `recent`, or, where none could abstain, those of the largest entropy.
+        abstains: whether any of `recent` could abstain.
+    """
+
+    amounts: Amounts
+    recent: list[Seen]
+    labelled: list[Seen]
+    doubtful: list[Seen]
+    abstains: bool
+
+
+def read(connection: Connection, adapter: str) -> Survey:
+    """Read it all in one transaction."""
+    recent = _newest(connection, PREDICTIONS.c.adapter == adapter)
+    labelled = _newest(connection, PREDICTIONS.c.adapter == adapter, PREDICTIONS.c.label.is_not(None))
+    abstains = any(each.answer.get("abstain") is not None for each in recent)
+    if abstains:
+        chosen: Iterator[Seen] = (each for each in recent if each.answer.get("abstain"))
+    else:
+        chosen = iter(sorted(recent, key=lambda each: each.answer["entropy"], reverse=True))
+    doubtful = _with_inputs(connection, list(islice(chosen, MOST_DOUBTFUL)))
+    return Survey(_amounts(connection, adapter), recent, labelled, doubtful, abstains)
+
+
+def _newest(connection: Connection, *wanted: ColumnElement[bool]) -> list[Seen]:
+    columns = (PREDICTIONS.c[name] for name in ("id", "created_at", "answer", "label"))
+    query = select(*columns).where(*wanted).order_by(PREDICTIONS.c.seq.desc()).limit(MOST_ROWS)
+    found: list[Seen] = []
+    characters = 0
+    with connection.execute(query.execution_options(stream_results=True, max_row_buffer=50)) as rows:
+        for row in rows:
+            characters += len(row.answer)
+            if found and characters > MOST_CHARACTERS:
+                break
+            found.append(Seen(row.id, row.created_at, json.loads(row.answer), row.label))
+    return found
+
+
+def _with_inputs(connection: Connection, seen: list[Seen]) -> list[Seen]:
+    query = select(PREDICTIONS.c.id, PREDICTIONS.c.input).where(PREDICTIONS.c.id.in_([each.id for each in seen]))
+    inputs = {row.id: row.input for row in connection.execute(query) if row.input is not None}
+    return [replace(each, input=json.loads(inputs[each.id])) if each.id in inputs else each for each in seen]
+
+
+def _amounts(connection: Connection, adapter: str) -> Amounts:
+    query = (
+        select(TOTALS.c.name, TOTALS.c.key, func.sum(TOTALS.c.value).label("value"))
+        .where(TOTALS.c.adapter == adapter)
+        .group_by(TOTALS.c.name, TOTALS.c.key)
+    )
+    found = {(row.name, row.key): float(row.value) for row in connection.execute(query)}
+    return {
+        (name, key): value - found.get((name + RETRACTED, key), 0.0)
+        for (name, key), value in found.items()
+        if name in FAMILIES
+    }

@@ -1,0 +1,38 @@
+"""The routes that load and unload adapters, named as vLLM names them. They exist only when the settings enable them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from scalabl_server.predict.service import Service
+from scalabl_server.schemas import AdapterInfo, AdapterNames, LoadAdapter, UnloadAdapter
+from scalabl_server.web.auth import KeyRing
+from scalabl_server.web.description import describe_adapter
+from scalabl_server.web.guard import documented, route_class
+
+
+def build_adapter_router(service: Service, keys: KeyRing) -> APIRouter:
+    """Both routes, behind the same keys as all others."""
+    router = APIRouter(prefix="/v1", tags=["adapters"], route_class=route_class(keys))
+    guarded = keys.guards
+
+    @router.post(
+        "/load_lora_adapter",
+        dependencies=guarded,
+        responses=documented("path-not-allowed", "adapter-conflict", "invalid-adapter", "starting"),
+    )
+    async def load(request: LoadAdapter) -> AdapterInfo:
+        """Load the adapter of a folder below the adapter root, or replace one. Running requests keep the one they have."""
+        return describe_adapter(await service.loader().load(request.lora_name, request.lora_path, request.replace))
+
+    @router.post(
+        "/unload_lora_adapter",
+        dependencies=guarded,
+        responses=documented("unknown-adapter", "starting"),
+    )
+    async def unload(request: UnloadAdapter) -> AdapterNames:
+        """Take an adapter away; requests that already have it are answered."""
+        await service.loader().unload(request.lora_name)
+        return AdapterNames(adapters=service.adapter_names())
+
+    return router

@@ -1,0 +1,77 @@
+"""Routes that ask for the API key before they read the body, read the body strictly, and document what they can refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+
+from scalabl_server.problems import TITLES
+from scalabl_server.schemas import Problem
+from scalabl_server.web import strict_json
+from scalabl_server.web.auth import SCHEMES, KeyRing
+
+# What any route, one that wants a key, and one that reads a body can answer with.
+ANY = ("bad-request", "receive-timeout", "body-too-large", "headers-too-large", "internal-error")
+GUARDED = ("unauthorized",)
+BODY = ("unsupported-media-type", "invalid-field")
+
+
+def documented(
+    *slugs: str, model: type[BaseModel] = Problem, media_type: str = "application/problem+json"
+) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the errors that a route can answer with."""
+    entries: dict[int | str, dict[str, Any]] = {}
+    for slug in slugs:
+        status, title = TITLES[slug]
+        entries.setdefault(status, {"description": title, "content": {media_type: {"schema": model.model_json_schema()}}})
+    return entries
+
+
+def route_class(
+    keys: KeyRing,
+    before_body: Callable[[Headers], None] | None = None,
+    model: type[BaseModel] = Problem,
+    media_type: str = "application/problem+json",
+) -> type[APIRoute]:
+    """The class of routes whose errors have the form of `model`; `before_body` may refuse by the headers alone."""
+
+    class Route(APIRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+            guarded = any(each in SCHEMES for each in options.get("dependencies") or [])
+            has_body = bool({"POST", "PUT", "PATCH"} & set(options.get("methods") or []))
+            slugs = ANY + (GUARDED if guarded else ()) + (BODY if has_body else ())
+            own = options.pop("responses", None) or {}
+            super().__init__(
+                path, endpoint, responses=documented(*slugs, model=model, media_type=media_type) | own, **options
+            )
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            guarded = any(each in SCHEMES for each in self.dependencies)
+            has_body = self.body_field is not None
+
+            async def handler(request: Request) -> Response:
+                if guarded:
+                    keys.check(request)
+                if has_body:
+                    if before_body is not None:
+                        before_body(request.headers)
+                    strict_json.check_content_type(request.headers)
+                    request = StrictRequest(request.scope, request.receive)
+                return await handle(request)
+
+            return handler
+
+    return Route
+
+
+class StrictRequest(Request):
+    """A request whose JSON is read by `strict_json`."""
+
+    async def json(self) -> Any:
+        return strict_json.parse(await self.body())

@@ -1,0 +1,217 @@
+"""What every request passes through, as plain ASGI: limits on what arrives, and around them what is observed of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from scalabl_server.observe import logs, trace
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.observe.trace import RequestTrace
+from scalabl_server.problems import ProblemError, unexpected
+
+METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
+QUIET = ("/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready")
+CLIENT_GONE = 499  # nginx's number for a client that left before its answer; never sent
+
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+}
+# FastAPI's page loads Swagger UI from where its own script tags say.
+DOCS_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "frame-ancestors 'none'"
+)
+
+
+class ArrivalLimits:
+    """Refuse what is too large, too slow or ambiguous, as soon as that is known.
+
+    Args:
+        max_header_bytes: of all header lines together.
+        max_body_bytes: by the declared length, or as soon as that much has arrived.
+        body_timeout: seconds until all of the body is here.
+    """
+
+    def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float) -> None:
+        self._app = app
+        self._max_header_bytes, self._max_body_bytes, self._body_timeout = max_header_bytes, max_body_bytes, body_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal.response(scope["path"])(scope, receive, send)
+            return
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._body_timeout
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:  # what is waited for now is the client's leaving
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ProblemError(
+                    "receive-timeout",
+                    f"{received} bytes of the body arrived within {self._body_timeout:g} s and more were to come",
+                ) from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > self._max_body_bytes:
+                raise self._too_large(received)
+            return message
+
+        await self._app(scope, limited, send)
+
+    def _refusal(self, scope: Scope) -> ProblemError | None:
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope.get("raw_path", b""))
+        if size > self._max_header_bytes:
+            return ProblemError(
+                "headers-too-large", f"path and headers have {size} bytes and the limit is {self._max_header_bytes}"
+            )
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return ProblemError("bad-request", f"HTTP {scope['http_version']} is not spoken here; use HTTP 1.1")
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"")
+        if b"transfer-encoding" in headers and declared:  # two proxies could disagree on where the body ends
+            return ProblemError("bad-request", "both Content-Length and Transfer-Encoding were sent; send one of them")
+        if declared.isdigit() and int(declared) > self._max_body_bytes:
+            return self._too_large(int(declared))
+        return None
+
+    def _too_large(self, size: int) -> ProblemError:
+        return ProblemError(
+            "body-too-large",
+            f"the body has {size} bytes or more and the limit is {self._max_body_bytes}; send fewer inputs",
+        )
+
+
+class Spans(Protocol):
+    """Where spans go, when they go anywhere."""
+
+    def begin(self, request: RequestTrace) -> None:
+        """A request has begun; may set its ids."""
+
+    def end(self, request: RequestTrace, method: str, route: str, status: int) -> None:
+        """It has been answered."""
+
+
+class Observe:
+    """Give each request its ids, its security and timing headers, and afterwards its metrics and its line in the log."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, spans: Spans | None = None, https: bool = False) -> None:
+        self._app, self._metrics, self._spans = app, metrics, spans
+        self._security = SECURITY_HEADERS | ({"strict-transport-security": "max-age=31536000"} if https else {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = trace.begin(scope["headers"])
+        if self._spans is not None:
+            self._spans.begin(request)
+        code = 500
+        started = gone = False
+
+        async def watched() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or (message["type"] == "http.disconnect" and not started)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal code, started
+            if message["type"] == "http.response.start":
+                started, code = True, message["status"]
+                self._add_headers(scope, request, message)
+            await send(message)
+
+        try:
+            await self._app(scope, watched, sending)
+        except asyncio.CancelledError:  # the time that running requests get after SIGTERM is over
+            if not started:
+                refusal = ProblemError("draining", "the server is shutting down; try another replica", retry_after=5)
+                await refusal.response(scope["path"])(scope, receive, sending)
+            raise
+        except Exception as error:
+            if started:
+                raise
+            await unexpected(error).response(scope["path"])(scope, receive, sending)
+        finally:
+            self._record(scope, request, CLIENT_GONE if gone else code)
+
+    def _add_headers(self, scope: Scope, request: RequestTrace, message: Message) -> None:
+        headers = MutableHeaders(raw=message.setdefault("headers", []))
+        for name, value in self._security.items():
+            headers.setdefault(name, value)
+        if scope["path"] == "/docs":
+            headers["content-security-policy"] = DOCS_POLICY
+        headers["x-request-id"] = request.request_id
+        headers["traceparent"] = request.traceparent
+        for name, value in _timing_headers(request).items():
+            headers[name] = value
+
+    def _record(self, scope: Scope, request: RequestTrace, code: int) -> None:
+        elapsed = time.perf_counter() - request.started
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.requests.labels(route, method, str(code)).inc()
+        self._metrics.request_duration.labels(route).observe(elapsed)
+        if request.key is not None:
+            self._metrics.key_requests.labels(request.key).inc()
+        if self._spans is not None:
+            self._spans.end(request, method, route, code)
+        client = scope.get("client")
+        logs.log_request(
+            {
+                "request_id": request.request_id,
+                "method": method,
+                "route": route,
+                "path": scope["path"] if route == "unmatched" else None,
+                "status": code,
+                "seconds": round(elapsed, 6),
+                "key": request.key,
+                "adapter": request.adapter,
+                "inputs": request.inputs or None,
+                "tokens": request.tokens or None,
+                **{f"{name}_seconds": round(took, 6) for name, took in request.stages.seconds().items()},
+                "client": client[0] if client else None,
+                "trace_id": request.trace_id,
+                "parent_id": request.parent_id,
+            },
+            level=logging.DEBUG if route in QUIET and code == 200 else logging.INFO,
+        )
+
+
+def _timing_headers(request: RequestTrace) -> dict[str, str]:
+    """The headers of text-embeddings-inference, times in milliseconds; none for a request that computed nothing."""
+    stages = request.stages.seconds()
+    if not stages:
+        return {}
+    times = {
+        "x-compute-time": stages["tokenization"] + stages["inference"],
+        "x-total-time": time.perf_counter() - request.started,
+        "x-tokenization-time": stages["tokenization"],
+        "x-queue-time": stages["queue"],
+        "x-inference-time": stages["inference"],
+    }
+    return {
+        "x-compute-type": request.compute_type,
+        "x-compute-characters": str(request.characters),
+        "x-compute-tokens": str(request.tokens),
+    } | {name: str(round(1000 * seconds)) for name, seconds in times.items()}

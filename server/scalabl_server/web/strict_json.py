@@ -1,0 +1,110 @@
+"""Reading a request's body as JSON in one way only: UTF-8, no duplicate names, finite numbers, whole characters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from scalabl_server.problems import ProblemError
+
+MAX_DEPTH = 64
+
+
+def check_content_type(headers: Headers) -> None:
+    """JSON, or nothing said (as Triton's client does).
+
+    Raises:
+        ProblemError: `unsupported-media-type`.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ProblemError("unsupported-media-type", "send the body as it is, without a 'Content-Encoding'")
+    given = headers.get("content-type")
+    if given is None:
+        return
+    kind, _, parameters = given.partition(";")
+    kind = kind.strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ProblemError("unsupported-media-type", "send a JSON object, with the header 'Content-Type: application/json'")
+    name, _, charset = parameters.partition("=")
+    if name.strip().lower() == "charset" and charset.strip().strip('"').lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ProblemError("unsupported-media-type", "send the JSON in UTF-8")
+
+
+def parse(body: bytes) -> Any:
+    """The document.
+
+    Raises:
+        ProblemError: `invalid-field` with what is wrong and where.
+    """
+    try:
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise _refused(f"not a JSON document in UTF-8: byte {error.start} is wrong") from None
+    except json.JSONDecodeError as error:
+        raise _refused(f"not valid JSON at character {error.pos}: {error.msg}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise _refused(f"a number is too long: {str(error).partition(';')[0]}") from None
+    if isinstance(document, str | dict | list):
+        _check(document)
+    return document
+
+
+def _refused(detail: str) -> ProblemError:
+    return ProblemError("invalid-field", f"body: {detail}")
+
+
+def _too_deep() -> ProblemError:
+    return _refused(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _refused(f"the name {_short(name)} appears twice in one object; send each name once")
+            seen.add(name)
+    return made
+
+
+def _constant(name: str) -> Any:
+    raise _refused(f"{name} is not JSON; send a finite number or null")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:80] + "…")
+
+
+def _check(document: Any) -> None:
+    """Refuse what is too deep and strings that no encoding can carry, with the field's place. Not recursive."""
+    pending: list[tuple[Any, tuple[object, ...]]] = [(document, ())]
+    while pending:
+        value, where = pending.pop()
+        if isinstance(value, str):
+            _check_text(value, f"{'.'.join(map(str, where)) or 'body'}: the text")
+            continue
+        if len(where) >= MAX_DEPTH:
+            raise _too_deep()
+        if isinstance(value, dict):
+            for name in value:
+                _check_text(name, "body: a field's name")
+        items: Iterable[tuple[object, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, each in items:
+            if isinstance(each, dict | list) or (isinstance(each, str) and not each.isascii()):
+                pending.append((each, (*where, name)))
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ProblemError(
+            "invalid-field", f"{what} is not valid Unicode (a lone surrogate at character {error.start})"
+        ) from None
