@@ -29,6 +29,7 @@ from scalabl.evaluation.inference import EncodedSet, encode_examples, logits_of,
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.posterior import DEFAULT_SCHEME, SCHEMES, Draws
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.adaptive import Estimate, Rule, adaptive_predictive, sample_adaptively
 from scalabl.uncertainty.predictive import Predictive, predictive
@@ -66,7 +67,7 @@ def main() -> None:
     pretrained = load_pretrained(options.model)
     encoded = encode_examples(Prompter(config.task, pretrained.tokenizer), examples, pretrained.max_tokens)
     model = load_adapter(pretrained.model, options.adapter)
-    model.find_shared_work()
+    find_shared_work(model)
     draws = model.draws(options.most, options.seed, options.scheme)
     rules = [Rule(target, tolerance, options.first, options.most) for target, tolerance in RULES]
 

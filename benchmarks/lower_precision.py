@@ -21,7 +21,9 @@ from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.precision_change import QuantizationChange
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import Predictive, predictive
 
@@ -33,7 +35,7 @@ class Int8:
 
     def __init__(self, model: str, adapter: Path) -> None:
         self.model = load_adapter(load_pretrained(model, device="cpu", quantization="int8").model, adapter)
-        self.model.find_shared_work()
+        find_shared_work(self.model)
 
     def run(self, sequences: Sequence[Sequence[int]], draws: Draws) -> Tensor:
         """[B, K, C]."""

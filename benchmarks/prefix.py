@@ -14,6 +14,7 @@ from benchmarks.ratios import ratio, shown
 from scalabl.base.pretrained import load_pretrained
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 
 ALIKE = 0.8
@@ -25,7 +26,7 @@ def prefix(options: argparse.Namespace, line: Callable[[str], None]) -> list[dic
     """Every length and K: batches of new, random prompts after one beginning, run in turns with and without the cache."""
     pretrained = load_pretrained(options.model)
     model = load_adapter(pretrained.model, options.adapter)
-    model.find_shared_work()
+    find_shared_work(model)
     generator, vocabulary = torch.Generator().manual_seed(0), len(pretrained.tokenizer)
     line(f"\n{ALIKE:.0%} of each prompt is what the template begins with: prefix cache over the same without it")
     line(f"{'tokens':>6}{'K':>5}{'without, s / input':>20}{'with':>9}{'ratio':>20}{'probabilities within':>22}{'MB':>9}")

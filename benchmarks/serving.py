@@ -48,7 +48,9 @@ from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.precision_change import QuantizationChange
 from scalabl.files.adapter_directory import load_adapter, load_weights, read_config, read_weights, save_adapter
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ class Ours:
 
     def __init__(self, model: ScalaBLModel) -> None:
         self.model = model
-        model.find_shared_work()
+        find_shared_work(model)
         self._found = model.trunk.verified, model.trunk.trims, {n: layer.shared_input for n, layer in model.adapted.items()}
         self._packs = model.packs
 

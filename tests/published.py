@@ -15,7 +15,8 @@ from scalabl.config import Task
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.files.bayesadapt import convert_bayesadapt
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from benchmarks.results.study import ALPHA, RANK, Study
 from scalabl.evaluation.inference import batches
 from scalabl.model.attachment import Host
-from scalabl.model.layer import ChoiceHead, cut_head
-from scalabl.model.scalabl_model import TokenBatch
-from scalabl.model.trunk import FanOut, Trunk
+from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
+from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.token_batch import TokenBatch
+from scalabl.model.trunk import Trunk
 from scalabl.training.recipe import TrainingConfig
 from scalabl.training.trainer import LengthGroupedSampler
 
@@ -34,18 +35,15 @@ class Lora:
     model: PeftModel
     head: ChoiceHead
     trunk: Trunk
-    fan_out: FanOut
 
     def logits(self, name: str, rows: list[int], num_samples: int = 1) -> Tensor:
         """[B, K, C] of rows of a set; samples differ only by dropout, where it is on."""
         encoded = self.study.sets[name]
         ids, lengths = TokenBatch.of([encoded.sequences[i] for i in rows]).right_padded()
-        self.fan_out.states = self.study.caches[name].of(torch.tensor(rows), ids.shape[1])
-        self.fan_out.count = len(rows)
-        of_row = torch.arange(len(rows)).repeat_interleave(num_samples)
-        self.fan_out.inputs = of_row if num_samples > 1 else None
-        self.head.last = lengths[of_row] - 1
-        with self.trunk.skipped():
+        inputs = torch.arange(len(rows)).repeat_interleave(num_samples)
+        nothing_drawn = RowSamples(torch.empty(1, 0), torch.zeros_like(inputs), num_samples, inputs)
+        states = self.study.caches[name].of(torch.tensor(rows), ids.shape[1])
+        with enter(ForwardPass(ids, lengths, nothing_drawn, states=states)), self.trunk.skipped():
             output = self.model(input_ids=ids, use_cache=False)
         logits: Tensor = output.logits[:, 0]
         return logits.unflatten(0, (len(rows), num_samples))
@@ -76,8 +74,7 @@ def lora(study: Study, dropout: float, seed: int) -> Iterator[Lora]:
         for name in host.modules
         if name.rpartition(".")[2] in targets and any(f".layers.{layer}." in name for layer in layers)
     ]
-    fan_out = FanOut()
-    trunk = Trunk(host, names, fan_out)
+    trunk = Trunk(host, names)
     head = ChoiceHead(cut_head(host.head, study.config.task.choice_tokens))
     base.lm_head = head
     torch.manual_seed(seed)
@@ -86,7 +83,7 @@ def lora(study: Study, dropout: float, seed: int) -> Iterator[Lora]:
     peft = get_peft_model(base, config)
     trunk.attach()
     try:
-        yield Lora(study, peft, head, trunk, fan_out)
+        yield Lora(study, peft, head, trunk)
     finally:
         trunk.detach()
         peft.unload()

@@ -18,7 +18,7 @@ from benchmarks.results.study import Study, subset
 from scalabl.evaluation.inference import EncodedSet, batches, logits_of
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.posterior import SCHEMES, Draws, Scheme, draw
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
 from scalabl.uncertainty.predictive import Predictive, predictive
 

@@ -15,6 +15,7 @@ from scalabl.evaluation.calibration import split_halves
 from scalabl.evaluation.dataset import read_examples
 from scalabl.evaluation.inference import EncodedSet, encode_examples
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
 from scalabl.prompt import Prompter
 
@@ -74,7 +75,7 @@ class Study:
         """A model with an adapter that is not trained."""
         model = ScalaBLModel(self.pretrained.model, self.config.model_copy(update=changes))
         model.reset_adapter(0)
-        model.find_shared_work()
+        find_shared_work(model)
         return model.eval()
 
     @functools.cached_property

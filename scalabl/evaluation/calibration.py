@@ -6,7 +6,6 @@ gives the thresholds and the numbers that are reported, so that their guarantees
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ def calibrate(
         check_rows_for_risk(len(held_out), options.target_risk, options.confidence)
 
     def logits_at(rows: Tensor, scale: float) -> Tensor:
-        scaled = dataclasses.replace(draws, epsilon=scale * draws.epsilon)
+        scaled = draws.scaled(scale)
         sequences = [encoded.sequences[i] for i in rows.tolist()]
         logits = logits_of(model, sequences, scaled, on_progress=on_progress)
         return without_absent(logits, encoded.num_choices[rows])

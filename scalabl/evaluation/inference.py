@@ -13,7 +13,8 @@ from scalabl.errors import DatasetError, PromptError
 from scalabl.evaluation.dataset import Example
 from scalabl.evaluation.scoring import labelled_scores, outside_scores
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import Predictive, predictive
 

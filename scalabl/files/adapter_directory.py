@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -148,7 +150,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
     """
     model = read_adapter(base, folder)
     model.eval()
-    model.find_shared_work()
+    find_shared_work(model)
     check_effect(model)
     return model
 

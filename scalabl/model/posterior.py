@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,13 +17,14 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 DEFAULT_SCHEME: Scheme = "sobol"  # benchmarks/draws.py: the smallest error at K = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draws:
     """K standard-normal draws, one epsilon for every adapted layer.
 
     Attributes:
         epsilon: [K, P] float32 on the CPU; P is the number of stochastic scalars, in the model's layer order.
-        start: the place of the first in the sequence that `draw` gives for seed and scheme; None where they are not of it.
+        start: the place of the first in the sequence that `draw` gives for seed and scheme; None for draws that were made in
+            another way.
     """
 
     seed: int
@@ -32,9 +36,20 @@ class Draws:
     def num_samples(self) -> int:
         return int(self.epsilon.shape[0])
 
+    @cached_property
+    def key(self) -> Hashable:
+        """Equal for equal draws: those with one key may share rows of a pass, and the prefixes that are kept for them."""
+        if self.start is None:
+            return blake2b(self.epsilon.numpy().tobytes(), digest_size=16).digest(), *self.epsilon.shape
+        return self.seed, self.scheme, self.start, *self.epsilon.shape
+
     def part(self, start: int, stop: int) -> Draws:
         """Draws `start` to `stop` - 1 of the same sequence."""
         return replace(self, epsilon=self.epsilon[start:stop], start=None if self.start is None else self.start + start)
+
+    def scaled(self, factor: float) -> Draws:
+        """The same draws, each a multiple as far from the mean: those of a posterior whose sigma is a multiple as large."""
+        return replace(self, epsilon=factor * self.epsilon, start=None)
 
 
 def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_SCHEME) -> Draws:

@@ -1,11 +1,12 @@
-"""Base model plus adapter -> logits [B, K, C] in one forward pass. Files are `adapter_io`'s, prompts are `prompt`'s."""
+"""Base model plus adapter -> logits [B, K, C] in one forward pass. Which passes to run is decided in `passes`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from scalabl_kernels import runs_fused
@@ -17,47 +18,18 @@ from scalabl.base.placement import device_of, weights_of
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
-from scalabl.model.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
-from scalabl.model.packing import Packing, packed
-from scalabl.model.past import Past, arguments
+from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
+from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.layer import SubspaceLinear, is_adaptable
+from scalabl.model.packed_attention import packed
+from scalabl.model.packing import Packing
+from scalabl.model.pass_cache import PassCache
+from scalabl.model.past import Past, Prefix
 from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
-from scalabl.model.trunk import FanOut, Trunk
-from scalabl.passes.probes import find_shared_work
+from scalabl.model.token_batch import TokenBatch
+from scalabl.model.trunk import Trunk
 
 GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """B tokenised inputs, padded on either side.
-
-    Attributes:
-        input_ids: [B, T] int64.
-        attention_mask: [B, T], 1 where there is a token; each row has at least one.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-    @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> TokenBatch:
-        """Right-padded batch of B token lists."""
-        if not sequences or not all(sequences):
-            raise ValueError("a batch needs at least one sequence, and each sequence at least one token")
-        lengths = [len(sequence) for sequence in sequences]
-        width = max(lengths)
-        ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
-        mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-        return cls(ids, mask.long())
-
-    def right_padded(self) -> tuple[Tensor, Tensor]:
-        """(ids [B, T'], lengths [B]): each row's tokens moved to the left end, T' the longest row."""
-        mask = self.attention_mask.bool()
-        lengths = mask.sum(dim=1)
-        if int(lengths.min()) < 1:
-            raise ValueError("attention_mask has a row without any token")
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        return self.input_ids.gather(1, order)[:, : int(lengths.max())], lengths
 
 
 def _layer_index(name: str) -> int | None:
@@ -112,7 +84,6 @@ class ScalaBLModel(nn.Module):
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
         self.base = base
-        self._context = SampleContext()
         self.adapted: dict[str, SubspaceLinear] = {}
 
         host = Host.of(base)
@@ -127,15 +98,13 @@ class ScalaBLModel(nn.Module):
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
-            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), self._context)
+            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r))
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
-        self._head = ChoiceHead(cut)
-        self._fan_out = FanOut()
-        self.packs = False  # whether `logits` runs without padding; see `find_shared_work`
-        self.trunk = Trunk(host, [name for name in names if name != host.head_name], self._fan_out)
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: self._head}, self.trunk)
+        self.packs = False  # whether `logits` runs without padding; see `passes.probes`
+        self.trunk = Trunk(host, [name for name in names if name != host.head_name])
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
         if attach:
             self.attach()
 
@@ -160,6 +129,18 @@ class ScalaBLModel(nn.Module):
     def device(self) -> torch.device:
         """Where a pass begins, and what the method itself computes."""
         return device_of(self.base.get_input_embeddings())
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks of the base model."""
+        return int(self.base.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def shared_blocks(self) -> int:
+        """The first decoder blocks, whose keys and values are the same whatever is drawn; they run once for each input."""
+        if not self.trunk.verified:
+            return 0
+        return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Everything trainable, named as in the adapter file: `<module>.lora_A` and so on."""
@@ -196,10 +177,6 @@ class ScalaBLModel(nn.Module):
         mean, log_std = self.posterior()
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
 
-    def find_shared_work(self) -> None:
-        """Find out what need not be computed for every sample, or at all; see `probing.find_shared_work`."""
-        find_shared_work(self)
-
     def warm_up(self) -> None:
         """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
         if not runs_fused(self.device):
@@ -207,67 +184,65 @@ class ScalaBLModel(nn.Module):
         for rows in WARM_UP_ROWS:
             self.logits(TokenBatch.of([[0]] * rows), self.mean_draw())
 
-    def run_rows(
-        self,
-        input_ids: Tensor,
-        lengths: Tensor,
-        rows: RowSamples | None,
-        states: Tensor | None = None,
-        past: Past | None = None,
-    ) -> Tensor:
-        """One forward pass over B right-padded inputs, M rows: logits [M, C] float32 at each row's last position.
+    def run(self, forward_pass: ForwardPass) -> Tensor:
+        """One forward pass: logits [M, C] float32 at each row's last position, before the temperature.
 
-        Causal attention never looks right, so right padding needs no mask and cannot reach an answer. With `rows.packing`
-        the padding is left out; inputs then stand in order of their lengths.
-        `rows` None runs the base model without its adapter. The context keeps `rows` afterwards, since gradient
-        checkpointing runs layers again in the backward pass.
-
-        Args:
-            input_ids: [B, T] int64. lengths: [B] int64, 1 <= lengths <= T.
-            states: [B, T, D], what `trunk_states` gave for the same inputs; the trunk then does not run.
-            past: the tokens before these, the same ones for all inputs.
+        Raises:
+            RuntimeError: a pass runs on this thread already.
         """
+        return self._run(forward_pass)[0]
+
+    def _run(self, wanted: ForwardPass) -> tuple[Tensor, PassCache | None]:
         self.attach()
-        self._context.rows = rows
-        inputs, packing = (None, None) if rows is None else (rows.inputs, rows.packing)
-        if inputs is not None and not self.trunk.verified:
-            assert packing is None  # needs the trunk to be verified
-            input_ids, lengths, inputs = input_ids[inputs], lengths[inputs], None
-        self._fan_out.inputs, self._fan_out.count, self._fan_out.packing = inputs, input_ids.shape[0], packing
-        in_blocks = bool(self.trunk.blocks)  # else rows fan out at the head
-        spread = inputs is not None and in_blocks
-        self._head.inputs, self._head.packed = None if in_blocks else inputs, packing is not None
-        if packing is None:
-            last = (lengths[inputs] if spread else lengths) - 1
-        else:
-            last = (packing.rows if spread else packing.inputs).last
-            input_ids, states = packing.pack(input_ids), None if states is None else packing.pack(states)
-        self._fan_out.states, self._head.last, self._fan_out.last = states, last, last
-        with ExitStack() as form:
-            if states is not None:
-                form.enter_context(self.trunk.skipped())
-            if past is not None:
-                past.begin(None if rows is None else rows.sample, packed=packing is not None)
-            places = {} if packing is None else form.enter_context(packed(self.base, packing, past))
-            output = self.base(input_ids=input_ids, **arguments(past), **places)
+        forward_pass = self._fitted(wanted)
+        cache = self._cache(forward_pass)
+        trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
+        with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
+            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
         logits: Tensor = output.logits[:, 0].float()
-        return logits.to(self.device)
+        return logits.to(self.device), cache
+
+    def _fitted(self, wanted: ForwardPass) -> ForwardPass:
+        """The same pass as this base model can run it: where rows do not fan out, there is one for each from the start."""
+        samples, inputs = wanted.samples, wanted.inputs
+        if samples is None or inputs is None or self.trunk.verified:
+            return replace(wanted, spreads_in_blocks=bool(self.trunk.blocks))
+        assert wanted.packing is None  # needs the trunk to be verified
+        ids, lengths = wanted.input_ids[inputs], wanted.lengths[inputs]
+        return replace(wanted, input_ids=ids, lengths=lengths, samples=replace(samples, inputs=None))
+
+    def _cache(self, forward_pass: ForwardPass) -> PassCache | None:
+        return PassCache(forward_pass, self.num_blocks) if forward_pass.past is not None or forward_pass.keeps else None
 
     @torch.inference_mode()
     def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.verified` and a block that is adapted."""
+        """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.has_states`."""
         self.attach()
-        self._context.rows, self._fan_out.inputs, self._fan_out.states, self._fan_out.packing = None, None, None, None
-        if past is not None:
-            past.begin(None, packed=False)
-        return self.trunk.states(lambda: self.base(input_ids=input_ids, **arguments(past)))
+        lengths = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
+        forward_pass = ForwardPass(input_ids, lengths, past=past)
+        cache = self._cache(forward_pass)
+        with enter(forward_pass):
+            return self.trunk.states(lambda: self.base(input_ids=input_ids, **_cache_arguments(cache)))
+
+    @torch.inference_mode()
+    def prefix(self, tokens: Sequence[int], draws: Draws, past: Past | None = None) -> Prefix:
+        """Keys and values of these tokens, and of those before them, under each draw, in one pass.
+
+        Raises:
+            ValueError: the base model computes no keys and values in one of its blocks.
+        """
+        ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
+        samples, _ = self._row_samples([draws])
+        cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
+        assert cache is not None  # it keeps
+        return cache.prefix(self.shared_blocks)
 
     @torch.inference_mode()
     def logits(self, batch: TokenBatch, draws: Draws, states: Tensor | None = None) -> Tensor:
         """Logits of B inputs under K posterior samples, in one forward pass over B * K rows.
 
         Args:
-            states: as for `run_rows`, of a batch that is right-padded.
+            states: as of `ForwardPass`, of a batch that is right-padded.
 
         Returns:
             [B, K, C] float32, before the temperature.
@@ -281,44 +256,43 @@ class ScalaBLModel(nn.Module):
         """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass.
 
         Args:
-            past: as for `run_rows`, of a batch that is right-padded.
+            past: as of `ForwardPass`, of a batch that is right-padded.
         """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         if len(draws) != ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
         if not self.packs:
-            return self._logits_each(ids, lengths, draws, states, past)
+            samples, counts = self._row_samples(draws)
+            return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
-        states = None if states is None else states[order]
-        found = self._logits_each(ids[order], lengths[order], [draws[place] for place in places], states, past)
-        return [logits for _, logits in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
+        samples, counts = self._row_samples([draws[place] for place in places])
+        forward_pass = ForwardPass(
+            ids[order],
+            lengths[order],
+            samples,
+            Packing.of(lengths[order], counts),
+            None if states is None else states[order],
+            past,
+        )
+        logits = torch.split(self.run(forward_pass), counts)
+        return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
-    def _logits_each(
-        self, ids: Tensor, lengths: Tensor, draws: Sequence[Draws], states: Tensor | None, past: Past | None
-    ) -> list[Tensor]:
-        """As `logits_each`, of inputs in the order in which they run."""
-        tables: dict[int, tuple[int, Draws]] = {}  # id of the draws -> (first row in s, draws)
+    def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
+        """The rows of inputs that have these draws, and how many rows each input has; equal draws are sampled once."""
+        tables: dict[Hashable, tuple[int, Draws]] = {}  # key of the draws -> (its first row in s, draws)
         first = 0
-        for each in draws:
-            if id(each) not in tables:
-                tables[id(each)] = (first, each)
-                first += each.num_samples
-        s = self.sample(torch.cat([each.epsilon for _, each in tables.values()]))
-        counts = [each.num_samples for each in draws]
-        sample = torch.cat([torch.arange(each.num_samples) + tables[id(each)][0] for each in draws])
-        expand = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
-        try:
-            fan_out = counts[0] if len(set(counts)) == 1 else 1
-            packing = None
-            if past is not None:
-                past.order = [each for _, each in tables.values()]
-            if self.packs and (past is None or not past.keeps):  # what is kept has a row for each sample
-                packing = Packing.of(lengths, counts)
-            rows = RowSamples(s, sample.to(self.device), fan_out, expand if max(counts) > 1 else None, packing)
-            return list(torch.split(self.run_rows(ids, lengths, rows, states, past), counts))
-        finally:
-            self._context.rows = None
+        for of_input in draws:
+            if of_input.key not in tables:
+                tables[of_input.key] = (first, of_input)
+                first += of_input.num_samples
+        s = self.sample(torch.cat([table.epsilon for _, table in tables.values()]))
+        counts = [of_input.num_samples for of_input in draws]
+        sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
+        inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        fan_out = counts[0] if len(set(counts)) == 1 else 1
+        spread = inputs if max(counts) > 1 else None
+        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
 
     @torch.enable_grad()
     def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
@@ -340,17 +314,15 @@ class ScalaBLModel(nn.Module):
         logits: list[Tensor] = []
         gradients: list[Tensor] = []
         size = max(1, max_tokens // ids.shape[1])
-        try:
-            for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
-                rows = torch.arange(len(inputs_m), device=self.device)
-                s = mean.expand(len(rows), -1).clone().requires_grad_()
-                first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
-                samples = RowSamples(s, rows, inputs=inputs_m - first)
-                z = self.run_rows(ids[first:end], lengths[first:end], samples)  # [m, C]
-                gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
-                logits.append(z.detach())
-        finally:
-            self._context.rows = None
+        for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
+            rows = torch.arange(len(inputs_m), device=self.device)
+            s = mean.expand(len(rows), -1).clone().requires_grad_()
+            first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
+            z = self.run(
+                ForwardPass(ids[first:end], lengths[first:end], RowSamples(s, rows, inputs=inputs_m - first))
+            )  # [m, C]
+            gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
+            logits.append(z.detach())
         jacobian = mean.new_zeros(*active.shape, len(mean))
         jacobian[inputs, choices] = torch.cat(gradients)
         firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
@@ -360,4 +332,9 @@ class ScalaBLModel(nn.Module):
     def base_logits(self, batch: TokenBatch) -> Tensor:
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        return self.run_rows(ids, lengths, None)
+        return self.run(ForwardPass(ids, lengths))
+
+
+def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:
+    """What tells a transformers model of its cache, or that it has none."""
+    return {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}

@@ -1,54 +1,23 @@
-"""The beginning of a prompt, run once for others that start alike: making it, and seeing that it changes no number.
+"""Whether a kept prefix (the keys and values of a prompt's beginning) changes no answer, found out at start-up.
 
-Which beginnings are worth keeping is `prefix_cache`'s to say.
+Which prefixes are kept is decided in `prefix_cache`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from scalabl.base.int8 import unrounded
-from scalabl.model.past import Past, Prefix
+from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import PROBE_ERRORS, are_alike
 
 SHORT = 12  # tokens of a probe
 LONGEST_WINDOW = 64  # of attention, that a probe reaches beyond
 UNLIMITED = 2**62
-
-
-def shared_blocks(model: ScalaBLModel) -> int:
-    """The first decoder blocks, that have the same keys and values whatever is drawn, and one row for each input."""
-    if not model.trunk.verified:
-        return 0
-    return model.trunk.depth if model.trunk.blocks else num_blocks(model)
-
-
-def num_blocks(model: ScalaBLModel) -> int:
-    """Decoder blocks of the base model."""
-    return int(model.base.config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def past_of(model: ScalaBLModel, parts: Mapping[int, Sequence[Prefix]], length: int, *, keeps: bool = False) -> Past:
-    """What a pass over the rest of prompts with one beginning is given; see `Past`."""
-    return Past(num_blocks(model), shared_blocks(model), parts, length, keeps=keeps)
-
-
-def kept_prefix(
-    model: ScalaBLModel, tokens: Sequence[int], draws: Draws, before: Sequence[Prefix] = (), start: int = 0
-) -> Prefix:
-    """The prefix of these tokens under these draws, in one pass.
-
-    Args:
-        before: under the same draws, of the first `start` tokens or more; at least one token is left to compute.
-    """
-    past = past_of(model, {id(draws): before} if before else {}, start, keeps=True)
-    model.logits_each(TokenBatch.of([tokens[start:]]), [draws], past=past)
-    return past.prefix()
 
 
 @torch.inference_mode()
@@ -85,17 +54,17 @@ def _is_exact(model: ScalaBLModel, length: int) -> bool:
         rests.append(TokenBatch.of([ids[half:] for ids in sequences]))
     first = tokens[0, :half].tolist()
     try:
-        parts = {}
-        for each in (two, one):
-            start = kept_prefix(model, first[:-1], each)
-            parts[id(each)] = [kept_prefix(model, first, each, [start], half // 2)]
-        found = [
-            torch.cat(model.logits_each(rest, draws, past=past_of(model, parts, half)))
+        prefixes = {}
+        for draws_of_row in (two, one):  # made in two passes, the second of which goes on from the first
+            start = Past({draws_of_row.key: [model.prefix(first[:-1], draws_of_row)]}, half // 2)
+            prefixes[draws_of_row.key] = [model.prefix(first[half // 2 :], draws_of_row, start)]
+        logits = [
+            torch.cat(model.logits_each(rest, draws, past=Past(prefixes, half)))
             for rest, (_, draws) in zip(rests, probes, strict=True)
         ]
     except PROBE_ERRORS:
         return False  # it keeps something else, or in another form
-    return are_alike(model.base, found, expected)
+    return are_alike(model.base, logits, expected)
 
 
 def _window(base: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from scalabl.model.past import Past, Prefix
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
-from scalabl.passes.prefix import kept_prefix, longest_exact, num_blocks, past_of, shared_blocks
+from scalabl.passes.prefix import longest_exact
 
 BLOCK = 16  # tokens
 FEWEST_BLOCKS = 2  # of a beginning that is not the template's
@@ -152,8 +152,8 @@ class PrefixCache:
         self._blocks, self._shared = 1, 0
         self._bytes = (0, 0)  # of a token in the shared blocks, and for each sample in the others
         if self.longest:
-            self._blocks, self._shared = num_blocks(model), shared_blocks(model)
-            one = kept_prefix(model, [0], model.mean_draw())
+            self._blocks, self._shared = model.num_blocks, model.shared_blocks
+            one = model.prefix([0], model.mean_draw())
             shared = sum(tensor.nbytes for layer in one.layers[: self._shared] for tensor in layer)
             self._bytes = (shared, one.nbytes - shared)
 
@@ -213,12 +213,12 @@ class PrefixCache:
             names: of these tokens. length: one of those in it.
         """
         parts = {}
-        for each in draws:
-            table = self.table(each)
+        for wanted in draws:
+            table = self.table(wanted)
             assert table is not None
-            found = self.store.find(names[length], table)
-            parts[id(each)] = [self._make(ids[:length], names, each, table)] if found is None else found
-        return past_of(self._model, parts, length)
+            prefixes = self.store.find(names[length], table)
+            parts[wanted.key] = [self._make(ids[:length], names, wanted, table)] if prefixes is None else prefixes
+        return Past(parts, length)
 
     def _make(self, tokens: Sequence[int], names: dict[int, bytes], draws: Draws, table: Table) -> Prefix:
         own = {length: name for length, name in names.items() if length <= len(tokens)}
@@ -226,7 +226,8 @@ class PrefixCache:
         before = self.store.find(own[start], table) if start else None
         if self._shared == self._blocks:
             draws = draws.part(0, 1)
-        prefix = kept_prefix(self._model, tokens, draws, before or (), start)
+        past = Past({draws.key: before}, start) if before else None
+        prefix = self._model.prefix(tokens[start:], draws, past)
         self.store.keep(Kept(prefix, table, tuple(own.values()), self))
         return prefix
 

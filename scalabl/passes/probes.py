@@ -1,32 +1,33 @@
-"""What a base model allows, found out by passes with it and without it, so that it holds for any architecture."""
+"""Start-up probes: each shortcut of a pass is compared with the plain computation, and left off where results differ.
+
+A shortcut is known by what it computes and not by the name of an architecture, so that this holds for any base model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalabl.base.int8 import rounds_activations, unrounded
-from scalabl.model.layer import RowSamples
-from scalabl.model.packing import Packing, may_pack
-
-if TYPE_CHECKING:
-    from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.forward_pass import ForwardPass, RowSamples
+from scalabl.model.packed_attention import may_pack
+from scalabl.model.packing import Packing
+from scalabl.model.scalabl_model import ScalaBLModel
 
 PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of an architecture's own code
 
 
-def are_alike(base: PreTrainedModel, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether two ways of computing gave the same logits, up to rounding."""
     # A difference in the last bit can take an activation over the edge between two of its 256 values.
     exact = base.dtype == torch.float32 and not rounds_activations(base)
     tolerance = 1e-4 if exact else 2e-2
     return all(
         one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
-        for one, other in zip(found, expected, strict=True)
+        for one, other in zip(logits, expected, strict=True)
     )
 
 
@@ -44,7 +45,7 @@ def find_shared_work(model: ScalaBLModel) -> None:
     """
     trunk = model.trunk
     if trunk.blocks:
-        trunk.learn(lambda count: model.run_rows(*_inputs(model, count), None))
+        trunk.learn(lambda count: model.run(ForwardPass(*_inputs(model, count))))
     expected = _probe(model, fans_out=False, trims=False)
     trunk.verified = trunk.possible and _agrees(model, expected, fans_out=True, trims=False)
     trunk.trims = bool(trunk.blocks) and _agrees(model, expected, fans_out=trunk.verified, trims=True)
@@ -57,7 +58,7 @@ def find_shared_work(model: ScalaBLModel) -> None:
     hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in model.adapted.items()]
     try:
         length = torch.ones(1, dtype=torch.int64, device=model.device)
-        model.run_rows(torch.zeros(1, 1, dtype=torch.int64, device=model.device), length, None)
+        model.run(ForwardPass(torch.zeros(1, 1, dtype=torch.int64, device=model.device), length))
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +74,7 @@ def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
         ids, lengths = _inputs(model, count)
         packing = Packing.of(lengths, [1] * count)
         s = model.sample(torch.zeros(1, model.num_stochastic_parameters))
-        model.run_rows(ids, lengths, RowSamples(s, torch.zeros_like(lengths), packing=packing))
+        model.run(ForwardPass(ids, lengths, RowSamples(s, torch.zeros_like(lengths)), packing))
         return packing.rows.tokens
 
     try:
@@ -88,8 +89,8 @@ def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = Fa
     """Logits of a few inputs under two samples, with and without the trunk, the trimming and padding."""
     generator = torch.Generator().manual_seed(0)
     trunk = model.trunk
-    kept = trunk.verified, trunk.trims
-    found = []
+    before = trunk.verified, trunk.trims
+    logits = []
     try:
         trunk.verified, trunk.trims = fans_out, trims
         for count in (1, 2, 3):
@@ -97,10 +98,10 @@ def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = Fa
             s = model.sample(torch.randn(2, model.num_stochastic_parameters, generator=generator))
             rows = torch.arange(2 * count, device=model.device)
             packing = Packing.of(lengths, [2] * count) if packs else None
-            found.append(model.run_rows(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2, packing)))
+            logits.append(model.run(ForwardPass(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2), packing)))
     finally:
-        trunk.verified, trunk.trims = kept
-    return found
+        trunk.verified, trunk.trims = before
+    return logits
 
 
 def _inputs(model: ScalaBLModel, count: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ def _inputs(model: ScalaBLModel, count: int) -> tuple[Tensor, Tensor]:
 
 def _agrees(model: ScalaBLModel, expected: list[Tensor], *, fans_out: bool, trims: bool, packs: bool = False) -> bool:
     try:
-        found = _probe(model, fans_out=fans_out, trims=trims, packs=packs)
+        logits = _probe(model, fans_out=fans_out, trims=trims, packs=packs)
     except PROBE_ERRORS:
         return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
-    return are_alike(model.base, found, expected)
+    return are_alike(model.base, logits, expected)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.grouping import grouped
 from scalabl.passes.prefix_cache import PrefixCache
 
@@ -59,18 +60,19 @@ class Rounds:
 
     def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
         """Logits [K, C] on the CPU of those prompts that are given draws."""
-        found: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}
         for part in self._parts:
             indices = [index for index in part.indices if index in draws]
             if indices:
-                found |= self._pass(part, indices, [draws[index] for index in indices])
-        return {index: found[index] for index in draws}
+                logits |= self._pass(part, indices, [draws[index] for index in indices])
+        return {index: logits[index] for index in draws}
 
     def _pass(self, part: _Part, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Tensor]:
         past = None
         if self._cache is not None and part.start:
             ids = self._sequences[indices[0]]
-            past = self._cache.past(ids, part.names, part.start, list({id(each): each for each in draws}.values()))
+            different = list({of_input.key: of_input for of_input in draws}.values())
+            past = self._cache.past(ids, part.names, part.start, different)
         batch = self._rest(part, indices)
         states = None
         if self._keeps_trunk:
@@ -78,8 +80,8 @@ class Rounds:
                 part.states = self._trunk(part, past)
             places = [part.indices.index(index) for index in indices]
             states = part.states[places, : batch.input_ids.shape[1]]
-        each = self._model.logits_each(batch, draws, states, past)
-        return {index: logits.cpu() for index, logits in zip(indices, each, strict=True)}
+        logits_each = self._model.logits_each(batch, draws, states, past)
+        return {index: logits.cpu() for index, logits in zip(indices, logits_each, strict=True)}
 
     def _rest(self, part: _Part, indices: Sequence[int]) -> TokenBatch:
         return TokenBatch.of([self._sequences[index][part.start :] for index in indices])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from scalabl.evaluation.inference import EncodedSet, batches
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 
 BATCH_TOKENS = 4096
 

@@ -28,9 +28,11 @@ from scalabl.config import AdapterConfig
 from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of, scores
 from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
 from scalabl.files.peft_lora import relative_log_std
-from scalabl.model.layer import RowSamples
+from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
 from scalabl.model.posterior import kl_divergence
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
 from scalabl.training.published import KLSteps
 from scalabl.training.recipe import TrainingConfig
@@ -66,7 +68,7 @@ class VariationalModule(nn.Module):
         sample = torch.arange(len(of_row), device=input_ids.device)
         samples = RowSamples(self.model.sample(epsilon), sample, repeat, of_row if repeat > 1 else None)
         states = None if self._trunk is None or row is None else self._trunk.of(row, input_ids.shape[1])
-        logits = self.model.run_rows(input_ids, lengths, samples, states)  # [M, C]
+        logits = self.model.run(ForwardPass(input_ids, lengths, samples, states=states))  # [M, C]
         num_choices, labels = num_choices[of_row], labels[of_row]
         absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
         nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
@@ -242,11 +244,11 @@ def train_adapter(
     model.reset_adapter(recipe.seed, recipe.std_init)
     if start is not None:
         _start_from(model, start)
-    model.find_shared_work()
+    find_shared_work(model)
     if recipe.gradient_checkpointing:
         # Its new name since transformers 5.20; the old one warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     if recipe.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "runs")
     checkpoints = output / "checkpoints"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from scalabl.evaluation.inference import ABSENT, EncodedSet, batches, without_absent
 from scalabl.model.posterior import Draws, draw
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass

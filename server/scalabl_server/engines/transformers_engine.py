@@ -18,8 +18,10 @@ from scalabl.errors import AdapterError, ScalaBLError
 from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
@@ -105,7 +107,7 @@ class TransformersEngine(Engine):
                 served.draws(self.settings.num_samples, self.settings.seed)
             except ValueError as error:
                 raise AdapterError(str(error)) from None
-            model.find_shared_work()
+            find_shared_work(model)
             served.pads = not model.packs
             check_effect(model)
             if self.prefixes.limit:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from scalabl.base.pretrained import load_pretrained
 from scalabl.files.adapter_directory import load_adapter, read_config
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
 
 pytestmark = [

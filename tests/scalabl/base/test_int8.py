@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from scalabl.base import int8
 from scalabl.base.int8 import Int8Linear, rounds_activations, to_int8, weight_levels
 from scalabl.errors import BaseModelError
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.prefix import longest_exact
+from scalabl.passes.probes import find_shared_work
 from scalabl.uncertainty.linearized import linearize
 from tests import tiny
 
@@ -129,7 +131,7 @@ def test_every_architecture_keeps_its_answers_and_its_shortcuts(name: str) -> No
     assert 0 < _error(after[real], before[real]) <= 0.1
     model = ScalaBLModel(base, tiny.config_for(name))
     tiny.fill(model)
-    model.eval().find_shared_work()
+    find_shared_work(model.eval())
     assert model.trunk.verified
     assert model.trunk.trims
     assert model.packs == (name != "gpt2")  # which does not with other weights either
@@ -139,7 +141,7 @@ def test_shortcuts_are_tried_without_rounding_which_would_hide_what_they_change(
     model = _int8_model()
     with monkeypatch.context() as patch:
         patch.setattr(Int8Linear, "multiply", _refuse)
-        model.find_shared_work()
+        find_shared_work(model)
         kept = longest_exact(model)
     assert model.packs
     assert model.trunk.trims

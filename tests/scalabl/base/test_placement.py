@@ -16,7 +16,7 @@ from scalabl.base.placement import device_of, is_divided, read_device_map
 from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.errors import BaseModelError
 from scalabl.files.adapter_directory import load_adapter
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.linearized import linearize
 from tests import tiny
 

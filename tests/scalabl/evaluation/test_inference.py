@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scalabl.errors import DatasetError
 from scalabl.evaluation.dataset import Example
 from scalabl.evaluation.inference import batches, encode_examples, logits_of, ood_scores, predictive_of, scores
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny

@@ -18,6 +18,7 @@ from scalabl.errors import BaseModelError, DatasetError
 from scalabl.evaluation.precision_change import QUERIES, Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import Predictive
 from tests import tiny
@@ -101,7 +102,7 @@ def test_bitsandbytes_loads_and_answers(tmp_path: Path, quantization: Quantizati
     assert type(pretrained.model.lm_head) is nn.Linear
     model = ScalaBLModel(pretrained.model, tiny.config_for())
     tiny.fill(model)
-    model.eval().find_shared_work()
+    find_shared_work(model.eval())
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     model.detach()
     found, expected = pretrained.model(ids).logits, base(ids).logits

@@ -19,7 +19,8 @@ from scalabl.config import Task
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import load_adapter, read_weights
 from scalabl.files.peft_lora import EXPORT_FILE, convert_peft, export_peft, relative_log_std, subspace_of
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
 from tests import tiny
 

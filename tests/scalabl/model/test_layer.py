@@ -10,19 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from scalabl.model.layer import ChoiceHead, RowSamples, SampleContext, SubspaceLinear, cut_head, is_adaptable
+from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
+from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.layer import SubspaceLinear, is_adaptable
 
 RANK, SCALING = 4, 2.0
 
 
-def _adapted(base: nn.Module) -> tuple[SubspaceLinear, SampleContext]:
-    context = SampleContext()
-    layer = SubspaceLinear(base, RANK, SCALING, slice(2, 2 + RANK), context)
+def _adapted(base: nn.Module) -> SubspaceLinear:
+    layer = SubspaceLinear(base, RANK, SCALING, slice(2, 2 + RANK))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer.lora_A.normal_(generator=generator)
         layer.lora_B.normal_(generator=generator)
-    return layer, context
+    return layer
+
+
+def _in_a_pass(rows: RowSamples) -> enter:
+    count = len(rows.sample)
+    return enter(ForwardPass(torch.zeros(count, 1, dtype=torch.int64), torch.ones(count, dtype=torch.int64), rows))
 
 
 def _expected_delta(layer: SubspaceLinear, x: Tensor, rows: RowSamples) -> Tensor:
@@ -57,29 +63,30 @@ def _quantised(bits: int) -> nn.Module:
 )
 def test_each_row_gets_its_own_samples_part_on_top_of_the_base_layer(make: Any) -> None:
     base = make().requires_grad_(False)
-    layer, context = _adapted(base)
+    layer = _adapted(base)
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
     rows = RowSamples(torch.randn(6, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([5, 0, 2]))
     with torch.inference_mode():
         plain = layer(x)
-        context.rows = rows
-        adapted = layer(x)
+        with _in_a_pass(rows):
+            adapted = layer(x)
         assert torch.equal(plain, base(x)), "without samples it is the base layer"
         assert (adapted - plain - _expected_delta(layer, x, rows)).abs().max() <= 2e-5
 
 
 def test_with_gradients_the_base_output_is_left_alone() -> None:
-    layer, context = _adapted(_linear(True))
-    context.rows = RowSamples(torch.randn(6, 8, requires_grad=True), torch.tensor([1, 4]))
-    layer(torch.randn(2, 32)).sum().backward()
+    layer = _adapted(_linear(True))
+    rows = RowSamples(torch.randn(6, 8, requires_grad=True), torch.tensor([1, 4]))
+    with _in_a_pass(rows):
+        layer(torch.randn(2, 32)).sum().backward()
     assert layer.lora_A.grad is not None
     assert layer.lora_B.grad is not None
-    assert context.rows.s.grad is not None
-    assert (context.rows.s.grad != 0).nonzero().unique(dim=0).shape[0] == 2 * RANK, "only its own rows and columns"
+    assert rows.s.grad is not None
+    assert (rows.s.grad != 0).nonzero().unique(dim=0).shape[0] == 2 * RANK, "only its own rows and columns"
 
 
 def test_the_start_is_the_papers() -> None:
-    layer, _ = _adapted(nn.Linear(200, 16))
+    layer = _adapted(nn.Linear(200, 16))
     layer.reset_parameters(torch.Generator().manual_seed(0), std_init=0.05)
     assert torch.allclose(layer.lora_A @ layer.lora_A.T, torch.eye(RANK), atol=1e-5)
     assert torch.equal(layer.s_mean, layer.s_mean.sort(descending=True).values)
@@ -92,7 +99,7 @@ def test_the_start_is_the_papers() -> None:
 
 
 def test_a_rank_above_the_width_leaves_the_surplus_at_zero() -> None:
-    layer = SubspaceLinear(nn.Linear(3, 5), 6, 1.0, slice(0, 6), SampleContext())
+    layer = SubspaceLinear(nn.Linear(3, 5), 6, 1.0, slice(0, 6))
     layer.reset_parameters(torch.Generator().manual_seed(0))
     assert (layer.s_mean[:3] > 0).all()
     assert (layer.s_mean[3:] == 0).all()
@@ -129,5 +136,5 @@ def test_the_choice_head_reads_each_rows_last_position() -> None:
     hidden = torch.randn(3, 6, 4)
     with pytest.raises(RuntimeError, match="run the model through ScalaBLModel"):
         head(hidden)
-    head.last = torch.tensor([5, 0, 3])
-    assert torch.equal(head(hidden)[:, 0], torch.stack([hidden[0, 5], hidden[1, 0], hidden[2, 3]]))
+    with enter(ForwardPass(torch.zeros(3, 6, dtype=torch.int64), torch.tensor([6, 1, 4]))):
+        assert torch.equal(head(hidden)[:, 0], torch.stack([hidden[0, 5], hidden[1, 0], hidden[2, 3]]))

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from scalabl.model.packing import Packing
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from tests import tiny
 
 SEQUENCES = tiny.ragged((3, 9, 1, 14, 9, 30, 3))
@@ -21,7 +23,7 @@ SEQUENCES = tiny.ragged((3, 9, 1, 14, 9, 30, 3))
 def _pair(name: str, **changes: Any) -> tuple[ScalaBLModel, ScalaBLModel]:
     """The same adapter, padded in every way and packed."""
     padded, packs = tiny.adapted(name, **changes), tiny.adapted(name, **changes)
-    packs.find_shared_work()
+    find_shared_work(packs)
     assert packs.packs
     return padded, packs
 
@@ -67,7 +69,7 @@ def test_a_packed_pass_may_start_from_the_trunk_s_states() -> None:
 def test_layers_see_real_tokens_alone() -> None:
     model = tiny.adapted(target_modules=("q_proj", "down_proj"))
     tokens = _linear_tokens(model)
-    model.find_shared_work()
+    find_shared_work(model)
     tokens.clear()
     model.logits(TokenBatch.of(SEQUENCES), model.draws(4))
     assert tokens == [4 * sum(map(len, SEQUENCES))]
@@ -75,7 +77,7 @@ def test_layers_see_real_tokens_alone() -> None:
 
 def test_the_base_model_s_attention_is_back_after_a_pass() -> None:
     model = tiny.adapted()
-    model.find_shared_work()
+    find_shared_work(model)
     before = model.base.config._attn_implementation
     with pytest.raises(IndexError):
         model.logits(TokenBatch.of([[10_000_000]]), model.draws(2))
@@ -85,20 +87,20 @@ def test_the_base_model_s_attention_is_back_after_a_pass() -> None:
 
 def test_architectures_that_need_rows_are_padded() -> None:
     gpt2 = tiny.adapted("gpt2")
-    gpt2.find_shared_work()
+    find_shared_work(gpt2)
     assert not gpt2.packs
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
     model = ScalaBLModel(bloom, tiny.config_for(target_modules=("query_key_value", "lm_head")))
     tiny.fill(model)
-    model.find_shared_work()
+    find_shared_work(model)
     assert not model.packs
 
 
 def test_eager_attention_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.adapted()
     monkeypatch.setattr(model.base.config, "_attn_implementation", "eager")
-    model.find_shared_work()
+    find_shared_work(model)
     assert not model.packs
 
 

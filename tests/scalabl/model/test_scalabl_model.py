@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from scalabl.errors import AdapterError
 from scalabl.model.layer import SubspaceLinear
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from tests import tiny
 from tests.watching import LargestTensor
 

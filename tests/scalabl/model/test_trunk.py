@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from scalabl.model.layer import RowSamples
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.forward_pass import ForwardPass, RowSamples
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.uncertainty.linearized import linearize
 from tests import tiny
 
@@ -20,7 +22,7 @@ SEQUENCES = tiny.ragged((3, 9, 1, 14))
 def _pair(name: str, **changes: Any) -> tuple[ScalaBLModel, ScalaBLModel]:
     """The same adapter with a trunk and without."""
     plain, split = tiny.adapted(name, **changes), tiny.adapted(name, **changes)
-    split.find_shared_work()
+    find_shared_work(split)
     return plain, split
 
 
@@ -50,7 +52,7 @@ def test_the_trunk_changes_no_number(name: str, layers: tuple[int, ...] | None) 
 
 def test_blocks_before_the_first_adapted_one_see_a_row_for_each_input() -> None:
     model = tiny.adapted(layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     first, second = _entering(model, 0), _entering(model, 1)
     model.logits(TokenBatch.of(SEQUENCES), model.draws(8))
     model.packs = False
@@ -61,7 +63,7 @@ def test_blocks_before_the_first_adapted_one_see_a_row_for_each_input() -> None:
 
 def test_the_last_mlp_computes_the_position_that_is_read() -> None:
     model = tiny.adapted()
-    model.find_shared_work()
+    find_shared_work(model)
     seen: list[tuple[int, ...]] = []
     for block in model.base.model.layers:
         block.mlp.act_fn.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
@@ -76,7 +78,7 @@ def test_a_block_that_mixes_positions_after_its_mlp_is_not_trimmed() -> None:
     mixed = model.base.model.layers[-1].mlp
     mixed.register_forward_hook(lambda _, args, output: output + args[0].mean(1, keepdim=True))
     expected = model.logits(TokenBatch.of(SEQUENCES), model.draws(3))
-    model.find_shared_work()
+    find_shared_work(model)
     assert not model.trunk.trims
     torch.testing.assert_close(model.logits(TokenBatch.of(SEQUENCES), model.draws(3)), expected)
 
@@ -92,15 +94,15 @@ def test_with_the_head_alone_adapted_every_block_is_trunk() -> None:
 @pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
 def test_a_pass_may_start_from_the_trunk_s_states(name: str) -> None:
     model = tiny.adapted(name, layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     ids, lengths = TokenBatch.of(SEQUENCES).right_padded()
     samples = RowSamples(model.sample(model.draws(4).epsilon), torch.arange(4))
-    expected = model.run_rows(ids, lengths, samples)
+    expected = model.run(ForwardPass(ids, lengths, samples))
     states = model.trunk_states(ids)
     first = _entering(model, 0)
-    torch.testing.assert_close(model.run_rows(torch.zeros_like(ids), lengths, samples, states), expected)
+    torch.testing.assert_close(model.run(ForwardPass(torch.zeros_like(ids), lengths, samples, states=states)), expected)
     assert first == [(4, 14)]  # passed on, not computed
-    torch.testing.assert_close(model.run_rows(ids, lengths, samples), expected)  # and the trunk is back afterwards
+    torch.testing.assert_close(model.run(ForwardPass(ids, lengths, samples)), expected)  # and the trunk is back afterwards
 
 
 def test_an_argument_as_long_as_there_are_inputs_is_not_taken_for_one_of_theirs() -> None:
@@ -119,7 +121,7 @@ def test_an_argument_as_long_as_there_are_inputs_is_not_taken_for_one_of_theirs(
     block.register_forward_pre_hook(give, with_kwargs=True)
     model.attach()
     block.register_forward_pre_hook(look, with_kwargs=True)
-    model.find_shared_work()
+    find_shared_work(model)
     assert model.trunk.verified
     found.clear()
     model.packs = False
@@ -133,7 +135,7 @@ def test_an_architecture_that_flattens_heads_into_rows_runs_without_a_trunk() ->
     config = tiny.config_for(target_modules=("query_key_value", "lm_head"))
     model = ScalaBLModel(bloom, config)
     tiny.fill(model)
-    model.find_shared_work()
+    find_shared_work(model)
     assert not model.trunk.verified
     batch, draws = TokenBatch.of(SEQUENCES), model.draws(3)
     each = [model.logits(TokenBatch.of([sequence]), draws)[0] for sequence in SEQUENCES]
@@ -146,7 +148,7 @@ def test_two_adapters_of_one_base_have_trunks_of_their_own() -> None:
     alone = [tiny.adapted(layers_to_transform=layers) for layers in (None, (1,))]
     for model in models:
         tiny.fill(model)
-        model.find_shared_work()
+        find_shared_work(model)
     batch = TokenBatch.of(SEQUENCES)
     for _ in range(2):
         for model, expected in zip(models, alone, strict=True):

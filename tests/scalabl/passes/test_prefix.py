@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Lfm2Config, Phi3Config
 
+from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
-from scalabl.passes.prefix import UNLIMITED, kept_prefix, longest_exact, past_of
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.prefix import UNLIMITED, longest_exact
+from scalabl.passes.probes import find_shared_work
 from tests import tiny
 
 PREFIX, *RESTS = tiny.ragged((11, 3, 9, 1, 14))
@@ -27,13 +30,11 @@ ADAPTED: dict[str, dict[str, Any]] = {
 def test_a_kept_beginning_changes_no_number(name: str, changes: dict[str, Any]) -> None:
     # The windows of mistral and gemma3 are 6 tokens long, shorter than the beginning.
     plain, model = tiny.adapted(name, **changes), tiny.adapted(name, **changes)
-    model.find_shared_work()
+    find_shared_work(model)
     assert longest_exact(model) == UNLIMITED
     three, five, one = (model.draws(count, seed=seed) for count, seed in ((3, 1), (5, 2), (1, 3)))
     for draws in ([three] * 4, [three, five, three, one], [one] * 4):
-        different = list({id(each): each for each in draws}.values())
-        kept = {id(each): [kept_prefix(model, PREFIX, each)] for each in different}
-        past = past_of(model, kept, len(PREFIX))
+        past = Past({of_input.key: [model.prefix(PREFIX, of_input)] for of_input in draws}, len(PREFIX))
         found = model.logits_each(TokenBatch.of(RESTS), draws, past=past)
         expected = plain.logits_each(TokenBatch.of([PREFIX + rest for rest in RESTS]), draws)
         for one_found, one_expected in zip(found, expected, strict=True):
@@ -42,23 +43,23 @@ def test_a_kept_beginning_changes_no_number(name: str, changes: dict[str, Any]) 
 
 def test_a_part_of_what_is_kept_serves_a_shorter_beginning_and_a_longer_one_goes_on_from_it() -> None:
     plain, model = tiny.adapted(layers_to_transform=(1,)), tiny.adapted(layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     draws = model.draws(4)
-    half = kept_prefix(model, PREFIX[:7], draws)
+    half = model.prefix(PREFIX[:7], draws)
     halves = [half.samples(0, 1), half.samples(1, 4)]
-    whole = kept_prefix(model, PREFIX, draws, halves, 5)
+    whole = model.prefix(PREFIX[5:], draws, Past({draws.key: halves}, 5))
     assert (half.length, whole.length) == (7, 11)
     for start, parts in ((11, [whole]), (4, [whole]), (7, halves), (6, [half])):
         prompts = [PREFIX[:start] + rest for rest in RESTS]
-        found = model.logits_each(TokenBatch.of(RESTS), [draws] * 4, past=past_of(model, {id(draws): parts}, start))
+        found = model.logits_each(TokenBatch.of(RESTS), [draws] * 4, past=Past({draws.key: parts}, start))
         torch.testing.assert_close(torch.stack(found), plain.logits(TokenBatch.of(prompts), draws), rtol=0, atol=1e-5)
 
 
 def test_the_trunk_s_states_go_with_it() -> None:
     plain, model = tiny.adapted(layers_to_transform=(1,)), tiny.adapted(layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     draws = model.draws(4)
-    past = past_of(model, {id(draws): [kept_prefix(model, PREFIX, draws)]}, len(PREFIX))
+    past = Past({draws.key: [model.prefix(PREFIX, draws)]}, len(PREFIX))
     batch = TokenBatch.of(RESTS)
     states = model.trunk_states(batch.right_padded()[0], past)
     found = torch.stack(model.logits_each(TokenBatch.of(RESTS), [draws] * 4, states, past))
@@ -68,8 +69,8 @@ def test_the_trunk_s_states_go_with_it() -> None:
 
 def test_one_row_for_each_sample_is_kept_and_one_in_the_trunk() -> None:
     model = tiny.adapted(layers_to_transform=(1,))
-    model.find_shared_work()
-    kept = kept_prefix(model, PREFIX, model.draws(6))
+    find_shared_work(model)
+    kept = model.prefix(PREFIX, model.draws(6))
     assert [tuple(keys.shape) for keys, _ in kept.layers] == [(1, 2, 11, 8), (6, 2, 11, 8)]
     assert kept.nbytes == (1 + 6) * 2 * 2 * 11 * 8 * 4
 
@@ -77,7 +78,7 @@ def test_one_row_for_each_sample_is_kept_and_one_in_the_trunk() -> None:
 def _adapted(base: Any, *targets: str) -> ScalaBLModel:
     model = ScalaBLModel(base.requires_grad_(False).eval(), tiny.config_for(target_modules=targets))
     tiny.fill(model)
-    model.find_shared_work()
+    find_shared_work(model)
     return model
 
 
@@ -93,7 +94,7 @@ def test_an_architecture_without_a_trunk_keeps_a_row_for_each_sample_everywhere(
     assert not model.trunk.verified
     assert longest_exact(model) == UNLIMITED
     draws = model.draws(3)
-    past = past_of(model, {id(draws): [kept_prefix(model, PREFIX, draws)]}, len(PREFIX))
+    past = Past({draws.key: [model.prefix(PREFIX, draws)]}, len(PREFIX))
     found = torch.stack(model.logits_each(TokenBatch.of(RESTS), [draws] * 4, past=past))
     expected = model.logits(TokenBatch.of([PREFIX + rest for rest in RESTS]), draws)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -101,7 +102,7 @@ def test_an_architecture_without_a_trunk_keeps_a_row_for_each_sample_everywhere(
 
 def test_a_model_that_looks_at_positions_from_the_start_of_the_pass_is_found_out() -> None:
     model = tiny.adapted()
-    model.find_shared_work()
+    find_shared_work(model)
 
     def restart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | {"position_ids": kwargs["position_ids"] - kwargs["position_ids"][:, :1]}

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.passes import grouping
 from scalabl.passes.grouping import grouped
 from scalabl.passes.prefix_cache import BLOCK, PrefixCache, PrefixStore
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 from tests import tiny
 
@@ -27,7 +29,7 @@ def _passes_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _cached(limit: int = 2**24, known: Sequence[int] = (), **changes: Any) -> tuple[ScalaBLModel, PrefixCache]:
     model = tiny.adapted(**changes)
-    model.find_shared_work()
+    find_shared_work(model)
     return model, PrefixCache(PrefixStore(limit), model, known)
 
 
@@ -178,7 +180,7 @@ def test_a_longer_beginning_takes_the_place_of_the_shorter() -> None:
 def test_adapters_share_the_bound_and_nothing_else() -> None:
     model, cache = _cached(limit=2**18)
     other_model = tiny.adapted(seed=1)
-    other_model.find_shared_work()
+    find_shared_work(other_model)
     other = PrefixCache(cache.store, other_model)
     prompts = dict(enumerate(LONG + tail for tail in TAILS))
     _run(model, cache, prompts, model.draws(8))

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from scalabl.evaluation.inference import EncodedSet
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 from scalabl.uncertainty.adaptive import Rule, adaptive_predictive
 from tests import tiny
@@ -26,7 +28,7 @@ def _passes_of(model: ScalaBLModel, block: int) -> list[int]:
 @pytest.mark.parametrize("changes", [{}, {"layers_to_transform": (1,)}, {"target_modules": ("lm_head",)}], ids=str)
 def test_rounds_give_what_passes_of_their_own_give(changes: dict[str, object]) -> None:
     model, plain = tiny.adapted(**changes), tiny.adapted(**changes)
-    model.find_shared_work()
+    find_shared_work(model)
     whole = model.draws(8, seed=2)
     rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, whole), keeps_trunk=True)
     for going, start, stop in (([0, 1, 2, 3], 0, 2), ([1, 3], 2, 4), ([2], 4, 8), ([0], 2, 3)):
@@ -39,7 +41,7 @@ def test_rounds_give_what_passes_of_their_own_give(changes: dict[str, object]) -
 
 def test_the_trunk_runs_once_for_all_rounds() -> None:
     model = tiny.adapted(layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     trunk, after = _passes_of(model, 0), _passes_of(model, 1)
     draws = model.draws(8)
     rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, draws), keeps_trunk=True)
@@ -50,7 +52,7 @@ def test_the_trunk_runs_once_for_all_rounds() -> None:
 
 def test_a_data_sets_trunk_runs_once_where_its_states_fit() -> None:
     model = tiny.adapted(task=tiny.MULTIPLE_CHOICE, layers_to_transform=(1,))
-    model.find_shared_work()
+    find_shared_work(model)
     encoded = EncodedSet(tiny.ragged([3 + n % 11 for n in range(12)]), torch.zeros(12), torch.tensor([2, 4, 3, 4] * 3))
     trunk, after = _passes_of(model, 0), _passes_of(model, 1)
     draws = model.draws(64, 5)

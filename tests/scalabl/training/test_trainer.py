@@ -19,9 +19,11 @@ from transformers import TrainerState
 from scalabl.evaluation.dataset import Example
 from scalabl.evaluation.inference import EncodedSet, encode_examples, logits_of, predictive_of, scores
 from scalabl.files.adapter_directory import load_adapter, read_config, read_weights
-from scalabl.model.layer import RowSamples
+from scalabl.model.forward_pass import ForwardPass, RowSamples
 from scalabl.model.posterior import kl_divergence
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import trunk_cache
 from scalabl.prompt import Prompter
 from scalabl.training.published import KLSteps, cycle_length, kl_rate
@@ -121,7 +123,7 @@ def test_the_loss_is_the_evidence_lower_bound_per_example() -> None:
     terms = module(ids, lengths, TRAIN.num_choices[:5], TRAIN.answers[:5])
     torch.manual_seed(3)
     epsilon = torch.randn(5, model.num_stochastic_parameters)
-    log_p = model.run_rows(ids, lengths, RowSamples(model.sample(epsilon), torch.arange(5))).log_softmax(-1)
+    log_p = model.run(ForwardPass(ids, lengths, RowSamples(model.sample(epsilon), torch.arange(5)))).log_softmax(-1)
     nll = -log_p[torch.arange(5), TRAIN.answers[:5]].mean()
     kl = kl_divergence(*model.posterior(), prior_std=0.7)
     assert terms["nll"].item() == pytest.approx(nll.item(), rel=1e-6)
@@ -151,7 +153,7 @@ def test_choices_that_an_example_does_not_have_take_no_part_in_its_loss() -> Non
     two = module(ids, lengths, torch.tensor([2]), torch.tensor([1]))["nll"]
     torch.manual_seed(0)
     epsilon = torch.randn(1, model.num_stochastic_parameters)
-    logits = model.run_rows(ids, lengths, RowSamples(model.sample(epsilon), torch.arange(1)))
+    logits = model.run(ForwardPass(ids, lengths, RowSamples(model.sample(epsilon), torch.arange(1))))
     assert two.item() == pytest.approx(-logits[0, :2].log_softmax(-1)[1].item(), rel=1e-6)
 
 
@@ -221,7 +223,7 @@ def test_keeping_the_trunk_s_states_changes_no_step(tmp_path: Path) -> None:
 def test_a_cache_beyond_its_limit_is_not_made() -> None:
     model = ScalaBLModel(tiny.base_model(), tiny.config_for(layers_to_transform=(1,)))
     tiny.fill(model)
-    model.find_shared_work()
+    find_shared_work(model)
     tokens = sum(map(len, TRAIN.sequences))
     assert trunk_cache(model, TRAIN, tokens * 32 * 4 / 2**30) is not None
     assert trunk_cache(model, TRAIN, (tokens * 32 * 4 - 1) / 2**30) is None

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scalabl.evaluation.inference import EncodedSet
 from scalabl.model.posterior import Draws, Scheme
-from scalabl.model.scalabl_model import GRADIENT_TOKENS, ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import GRADIENT_TOKENS, ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.linearized import NEGLIGIBLE, controlled, linearize, linearized_predictive, relative_spread
 from scalabl.uncertainty.predictive import Predictive, predictive
 from tests import tiny

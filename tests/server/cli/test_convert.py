@@ -12,7 +12,7 @@ from scalabl_server.cli.main import app
 from typer.testing import CliRunner, Result
 
 from scalabl.files.adapter_directory import load_adapter, read_config
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from tests import tiny
 
 COLOURS = list(tiny.CLASSIFICATION.choices)

@@ -16,7 +16,8 @@ from scalabl_kernels.reference import subspace_projection_torch
 
 import scalabl.model.layer
 from scalabl.files.adapter_directory import load_adapter
-from scalabl.model.scalabl_model import ScalaBLModel, TokenBatch
+from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.model.token_batch import TokenBatch
 from tests import tiny
 from tests.published import load_published
 from tests.server.conftest import serving, settings_for

@@ -15,7 +15,7 @@ from scalabl_server.engines.interface import Engine, load_engine
 from scalabl_server.settings import ServeSettings
 
 from scalabl.files.adapter_directory import save_adapter
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import controlled, linearize
 from tests import tiny
