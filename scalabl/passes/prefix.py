@@ -22,10 +22,11 @@ UNLIMITED = 2**62
 
 @torch.inference_mode()
 def longest_exact(model: ScalaBLModel) -> int:
-    """Tokens of the longest prompt for which a kept prefix is known to change no number, 0 where it changes any.
+    """Tokens of the longest prompt for which a cached prefix is known to change no logit; 0 where it changes any.
 
-    Known by passes, so that it holds for any architecture. Where a window of attention is longer than they can reach
-    beyond, or positions are scaled by the prompt's length, it is known below that length only.
+    It is tried out with a few passes, so that it holds for any architecture. Those passes are short: where attention has a
+    longer window than they can reach beyond, or positions are scaled by the prompt's length, the result holds only for
+    prompts below that length.
     """
     window = _window(model.base)
     length = window + SHORT if window <= LONGEST_WINDOW else SHORT
@@ -35,7 +36,7 @@ def longest_exact(model: ScalaBLModel) -> int:
 
 @unrounded()
 def _is_exact(model: ScalaBLModel, length: int) -> bool:
-    """Whether passes after half of so many tokens give the numbers of passes over all of them."""
+    """Whether passes that begin after half of so many tokens give the logits of passes over all of them."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.base.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, (3, length), generator=generator)
@@ -74,7 +75,7 @@ def _window(base: PreTrainedModel) -> int:
 
 
 def _unscaled(base: PreTrainedModel) -> int:
-    """The longest prompt whose positions no rotary embedding scales by the prompt's length."""
+    """The longest prompt for which no rotary embedding scales its positions by the prompt's length."""
     config = base.config.get_text_config(decoder=True)
     given = getattr(config, "rope_parameters", None) or {}
     each = [given, *(value for value in given.values() if isinstance(value, dict))]

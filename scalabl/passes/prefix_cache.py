@@ -1,8 +1,8 @@
-"""Which beginnings of prompts are kept, within a bound of bytes, and found again in later prompts.
+"""The prefix cache: keys and values of beginnings that prompts share, kept within a bound of bytes and found again.
 
-A beginning has a name: the chained hash of its blocks of tokens, as in vLLM. It is worth keeping once a second prompt brings
-it (or it is the template's own), so that a stream of ever new prompts stores nothing. What is kept serves every shorter
-beginning too. Which of a batch's prompts share a pass over what is left of them is `grouping`'s to say.
+A prefix is named by the chained hash of its blocks of tokens, as in vLLM. It is cached once a second prompt begins with it
+(or at once when it is the template's own text), so that a stream of ever new prompts stores nothing. A cached prefix also
+serves every shorter one that it begins with. Which prompts of a batch share a pass after a prefix is decided in `grouping`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.passes.prefix import longest_exact
 
 BLOCK = 16  # tokens
-FEWEST_BLOCKS = 2  # of a beginning that is not the template's
-FEWEST_TOKENS = 4  # of the template's: fewer save less than a pass with a prefix costs more
-REMEMBERED = 2**15  # names of which it is known how often they came
+FEWEST_BLOCKS = 2  # of a prefix that is not the template's
+FEWEST_TOKENS = 4  # of the template's: a shorter one saves less than the longer pass costs
+REMEMBERED = 2**15  # names whose number of prompts is remembered
 COUNTLESS = 2**16
 
 
 @dataclass(frozen=True)
 class Table:
-    """Draws `start` to `stop` - 1 of a sequence; the sequence is None where all draws give the same."""
+    """Draws `start` to `stop` - 1 of a sequence; the sequence is None where the prefix is the same under all draws."""
 
     sequence: Hashable
     start: int
@@ -36,8 +36,13 @@ class Table:
 
 
 @dataclass(eq=False)
-class Kept:
-    """A prefix under some draws, found under the name of every beginning that it serves."""
+class CachedPrefix:
+    """A prefix under some draws.
+
+    Attributes:
+        names: of the prefix and of every shorter one that it serves, the longest last.
+        owner: the adapter's `PrefixCache`.
+    """
 
     prefix: Prefix
     table: Table
@@ -46,111 +51,111 @@ class Kept:
 
 
 class PrefixStore:
-    """What is kept, of all adapters together: the least recently used goes first.
+    """The cached prefixes of all adapters together; the least recently used one goes first.
 
     Attributes:
-        limit: bytes. bytes: what is held now.
-        evictions: prefixes that had to make room. queried_tokens, hit_tokens: tokens of prompts, and those of them that no
-            pass had to compute.
+        limit: the most bytes. bytes: what is held now.
+        evictions: prefixes that were removed to make room. queried_tokens, hit_tokens: tokens of prompts, and those of them
+            that no pass had to compute.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
         self.evictions = self.queried_tokens = self.hit_tokens = 0
-        self._kept: OrderedDict[Kept, None] = OrderedDict()
-        self._of: dict[tuple[bytes, Hashable], list[Kept]] = {}
-        self._times: OrderedDict[bytes, int] = OrderedDict()
+        self._entries: OrderedDict[CachedPrefix, None] = OrderedDict()
+        self._by_name: dict[tuple[bytes, Hashable], list[CachedPrefix]] = {}
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
 
     def see(self, name: bytes) -> None:
-        """A prompt has this beginning."""
-        self._times[name] = self._times.get(name, 0) + 1
-        self._times.move_to_end(name)
-        if len(self._times) > REMEMBERED:
-            self._times.popitem(last=False)
+        """Count a prompt that begins with this prefix."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._counts.move_to_end(name)
+        if len(self._counts) > REMEMBERED:
+            self._counts.popitem(last=False)
 
-    def times(self, name: bytes) -> int:
-        """How many prompts had it, as far as is remembered."""
-        return self._times.get(name, 0)
+    def count(self, name: bytes) -> int:
+        """How many prompts began with this prefix, as far as is remembered."""
+        return self._counts.get(name, 0)
 
     def holds(self, name: bytes, table: Table) -> bool:
         """Whether `find` would find it."""
         return self._covering(name, table) is not None
 
     def find(self, name: bytes, table: Table) -> list[Prefix] | None:
-        """Prefixes that begin so, whose samples make up the table one after another; None where any is missing."""
+        """Prefixes of this name whose samples, one prefix after another, make up the table; None where any is missing."""
         parts = self._covering(name, table)
         if parts is None:
             return None
-        for kept, _, _ in parts:
-            self._kept.move_to_end(kept)
-        return [kept.prefix.samples(start, stop) for kept, start, stop in parts]
+        for entry, _, _ in parts:
+            self._entries.move_to_end(entry)
+        return [entry.prefix.samples(start, stop) for entry, start, stop in parts]
 
-    def _covering(self, name: bytes, table: Table) -> list[tuple[Kept, int, int]] | None:
-        parts, at = list[tuple[Kept, int, int]](), table.start
+    def _covering(self, name: bytes, table: Table) -> list[tuple[CachedPrefix, int, int]] | None:
+        parts, at = list[tuple[CachedPrefix, int, int]](), table.start
         while at < table.stop:
-            here = [k for k in self._of.get((name, table.sequence), ()) if k.table.start <= at < k.table.stop]
-            if not here:
+            entries = [e for e in self._by_name.get((name, table.sequence), ()) if e.table.start <= at < e.table.stop]
+            if not entries:
                 return None
-            kept = max(here, key=lambda k: k.table.stop)
-            stop = min(kept.table.stop, table.stop)
-            parts.append((kept, at - kept.table.start, stop - kept.table.start))
+            entry = max(entries, key=lambda e: e.table.stop)
+            stop = min(entry.table.stop, table.stop)
+            parts.append((entry, at - entry.table.start, stop - entry.table.start))
             at = stop
         return parts
 
-    def keep(self, kept: Kept) -> None:
-        """Add a prefix, in the place of the shorter ones under the same draws that it serves as well."""
-        size = kept.prefix.nbytes
+    def add(self, entry: CachedPrefix) -> None:
+        """Cache a prefix. Shorter ones under the same draws that it serves too are removed."""
+        size = entry.prefix.nbytes
         if size > self.limit:
             return
-        for name in kept.names:
-            for other in [k for k in self._of.get((name, kept.table.sequence), ()) if k.table == kept.table]:
+        for name in entry.names:
+            for other in [e for e in self._by_name.get((name, entry.table.sequence), ()) if e.table == entry.table]:
                 if other.names[-1] == name:
                     self._remove(other)
         while self.bytes + size > self.limit:
-            self._remove(next(iter(self._kept)))
+            self._remove(next(iter(self._entries)))
             self.evictions += 1
-        self._kept[kept] = None
+        self._entries[entry] = None
         self.bytes += size
-        for name in kept.names:
-            self._of.setdefault((name, kept.table.sequence), []).append(kept)
+        for name in entry.names:
+            self._by_name.setdefault((name, entry.table.sequence), []).append(entry)
 
     def drop(self, owner: object) -> None:
         """Remove what belongs to one adapter."""
-        for kept in [kept for kept in self._kept if kept.owner is owner]:
-            self._remove(kept)
+        for entry in [entry for entry in self._entries if entry.owner is owner]:
+            self._remove(entry)
 
     def clear(self) -> None:
         """Remove everything."""
-        while self._kept:
-            self._remove(next(iter(self._kept)))
+        while self._entries:
+            self._remove(next(iter(self._entries)))
 
-    def _remove(self, kept: Kept) -> None:
-        del self._kept[kept]
-        self.bytes -= kept.prefix.nbytes
-        for name in kept.names:
-            key = (name, kept.table.sequence)
-            self._of[key].remove(kept)
-            if not self._of[key]:
-                del self._of[key]
+    def _remove(self, entry: CachedPrefix) -> None:
+        del self._entries[entry]
+        self.bytes -= entry.prefix.nbytes
+        for name in entry.names:
+            key = (name, entry.table.sequence)
+            self._by_name[key].remove(entry)
+            if not self._by_name[key]:
+                del self._by_name[key]
 
 
 class PrefixCache:
-    """The kept prefixes of one adapter.
+    """The cached prefixes of one adapter.
 
     Args:
         store: shared with other adapters.
-        known: what the template puts before every input.
+        opening: the tokens that the template puts before every input.
 
     Attributes:
-        longest: tokens of the longest prompt of which anything is kept (`longest_exact`).
+        longest: tokens of the longest prompt whose prefixes are cached (`longest_exact`); 0 for none.
     """
 
-    def __init__(self, store: PrefixStore, model: ScalaBLModel, known: Sequence[int] = ()) -> None:
-        self.store, self._model, self._known = store, model, list(known)
-        self._salt = os.urandom(16)  # names of two adapters differ, and none can be worked out beforehand
+    def __init__(self, store: PrefixStore, model: ScalaBLModel, opening: Sequence[int] = ()) -> None:
+        self.store, self._model, self._opening = store, model, list(opening)
+        self._salt = os.urandom(16)  # so that two adapters' names differ, and nobody can compute a name beforehand
         self.longest = longest_exact(model)
         self._blocks, self._shared = 1, 0
-        self._bytes = (0, 0)  # of a token in the shared blocks, and for each sample in the others
+        self._bytes = (0, 0)  # of a token: in the shared blocks, and for each sample in the others
         if self.longest:
             self._blocks, self._shared = model.num_blocks, model.shared_blocks
             one = model.prefix([0], model.mean_draw())
@@ -159,7 +164,7 @@ class PrefixCache:
 
     @property
     def device(self) -> str:
-        """The type of the model's."""
+        """The type of the model's device."""
         return self._model.device.type
 
     @property
@@ -168,30 +173,30 @@ class PrefixCache:
         return self._model.packs
 
     def names(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Length -> name of the beginnings of a prompt that could be kept, ascending; the last token is in none."""
+        """Length -> name of each prefix of a prompt that could be cached, ascending; the last token is in none of them."""
         if len(ids) > self.longest:
             return {}
-        found, digest = {}, self._salt
+        names, digest = {}, self._salt
         for stop in range(BLOCK, len(ids), BLOCK):
             digest = blake2b(digest + array("q", ids[stop - BLOCK : stop]).tobytes(), digest_size=16).digest()
-            found[stop] = digest
-        known = len(self._known)
-        if FEWEST_TOKENS <= known < len(ids) and list(ids[:known]) == self._known:
-            found[known] = self._salt
-        return dict(sorted(found.items()))
+            names[stop] = digest
+        opening = len(self._opening)
+        if FEWEST_TOKENS <= opening < len(ids) and list(ids[:opening]) == self._opening:
+            names[opening] = self._salt
+        return dict(sorted(names.items()))
 
     def see(self, names: dict[int, bytes]) -> None:
-        """A prompt with these beginnings has come."""
+        """Count a prompt that has these prefixes."""
         for length, name in names.items():
             if length >= FEWEST_BLOCKS * BLOCK:
                 self.store.see(name)
 
-    def times(self, name: bytes) -> int:
-        """How many prompts begin so, as far as is known; the template's beginning counts as countless."""
-        return COUNTLESS if name == self._salt else self.store.times(name)
+    def count(self, name: bytes) -> int:
+        """How many prompts had this prefix, as far as is remembered; the template's own counts as countless."""
+        return COUNTLESS if name == self._salt else self.store.count(name)
 
     def table(self, draws: Draws) -> Table | None:
-        """Under which draws a prefix is kept; None for those that cannot be told from others."""
+        """The draws under which a prefix is cached; None for draws that are no part of a seed's sequence."""
         if self._shared == self._blocks:
             return Table(None, 0, 1)
         if draws.start is None:
@@ -199,42 +204,44 @@ class PrefixCache:
         return Table((draws.seed, draws.scheme), draws.start, draws.start + draws.num_samples)
 
     def weight(self, num_samples: int) -> float:
-        """Rows that a token of an input is computed in, in the mean over all blocks."""
+        """The rows in which a token of an input is computed, as a mean over all decoder blocks."""
         return (self._shared + (self._blocks - self._shared) * num_samples) / self._blocks
 
     def nbytes(self, length: int, table: Table) -> int:
-        """What a prefix of so many tokens takes."""
+        """The bytes of a prefix of so many tokens."""
         return length * (self._bytes[0] + self._bytes[1] * (table.stop - table.start))
 
     def past(self, ids: Sequence[int], names: dict[int, bytes], length: int, draws: Sequence[Draws]) -> Past:
-        """The beginning of these tokens under each of the different draws: kept ones, else computed and kept.
+        """The first `length` of these tokens under each of the draws: from the cache, else computed and cached.
 
         Args:
-            names: of these tokens. length: one of those in it.
+            names: of the tokens' prefixes (`names`); `length` is one of theirs.
+            draws: all different.
         """
         parts = {}
         for wanted in draws:
             table = self.table(wanted)
-            assert table is not None
+            assert table is not None  # `grouping` gives other draws no prefix
             prefixes = self.store.find(names[length], table)
-            parts[wanted.key] = [self._make(ids[:length], names, wanted, table)] if prefixes is None else prefixes
+            parts[wanted.key] = [self._compute(ids[:length], names, wanted, table)] if prefixes is None else prefixes
         return Past(parts, length)
 
-    def _make(self, tokens: Sequence[int], names: dict[int, bytes], draws: Draws, table: Table) -> Prefix:
+    def _compute(self, tokens: Sequence[int], names: dict[int, bytes], draws: Draws, table: Table) -> Prefix:
+        """A prefix, computed from the longest one that is cached, and then cached itself."""
         own = {length: name for length, name in names.items() if length <= len(tokens)}
-        start = self.stored(own, table)
+        start = self.cached_tokens(own, table)
         before = self.store.find(own[start], table) if start else None
         if self._shared == self._blocks:
             draws = draws.part(0, 1)
         past = Past({draws.key: before}, start) if before else None
         prefix = self._model.prefix(tokens[start:], draws, past)
-        self.store.keep(Kept(prefix, table, tuple(own.values()), self))
+        self.store.add(CachedPrefix(prefix, table, tuple(own.values()), self))
         return prefix
 
-    def stored(self, names: dict[int, bytes], table: Table) -> int:
-        """Tokens of the longest of these beginnings that is kept under these draws, 0 for none."""
+    def cached_tokens(self, names: dict[int, bytes], table: Table) -> int:
+        """Tokens of the longest of these prefixes that is cached under these draws; 0 for none."""
         return next((length for length in reversed(names) if self.store.holds(names[length], table)), 0)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove everything that is cached for this adapter."""
         self.store.drop(self)

@@ -21,7 +21,7 @@ PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attri
 
 
 def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether two ways of computing gave the same logits, up to rounding."""
+    """Whether two ways to compute the same logits agree up to rounding."""
     # A difference in the last bit can take an activation over the edge between two of its 256 values.
     exact = base.dtype == torch.float32 and not rounds_activations(base)
     tolerance = 1e-4 if exact else 2e-2
@@ -34,14 +34,14 @@ def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequenc
 @unrounded()
 @torch.no_grad()
 def find_shared_work(model: ScalaBLModel) -> None:
-    """Find out what all samples of an input have in common, and what need not be computed at all.
+    """Try each shortcut with this base model and adapter, and turn on those that change no logit.
 
-    * The trunk and the last block's MLP (`trunk.Trunk`): whether rows that fan out only after the one, and are cut to
-      the position that is read before the other, get the numbers that they get without.
-    * Padding (`packing`): whether rows that lie end to end get the numbers that padded ones get. On a CPU only, where
-      attention for one length after the other costs less than padding does.
-    * The adapted layers before which nothing is random: the first of a pass, and every other that is given the very
-      same tensor (q, k and v of one attention). They multiply each input once.
+    * The trunk (`model.trunk`): rows fan out to samples after the blocks that no sample changes; and the last block's MLP
+      computes only the position that is read.
+    * Passes without padding (`model.packing`). On a CPU only, where attention over one length after the other costs less
+      than padding does.
+    * Adapted layers before which nothing is random multiply each input once: the first of a pass, and every other layer
+      that is given the very same tensor (q, k and v of one attention).
     """
     trunk = model.trunk
     if trunk.blocks:

@@ -1,4 +1,7 @@
-"""Passes over the same prompts, or some of them, again and again: what no sample changes is computed once."""
+"""Several passes over the same prompts, as adaptive sampling needs: what no sample changes is computed once.
+
+When to stop sampling is decided in `uncertainty.adaptive`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from scalabl.passes.prefix_cache import PrefixCache
 
 @dataclass
 class _Part:
-    """The prompts of one pass, after the first `start` tokens, which they have in common.
+    """The prompts of one pass, which begins after the `start` tokens of a prefix that all of them have.
 
     Attributes:
-        names: of all beginnings that they have in common (`PrefixCache.names`).
-        states: [B, T, D], what the trunk gives for the others.
+        names: of all prefixes that they have in common (`PrefixCache.names`).
+        states: [B, T, D], the trunk's output for the tokens after the prefix; None until it has run.
     """
 
     indices: Sequence[int]
@@ -31,12 +34,13 @@ class _Part:
 
 
 class Rounds:
-    """A batch of prompts, called by any numbers, over which more than one pass may run.
+    """A batch of prompts over which more than one pass may run.
 
     Args:
-        draws: of the first round. The later ones go on in the same sequences.
-        cache: where beginnings that prompts have in common are kept; None to run every prompt from its first token.
-        keeps_trunk: whether there may be more passes than one, so that what the trunk gives is worth keeping.
+        sequences: token ids of each prompt, by an index of the caller's.
+        draws: of the first round, by the same indices. Later rounds go on in the same sequences of draws.
+        cache: the prefix cache; None to run every prompt from its first token.
+        keeps_trunk: whether there may be more passes than one, so that the trunk's output is worth keeping.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Rounds:
             ]
 
     def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
-        """Logits [K, C] on the CPU of those prompts that are given draws."""
+        """One round: logits [K, C] on the CPU of the prompts that have draws here, by index."""
         logits: dict[int, Tensor] = {}
         for part in self._parts:
             indices = [index for index in part.indices if index in draws]
