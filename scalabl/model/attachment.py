@@ -1,4 +1,7 @@
-"""Several adapters over one base model: which of them sits in it now, and the exchange. What is put in is `model`'s."""
+"""Several adapters over one base model: which one is attached, and how one takes the place of another.
+
+What an adapter attaches is decided in `scalabl_model`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from transformers import PreTrainedModel
 
 
 class Host:
-    """A base model's own modules, as they were before any adapter, and the adapter that is in their place now.
+    """A base model's own modules, as they were before any adapter, and the adapter that is attached now.
 
-    There is one host for each base model, made (and the base frozen) when its first adapter is; it keeps the whole head,
-    which later adapters cut theirs from. Nothing is locked: passes, `attach` and `detach` belong to one thread. Building
-    an adapter reads only `modules`, which never changes, so that any thread may do it while passes run.
+    There is one host for each base model. It is made, and the base frozen, with the first adapter; it keeps the whole head,
+    from which each adapter cuts its own. Nothing is locked: passes, `attach` and `detach` belong to one thread. Building
+    an adapter only reads `modules`, which never change, so that any thread may do it while passes run.
 
     Attributes:
         modules: every module of the base by its path.
         head_name, head: the output head, None where the model has none.
-        attached: the adapter in place.
+        attached: the adapter that is attached, None for none.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -31,7 +34,7 @@ class Host:
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> Host:
-        """The host of a base model, kept on the model itself so that it lives exactly as long."""
+        """The host of a base model, stored on the model itself so that it lives exactly as long."""
         host: Host | None = base.__dict__.get("_scalabl_host")
         if host is None:
             host = cls(base)
@@ -40,37 +43,37 @@ class Host:
 
     @staticmethod
     def forget(base: PreTrainedModel) -> None:
-        """Before modules of the base are exchanged for good; the adapters that were made for it are of no use then."""
+        """To be called before modules of the base are replaced for good; adapters made for it cannot be used afterwards."""
         host: Host | None = base.__dict__.pop("_scalabl_host", None)
         if host is not None and host.attached is not None:
             host.attached.detach()
 
 
 class Hooks(Protocol):
-    """What comes and goes with an adapter beside its modules."""
+    """What is attached and detached with an adapter beside its modules."""
 
     def attach(self) -> None: ...
     def detach(self) -> None: ...
 
 
 class Attachment:
-    """The modules that one adapter puts in the place of the base's own.
+    """The modules with which one adapter replaces the base's own.
 
     Args:
-        replacements: path in the base -> the module to put there.
-        hooks: of the base's other modules.
+        replacements: path in the base -> the module that takes its place.
+        hooks: on the base's other modules.
     """
 
     def __init__(self, host: Host, replacements: Mapping[str, nn.Module], hooks: Hooks) -> None:
         self._host, self._hooks = host, hooks
-        # The parents' own tables: an exchange is one assignment per module, microseconds for a whole model.
+        # The parents' own tables: replacing a module is one assignment, microseconds for a whole model.
         self._slots: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
         for path, replacement in replacements.items():
             parent, _, leaf = path.rpartition(".")
             self._slots.append((host.modules[parent]._modules, leaf, replacement, host.modules[path]))
 
     def attach(self) -> None:
-        """Put the adapter in, whichever was there before; nothing happens when it is this one."""
+        """Attach the adapter in place of the one that is attached; nothing happens when it is this one."""
         if self._host.attached is self:
             return
         if self._host.attached is not None:
@@ -81,7 +84,7 @@ class Attachment:
         self._host.attached = self
 
     def detach(self) -> None:
-        """Give the base its own modules back; nothing happens when another adapter is in place."""
+        """Give the base its own modules back; nothing happens when another adapter is attached."""
         if self._host.attached is not self:
             return
         for table, leaf, _, original in self._slots:

@@ -109,11 +109,11 @@ class ScalaBLModel(nn.Module):
             self.attach()
 
     def attach(self) -> None:
-        """Put this adapter into the base model, in the place of whichever was there."""
+        """Attach this adapter to the base model, in place of the one that is attached."""
         self._attachment.attach()
 
     def detach(self) -> None:
-        """Take this adapter out of the base model, if it is in; its own modules are back then."""
+        """Detach this adapter, if it is attached; the base model then has its own modules again."""
         self._attachment.detach()
 
     @property
@@ -127,7 +127,7 @@ class ScalaBLModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where a pass begins, and what the method itself computes."""
+        """The device on which a pass begins and ends."""
         return device_of(self.base.get_input_embeddings())
 
     @property

@@ -72,11 +72,11 @@ class Trunk:
 
     @property
     def has_states(self) -> bool:
-        """Whether what it gives can be kept, and a pass begin after it."""
+        """Whether its output can be kept, so that a later pass begins after it."""
         return self.verified and bool(self.blocks) and self.depth > 0
 
     def attach(self) -> None:
-        """Put the hooks in."""
+        """Register the hooks."""
         for index, block in enumerate(self.blocks[self.depth :]):
             hook = self._fan_out(first=index == 0)
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -152,18 +152,18 @@ class Trunk:
         return wide
 
     def detach(self) -> None:
-        """Take them out."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def learn(self, run: Callable[[int], object]) -> None:
-        """Find out which arguments do not have an entry for each input: those that do not follow when their number changes.
+        """Find out which arguments of a block have no entry for each input: their size does not follow the number of inputs.
 
-        An argument that short inputs do not have, such as the mask of a sliding window, goes by its size.
+        An argument that short inputs do not have, such as the mask of a sliding window, is judged by its size alone.
 
         Args:
-            run: a pass over so many inputs, which does not fan out.
+            run: runs a pass over so many inputs, in which nothing fans out.
         """
         seen: dict[int, dict[Path, int]] = {}
 
@@ -185,7 +185,7 @@ class Trunk:
         """Find out which arguments of a packed pass have an entry for each token.
 
         Args:
-            run: a packed pass over so many inputs, which does not fan out; gives its tokens.
+            run: runs a packed pass over so many inputs, in which nothing fans out; returns its number of tokens.
         """
         seen: dict[int, dict[Path, int]] = {}
         tokens: list[int] = []
@@ -222,7 +222,7 @@ class Trunk:
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """The blocks of the trunk pass on what they are given: for a pass that starts from its states."""
+        """The blocks of the trunk only pass their input on: for a pass that starts from the trunk's output."""
         skipped = self.blocks[: self.depth]
         # A block's forward may have been wrapped before, as by accelerate.
         own = [block.__dict__.get("forward") for block in skipped]
