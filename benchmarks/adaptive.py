@@ -25,13 +25,15 @@ from tqdm import tqdm
 from benchmarks.machine import describe
 from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.dataset import read_examples
-from scalabl.evaluation.inference import EncodedSet, encode_examples, logits_of, without_absent
+from scalabl.evaluation.encoded import EncodedSet, encode_examples
+from scalabl.evaluation.inference import adaptive_predictive, logits_of
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.posterior import DEFAULT_SCHEME, SCHEMES, Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
-from scalabl.uncertainty.adaptive import Estimate, Rule, adaptive_predictive, sample_adaptively
+from scalabl.uncertainty.absent_choices import without_absent
+from scalabl.uncertainty.adaptive import Estimate, Rule, sample_adaptively
 from scalabl.uncertainty.predictive import Predictive, predictive
 
 RULES = (

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.machine import describe
 from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.dataset import read_examples
-from scalabl.evaluation.inference import encode_examples, logits_of
+from scalabl.evaluation.encoded import encode_examples
+from scalabl.evaluation.inference import logits_of
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.posterior import SCHEMES, Scheme
 from scalabl.prompt import Prompter

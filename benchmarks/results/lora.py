@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.results.study import ALPHA, RANK, Study
-from scalabl.evaluation.inference import batches
 from scalabl.model.attachment import Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
+from scalabl.passes.batches import batches
 from scalabl.training.recipe import TrainingConfig
 from scalabl.training.trainer import LengthGroupedSampler
 

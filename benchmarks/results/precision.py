@@ -15,10 +15,12 @@ from torch import Tensor
 from benchmarks.machine import describe
 from benchmarks.results.runs import keep, scores_of
 from benchmarks.results.study import Study, subset
-from scalabl.evaluation.inference import EncodedSet, batches, logits_of
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import logits_of
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.posterior import SCHEMES, Draws, Scheme, draw
 from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.batches import batches
 from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
 from scalabl.uncertainty.predictive import Predictive, predictive
 

@@ -13,7 +13,7 @@ from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.config import AdapterConfig, Task
 from scalabl.evaluation.calibration import split_halves
 from scalabl.evaluation.dataset import read_examples
-from scalabl.evaluation.inference import EncodedSet, encode_examples
+from scalabl.evaluation.encoded import EncodedSet, encode_examples
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
@@ -83,7 +83,7 @@ class Study:
         """The trunk's states of every set."""
         model = self.model()
         try:
-            made = {name: trunk_cache(model, encoded, 4.0) for name, encoded in self.sets.items()}
+            made = {name: trunk_cache(model, encoded.sequences, 4.0) for name, encoded in self.sets.items()}
         finally:
             model.detach()
         return {name: cache for name, cache in made.items() if cache is not None}

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit, SetMethod
 from scalabl.errors import CalibrationError
-from scalabl.evaluation.inference import EncodedSet, logits_of, scores, without_absent
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import logits_of
+from scalabl.evaluation.scoring import scores
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.uncertainty.absent_choices import without_absent
 from scalabl.uncertainty.conformal import conformal_threshold, set_scores
 from scalabl.uncertainty.predictive import Predictive, predictive
 from scalabl.uncertainty.selective import aurc, check_rows_for_risk, doubts, guaranteed_threshold

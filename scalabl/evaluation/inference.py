@@ -1,70 +1,25 @@
-"""Running a model over labelled sets and scoring what comes out: accuracy, calibration, and telling OOD inputs apart."""
+"""Running a model over a set of prompts: logits and predictives of every input, in batches of similar length.
+
+What comes out is scored in `scoring`; how logits become a predictive is in `uncertainty`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from scalabl.errors import DatasetError, PromptError
-from scalabl.evaluation.dataset import Example
-from scalabl.evaluation.scoring import labelled_scores, outside_scores
+from scalabl.evaluation.encoded import EncodedSet
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.prompt import Prompter
+from scalabl.passes.batches import batches
+from scalabl.passes.trunk_cache import trunk_cache
+from scalabl.uncertainty.absent_choices import without_absent
+from scalabl.uncertainty.adaptive import Estimate, Rule, sample_adaptively
+from scalabl.uncertainty.linearized import controlled, linearize
 from scalabl.uncertainty.predictive import Predictive, predictive
-
-ABSENT = -1e6  # the logit of a choice that an input does not have
-
-
-@dataclass(frozen=True)
-class EncodedSet:
-    """N examples as prompts. `num_choices` [N] may vary for multiple choice; `answers` [N] has -1 for none of them."""
-
-    sequences: list[list[int]]
-    answers: Tensor
-    num_choices: Tensor
-
-
-def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
-    """Prompts of a data set for a task.
-
-    Raises:
-        DatasetError: a row whose choices are not the task's, or that cannot become a prompt, with file and line.
-    """
-    task = prompter.task
-    sequences = []
-    for example in examples:
-        choices = None if task.kind == "classification" else example.choices
-        if choices is None and example.choices != task.choices:
-            raise DatasetError(
-                f"{example.source}: the choices are {list(example.choices)}; the task has {list(task.choices)}"
-            )
-        try:
-            sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))
-        except PromptError as error:
-            raise DatasetError(f"{example.source}: {error}") from None
-    return EncodedSet(
-        sequences,
-        torch.tensor([example.answer for example in examples]),
-        torch.tensor([len(example.choices) for example in examples]),
-    )
-
-
-def batches(lengths: Sequence[int], num_samples: int, max_batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each within rows * longest <= max_batch_tokens (at least one input)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * num_samples * lengths[index] > max_batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def logits_of(
@@ -91,23 +46,71 @@ def logits_of(
     return result
 
 
-def without_absent(logits: Tensor, num_choices: Tensor) -> Tensor:
-    """[N, K, C], with the logits of choices that an input does not have put out of reach, at any usual temperature."""
-    absent = torch.arange(logits.shape[-1]) >= num_choices.unsqueeze(1)  # [N, C]
-    return logits.masked_fill(absent.unsqueeze(1), ABSENT)
-
-
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
     """The predictive of N inputs, each over the choices that it has."""
     return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
 
 
-def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
-    """Every score of `scoring.labelled_scores` that there is: answers [N], each an index into the choices."""
-    found = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+def linearized_predictive(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    *,
+    draws: Draws | None = None,
+    negligible: float = 0.0,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> Predictive:
+    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches.
+
+    Args:
+        draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
+    """
+    found: dict[int, Predictive] = {}
+    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
+        tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
+        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        if draws is None:
+            outcome = linear.predictive(model.config.temperature)
+        else:
+            logits = without_absent(model.logits(tokens, draws).cpu(), counts)
+            outcome = controlled(logits, linear, draws, model.config.temperature)
+        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
+        if on_progress is not None:
+            on_progress(len(batch))
+    return Predictive.stack([found[index] for index in range(len(found))])
 
 
-def ood_scores(inside: Predictive, outside: Predictive) -> dict[str, float]:
-    """AUROC with which each doubt score ranks the inputs of `outside` above those of `inside`, and the means outside."""
-    return {name: float(value) for name, value in outside_scores(inside, outside).items()}
+def adaptive_predictive(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    draws: Draws,
+    rule: Rule,
+    *,
+    max_batch_tokens: int = 4096,
+    trunk_gib: float = 1.0,
+) -> list[Estimate]:
+    """The predictive of a data set, each input over the choices that it has and with as many samples as it needs.
+
+    Args:
+        draws: `rule.most` of them.
+        trunk_gib: what the trunk's states of all inputs may take; where they fit, the trunk runs once and not every round.
+    """
+    assert draws.num_samples == rule.most
+    kept = trunk_cache(model, encoded.sequences, trunk_gib)
+
+    def run(going: Sequence[int], start: int, stop: int) -> Tensor:
+        def states(batch: Tensor, width: int) -> Tensor:
+            assert kept is not None
+            return kept.of(torch.tensor(going)[batch], width)
+
+        logits = logits_of(
+            model,
+            [encoded.sequences[index] for index in going],
+            draws.part(start, stop),
+            max_batch_tokens=max_batch_tokens,
+            states=None if kept is None else states,
+        )
+        return without_absent(logits, encoded.num_choices[list(going)])
+
+    return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)

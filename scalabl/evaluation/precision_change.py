@@ -14,7 +14,8 @@ from scalabl.base.int8 import to_int8
 from scalabl.base.pretrained import Pretrained
 from scalabl.config import Quantization, Task
 from scalabl.evaluation.dataset import read_examples
-from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import logits_of, predictive_of
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.attachment import Host
 from scalabl.model.posterior import Draws

@@ -6,6 +6,7 @@ resample, as if each input stood there so often. All in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -103,6 +104,12 @@ def labelled_scores(outcome: Predictive, answers: Tensor, weights: Tensor | None
         result[f"auroc_wrong_{name}"] = auroc(weights, doubt, ~hit)
         result[f"aurc_{name}"] = aurc(weights, doubt, ~hit)
     return result
+
+
+def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
+    """Every score of `labelled_scores` that there is: answers [N], each an index into the choices."""
+    found = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def outside_scores(

@@ -25,7 +25,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.config import AdapterConfig
-from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of, scores
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
 from scalabl.files.peft_lora import relative_log_std
 from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
@@ -282,7 +284,7 @@ def train_adapter(
         callbacks.append(KLSteps(model, recipe, len(train.sequences)))
     if recipe.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
-    trunks = caches or tuple(trunk_cache(model, rows, recipe.trunk_cache_gib) for rows in (train, validation))
+    trunks = caches or tuple(trunk_cache(model, rows.sequences, recipe.trunk_cache_gib) for rows in (train, validation))
     module = VariationalModule(model, recipe, len(train.sequences), trunks[0])
     trainer = VariationalTrainer(
         module, validation, trunks[1], args=arguments, train_dataset=_rows(train), callbacks=callbacks

@@ -21,10 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from scalabl.evaluation.inference import EncodedSet, logits_of, without_absent
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme
-from scalabl.model.scalabl_model import ScalaBLModel
-from scalabl.passes.trunk_cache import trunk_cache
+from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
 from scalabl.uncertainty.predictive import Predictive, independent_units, predictive, standard_error
 
 Target = Literal["decision", "probabilities", "mutual_information"]
@@ -194,38 +191,3 @@ def sample_adaptively(
         going = [index for index in going if index not in found]
         start = stop
     return [found[index] for index in range(count)]
-
-
-def adaptive_predictive(
-    model: ScalaBLModel,
-    encoded: EncodedSet,
-    draws: Draws,
-    rule: Rule,
-    *,
-    max_batch_tokens: int = 4096,
-    trunk_gib: float = 1.0,
-) -> list[Estimate]:
-    """The predictive of a data set, each input over the choices that it has and with as many samples as it needs.
-
-    Args:
-        draws: `rule.most` of them.
-        trunk_gib: what the trunk's states of all inputs may take; where they fit, the trunk runs once and not every round.
-    """
-    assert draws.num_samples == rule.most
-    kept = trunk_cache(model, encoded, trunk_gib)
-
-    def run(going: Sequence[int], start: int, stop: int) -> Tensor:
-        def states(batch: Tensor, width: int) -> Tensor:
-            assert kept is not None
-            return kept.of(torch.tensor(going)[batch], width)
-
-        logits = logits_of(
-            model,
-            [encoded.sequences[index] for index in going],
-            draws.part(start, stop),
-            max_batch_tokens=max_batch_tokens,
-            states=None if kept is None else states,
-        )
-        return without_absent(logits, encoded.num_choices[list(going)])
-
-    return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)

@@ -8,16 +8,15 @@ samples cost nothing. Exact for an adapter of the head alone; biased where sigma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from scalabl.evaluation.inference import ABSENT, EncodedSet, batches, without_absent
 from scalabl.model.posterior import Draws, draw
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
+from scalabl.uncertainty.absent_choices import ABSENT
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
@@ -115,36 +114,6 @@ def linearize(
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     mean = mean.double().cpu().masked_fill(~present, ABSENT)
     return Linearization(mean, jacobian.double().cpu() * deviation, columns)
-
-
-def linearized_predictive(
-    model: ScalaBLModel,
-    encoded: EncodedSet,
-    *,
-    draws: Draws | None = None,
-    negligible: float = 0.0,
-    max_batch_tokens: int = 4096,
-    on_progress: Callable[[int], object] | None = None,
-) -> Predictive:
-    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches.
-
-    Args:
-        draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
-    """
-    found: dict[int, Predictive] = {}
-    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
-    for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
-        tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
-        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
-        if draws is None:
-            outcome = linear.predictive(model.config.temperature)
-        else:
-            logits = without_absent(model.logits(tokens, draws).cpu(), counts)
-            outcome = controlled(logits, linear, draws, model.config.temperature)
-        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
-        if on_progress is not None:
-            on_progress(len(batch))
-    return Predictive.stack([found[index] for index in range(len(found))])
 
 
 def relative_spread(model: ScalaBLModel) -> float:

@@ -21,7 +21,7 @@ from scalabl_server.cli.tables import print_report
 
 if TYPE_CHECKING:
     from scalabl.evaluation.dataset import Example
-    from scalabl.evaluation.inference import EncodedSet
+    from scalabl.evaluation.encoded import EncodedSet
     from scalabl.evaluation.report import Evaluated
     from scalabl.model.scalabl_model import ScalaBLModel
     from scalabl.prompt import Prompter
@@ -47,7 +47,7 @@ class Loaded:
     max_tokens: int
 
     def encode(self, rows: list[Example]) -> EncodedSet:
-        from scalabl.evaluation.inference import encode_examples
+        from scalabl.evaluation.encoded import encode_examples
 
         return encode_examples(self.prompter, rows, self.max_tokens)
 
@@ -119,9 +119,9 @@ def evaluate(
 def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, num_samples: int, seed: int) -> Evaluated:
     from tqdm import tqdm
 
-    from scalabl.evaluation.inference import logits_of, predictive_of
+    from scalabl.evaluation.inference import linearized_predictive, logits_of, predictive_of
     from scalabl.evaluation.report import Evaluated
-    from scalabl.uncertainty.linearized import NEGLIGIBLE, linearized_predictive
+    from scalabl.uncertainty.linearized import NEGLIGIBLE
 
     encoded, draws = loaded.encode(rows), loaded.model.draws(num_samples, seed)
     started = time.perf_counter()

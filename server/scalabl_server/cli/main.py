@@ -95,7 +95,7 @@ def _train(
         from scalabl.base.pretrained import load_pretrained, load_skeleton
         from scalabl.config import AdapterConfig
         from scalabl.evaluation.dataset import read_examples
-        from scalabl.evaluation.inference import encode_examples
+        from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_lora import adapter_of, read_peft
         from scalabl.prompt import Prompter
         from scalabl.training.trainer import train_adapter

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from scalabl.errors import CalibrationError
 from scalabl.evaluation.calibration import Options, calibrate, fit_scale, minimise, mixture_nll, split_halves
-from scalabl.evaluation.inference import EncodedSet, logits_of, predictive_of, without_absent
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.uncertainty.absent_choices import without_absent
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny
 

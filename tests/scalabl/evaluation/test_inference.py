@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from scalabl.errors import DatasetError
 from scalabl.evaluation.dataset import Example
-from scalabl.evaluation.inference import batches, encode_examples, logits_of, ood_scores, predictive_of, scores
+from scalabl.evaluation.encoded import encode_examples
+from scalabl.evaluation.inference import logits_of, ood_scores, predictive_of
+from scalabl.evaluation.scoring import scores
 from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.batches import batches
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny

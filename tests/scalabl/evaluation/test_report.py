@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit
-from scalabl.evaluation.inference import scores
 from scalabl.evaluation.plots import save_evaluation
 from scalabl.evaluation.report import Evaluated, reliability, report
+from scalabl.evaluation.scoring import scores
 from scalabl.uncertainty.predictive import predictive
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from scalabl.evaluation.inference import EncodedSet
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import adaptive_predictive
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
-from scalabl.uncertainty.adaptive import Rule, adaptive_predictive
+from scalabl.uncertainty.adaptive import Rule
 from tests import tiny
 
 SEQUENCES = dict(enumerate(tiny.ragged((3, 9, 1, 14))))

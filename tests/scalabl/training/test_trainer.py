@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import TrainerState
 
 from scalabl.evaluation.dataset import Example
-from scalabl.evaluation.inference import EncodedSet, encode_examples, logits_of, predictive_of, scores
+from scalabl.evaluation.encoded import EncodedSet, encode_examples
+from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_adapter, read_config, read_weights
 from scalabl.model.forward_pass import ForwardPass, RowSamples
 from scalabl.model.posterior import kl_divergence
@@ -225,8 +227,8 @@ def test_a_cache_beyond_its_limit_is_not_made() -> None:
     tiny.fill(model)
     find_shared_work(model)
     tokens = sum(map(len, TRAIN.sequences))
-    assert trunk_cache(model, TRAIN, tokens * 32 * 4 / 2**30) is not None
-    assert trunk_cache(model, TRAIN, (tokens * 32 * 4 - 1) / 2**30) is None
+    assert trunk_cache(model, TRAIN.sequences, tokens * 32 * 4 / 2**30) is not None
+    assert trunk_cache(model, TRAIN.sequences, (tokens * 32 * 4 - 1) / 2**30) is None
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
 
-from scalabl.evaluation.inference import EncodedSet, logits_of, without_absent
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import adaptive_predictive, logits_of
 from scalabl.model.posterior import SCHEMES, Scheme
-from scalabl.uncertainty.adaptive import TARGETS, Estimate, Rule, adaptive_predictive, sample_adaptively, settled, t_quantile
+from scalabl.uncertainty.absent_choices import without_absent
+from scalabl.uncertainty.adaptive import TARGETS, Estimate, Rule, sample_adaptively, settled, t_quantile
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny
 

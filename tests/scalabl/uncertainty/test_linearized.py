@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.evaluation.inference import EncodedSet
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import linearized_predictive
 from scalabl.model.posterior import Draws, Scheme
 from scalabl.model.scalabl_model import GRADIENT_TOKENS, ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.linearized import NEGLIGIBLE, controlled, linearize, linearized_predictive, relative_spread
+from scalabl.uncertainty.linearized import NEGLIGIBLE, controlled, linearize, relative_spread
 from scalabl.uncertainty.predictive import Predictive, predictive
 from tests import tiny
 

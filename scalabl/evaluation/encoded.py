@@ -1,0 +1,47 @@
+"""A labelled set as prompts: token ids, answers and how many choices each input has. Reading files is in `dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalabl.errors import DatasetError, PromptError
+from scalabl.evaluation.dataset import Example
+from scalabl.prompt import Prompter
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """N examples as prompts. `num_choices` [N] may vary for multiple choice; `answers` [N] has -1 for none of them."""
+
+    sequences: list[list[int]]
+    answers: Tensor
+    num_choices: Tensor
+
+
+def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
+    """Prompts of a data set for a task.
+
+    Raises:
+        DatasetError: a row whose choices are not the task's, or that cannot become a prompt, with file and line.
+    """
+    task = prompter.task
+    sequences = []
+    for example in examples:
+        choices = None if task.kind == "classification" else example.choices
+        if choices is None and example.choices != task.choices:
+            raise DatasetError(
+                f"{example.source}: the choices are {list(example.choices)}; the task has {list(task.choices)}"
+            )
+        try:
+            sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))
+        except PromptError as error:
+            raise DatasetError(f"{example.source}: {error}") from None
+    return EncodedSet(
+        sequences,
+        torch.tensor([example.answer for example in examples]),
+        torch.tensor([len(example.choices) for example in examples]),
+    )
