@@ -13,6 +13,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit, SetMethod
@@ -55,7 +56,7 @@ def _row_nll(gaps: Tensor, temperature: float) -> Tensor:
 
 
 def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> tuple[float, float]:
-    """(x, loss) of the lowest point of a grid, refined by golden section between its neighbours.
+    """(x, loss) of the lowest point of a grid, refined by a bounded search (Brent 1973) between its neighbours.
 
     Args:
         loss: of x > 0.
@@ -64,25 +65,12 @@ def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: f
     """
     values = [loss(x) for x in grid]
     best = min(range(len(grid)), key=values.__getitem__)
-    point, lowest = grid[best], values[best]
-    low, high = math.log(grid[max(0, best - 1)]), math.log(grid[min(len(grid) - 1, best + 1)])
-    golden = (math.sqrt(5) - 1) / 2
-    inner = [high - golden * (high - low), low + golden * (high - low)]
-    found = [loss(math.exp(x)) for x in inner]
-    while True:
-        for x, value in zip(inner, found, strict=True):
-            if value < lowest:
-                point, lowest = math.exp(x), value
-        if high - low <= tolerance:
-            return point, lowest
-        if found[0] <= found[1]:
-            high = inner[1]
-            inner = [high - golden * (high - low), inner[0]]
-            found = [loss(math.exp(inner[0])), found[0]]
-        else:
-            low = inner[0]
-            inner = [inner[1], low + golden * (high - low)]
-            found = [found[1], loss(math.exp(inner[1]))]
+    bounds = math.log(grid[max(0, best - 1)]), math.log(grid[min(len(grid) - 1, best + 1)])
+    refined = minimize_scalar(
+        lambda log_x: loss(math.exp(log_x)), bounds=bounds, method="bounded", options={"xatol": tolerance}
+    )
+    # Where the loss has several valleys or is lowest at an end, the grid's own point may be lower.
+    return min((grid[best], values[best]), (math.exp(refined.x), float(refined.fun)), key=lambda point: point[1])
 
 
 @dataclass(frozen=True)

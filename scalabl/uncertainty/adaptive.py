@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import Literal, get_args
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
@@ -127,28 +128,8 @@ def _separated(samples: Tensor, critical: float, scheme: Scheme) -> Tensor:
 
 @lru_cache(maxsize=256)
 def t_quantile(tail: float, degrees: int) -> float:
-    """The t that a Student variable exceeds with probability `tail` <= 1/2, by bisection of the closed form.
-
-    Abramowitz and Stegun, 26.7.3 and 26.7.4: sums of `degrees` / 2 terms.
-    """
-    low, high = 0.0, math.pi / 2  # of atan(t / sqrt(degrees))
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _tail(middle, degrees) > tail else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _tail(angle: float, degrees: int) -> float:
-    cosine = math.cos(angle)
-    odd = degrees % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for step in range(degrees // 2):
-        total += term
-        term *= cosine**2 * ((2 * step + 2) / (2 * step + 3) if odd else (2 * step + 1) / (2 * step + 2))
-    inside = math.sin(angle) * total  # P(|T| <= t) for even degrees
-    if odd:
-        inside = 2 / math.pi * (angle + inside)
-    return (1 - inside) / 2
+    """The t that a Student variable with so many degrees of freedom exceeds with probability `tail` <= 1/2."""
+    return -float(stdtrit(degrees, tail))
 
 
 @dataclass(frozen=True)

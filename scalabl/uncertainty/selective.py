@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import betainccinv
 from torch import Tensor
 
 from scalabl.config import DoubtName
@@ -56,18 +57,8 @@ def binomial_upper_bound(errors: int, count: int, delta: float) -> float:
     """Clopper and Pearson's upper bound of an error rate: the largest p with P(Binomial(count, p) <= errors) >= delta."""
     if errors >= count:
         return 1.0
-    log_choose = [
-        math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1) for i in range(errors + 1)
-    ]  # fmt: skip
-    low, high = errors / count, 1.0
-    for _ in range(60):
-        p = (low + high) / 2
-        terms = (c + i * math.log(p) + (count - i) * math.log1p(-p) for i, c in enumerate(log_choose))
-        if sum(map(math.exp, terms)) >= delta:
-            low = p
-        else:
-            high = p
-    return high
+    # P(Binomial(count, p) <= errors) is 1 minus the regularised incomplete beta function I_p(errors + 1, count - errors).
+    return float(betainccinv(errors + 1, count - errors, delta))
 
 
 def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> None:
@@ -115,19 +106,19 @@ def guaranteed_threshold(
     """
     delta = (1 - confidence) / CANDIDATES
     quantiles = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
-    found = []
+    thresholds = []
     for threshold in torch.quantile(candidates, quantiles, interpolation="higher").tolist():
         answered = doubt <= threshold
         count, errors = int(answered.sum()), int(wrong[answered].sum())
         if count:
             bound = binomial_upper_bound(errors, count, delta)
-            found.append(GuaranteedThreshold(threshold, count / len(doubt), errors / count, bound))
-    kept = [each for each in found if each.bound <= target_risk]
-    if not kept:
-        best = min((each.bound for each in found), default=1.0)
+            thresholds.append(GuaranteedThreshold(threshold, count / len(doubt), errors / count, bound))
+    within_target = [candidate for candidate in thresholds if candidate.bound <= target_risk]
+    if not within_target:
+        best = min((candidate.bound for candidate in thresholds), default=1.0)
         raise CalibrationError(
             f"no abstention threshold keeps the share of wrong answers within {target_risk:g} with confidence "
             f"{confidence:g}: the lowest that {len(doubt)} rows can promise is {math.ceil(best * 1000) / 1000:g}. "
             "Give more rows, raise --target-risk, or pass --no-abstain"
         )
-    return max(kept, key=lambda each: each.coverage)
+    return max(within_target, key=lambda candidate: candidate.coverage)

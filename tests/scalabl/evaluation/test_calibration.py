@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,21 @@ def test_minimise_takes_the_lowest_of_several_valleys_and_an_edge_when_that_is_l
     assert point == pytest.approx(7, abs=1e-4)
     assert lowest == pytest.approx(0, abs=1e-6)
     assert minimise(lambda x: x, (0.5, 1.0, 2.0), 1e-3) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("best", [0.13, 1.0, 2.9, 7.7])
+def test_minimise_knows_the_point_within_its_tolerance_after_few_evaluations(best: float) -> None:
+    asked: list[float] = []
+
+    def loss(x: float) -> float:
+        asked.append(x)
+        return (math.log(x) - math.log(best)) ** 4  # flat at the bottom
+
+    grid = (0.1, 0.3, 1.0, 3.0, 10.0)
+    point, lowest = minimise(loss, grid, 0.05)
+    assert math.log(point) == pytest.approx(math.log(best), abs=0.05)
+    assert lowest == min(loss(x) for x in asked.copy())
+    assert len(set(asked)) <= len(grid) + 20
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 2**31))

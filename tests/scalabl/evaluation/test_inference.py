@@ -1,66 +1,18 @@
-"""Scores against values worked out by hand, and batches that cover a set exactly once."""
+"""Running a model over a set: every input in its order and over its own choices, as if it were asked alone."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from scalabl.errors import DatasetError
-from scalabl.evaluation.dataset import Example
-from scalabl.evaluation.encoded import encode_examples
-from scalabl.evaluation.inference import logits_of, ood_scores, predictive_of
-from scalabl.evaluation.scoring import scores
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.inference import adaptive_predictive, linearized_predictive, logits_of, predictive_of
 from scalabl.model.token_batch import TokenBatch
-from scalabl.passes.batches import batches
-from scalabl.prompt import Prompter
+from scalabl.uncertainty.absent_choices import without_absent
+from scalabl.uncertainty.adaptive import Rule
+from scalabl.uncertainty.linearized import NEGLIGIBLE, controlled, linearize
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny
-
-COLOURS = tiny.CLASSIFICATION.choices
-
-
-def test_scores_are_the_textbook_ones() -> None:
-    p = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7]], dtype=torch.float64)
-    result = scores(predictive(p.log().unsqueeze(1)), torch.tensor([0, 1, 1, 1]))
-    assert result["accuracy"] == 0.75
-    assert result["nll"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.9) + math.log(0.7)) / 4)
-    assert result["brier"] == pytest.approx((2 * 0.04 + 2 * 0.36 + 2 * 0.01 + 2 * 0.09) / 4)
-    # Every confidence falls into a bin of its own: |0.8 - 1|, |0.6 - 0|, |0.9 - 1|, |0.7 - 1|, a quarter each.
-    assert result["ece"] == pytest.approx((0.2 + 0.6 + 0.1 + 0.3) / 4, abs=1e-6)
-    assert result["auroc_wrong_confidence"] == 1.0, "the wrong answer is the least confident one"
-    assert result["mutual_information"] == 0
-
-
-def test_auroc_is_left_out_when_nothing_is_wrong() -> None:
-    outcome = predictive(torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]]))
-    assert "auroc_wrong_entropy" not in scores(outcome, torch.tensor([0, 1]))
-
-
-def test_auroc_counts_pairs_and_ties_as_half() -> None:
-    sure, split, even = [[9.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]
-    inside = predictive(torch.tensor([sure, split]))
-    outside = predictive(torch.tensor([split, even]))
-    # pairs (inside, outside): sure < split, sure < even, split = split (half), split < even
-    assert ood_scores(inside, outside)["auroc_ood_entropy"] == pytest.approx(3.5 / 4)
-
-
-def test_auroc_tells_scores_apart_that_a_sigmoid_would_tie() -> None:
-    inside = predictive(torch.tensor([[[40.0, 0.0]], [[41.0, 0.0]]]).double())
-    outside = predictive(torch.tensor([[[38.0, 0.0]], [[39.0, 0.0]]]).double())
-    assert ood_scores(inside, outside)["auroc_ood_entropy"] == 1.0
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 600))
-def test_batches_cover_every_input_once_within_the_budget(lengths: list[int], samples: int, budget: int) -> None:
-    made = list(batches(lengths, samples, budget))
-    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
-    for batch in made:
-        assert len(batch) == 1 or len(batch) * samples * max(lengths[i] for i in batch) <= budget
 
 
 def test_logits_of_a_set_are_those_of_each_input_alone_in_its_order() -> None:
@@ -84,20 +36,62 @@ def test_choices_that_an_input_does_not_have_get_no_probability() -> None:
     assert float(outcome.entropy[0]) == pytest.approx(float(fewer.entropy[0]))
 
 
-def test_examples_become_prompts_with_their_answers() -> None:
-    prompter = Prompter(tiny.MULTIPLE_CHOICE, tiny.tokenizer())
-    rows = [Example("why", ("a", "b", "c"), 2, "rows:1"), Example("how", ("d", "e"), 0, "rows:2")]
-    encoded = encode_examples(prompter, rows)
-    assert encoded.sequences == [prompter.encode("why", ["a", "b", "c"]), prompter.encode("how", ["d", "e"])]
-    assert (encoded.answers.tolist(), encoded.num_choices.tolist()) == ([2, 0], [3, 2])
+def test_a_models_answers_are_those_of_as_many_samples_and_decide_as_all_of_them() -> None:
+    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE, temperature=1.3)
+    sequences = tiny.ragged([3 + n % 11 for n in range(40)])
+    encoded = EncodedSet(sequences, torch.zeros(40, dtype=torch.int64), torch.tensor([2, 4, 3, 4] * 10))
+    draws = model.draws(64, 5)
+    found = adaptive_predictive(model, encoded, draws, Rule(), max_batch_tokens=300)
+    full = predictive(without_absent(logits_of(model, sequences, draws), encoded.num_choices), 1.3)
+    counts = {each.num_samples for each in found}
+    assert min(counts) < 64, "otherwise nothing is shown"
+    assert len(counts) > 1
+    for index, each in enumerate(found):
+        fixed = logits_of(model, [sequences[index]], model.draws(each.num_samples, 5))
+        expected = predictive(without_absent(fixed, encoded.num_choices[[index]]), 1.3)
+        assert (each.outcome.probabilities - expected.probabilities[0]).abs().max() <= 1e-5
+        assert float((each.outcome.mutual_information - expected.mutual_information[0]).abs()) <= 1e-5
+        assert int(each.outcome.probabilities.argmax()) == int(full.probabilities[index].argmax())
 
 
-def test_a_row_that_does_not_fit_the_task_is_named() -> None:
-    row = Example("why", COLOURS, 0, "rows.jsonl:7")
-    prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
-    with pytest.raises(
-        DatasetError, match=r"rows\.jsonl:7: the choices are \['red', 'blue'\]; the task has \['red', 'green'"
-    ):
-        encode_examples(prompter, [replace(row, choices=("red", "blue"))])
-    with pytest.raises(DatasetError, match=r"rows\.jsonl:7: inputs: the prompt has \d+ tokens and the limit is 5"):
-        encode_examples(prompter, [row], max_tokens=5)
+def test_a_data_set_is_answered_in_its_order_each_input_over_its_own_choices() -> None:
+    model, heard = tiny.adapted(task=tiny.MULTIPLE_CHOICE), []
+    counts = torch.tensor([2, 4, 3, 4])
+    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts)
+    found = linearized_predictive(model, encoded, max_batch_tokens=60, on_progress=heard.append)
+    assert sum(heard) == 4
+    assert len(heard) > 1
+    for index, count in enumerate(counts.tolist()):
+        alone = linearize(model, TokenBatch.of([encoded.sequences[index]])).of_choices(count).predictive()
+        assert (found.probabilities[index, :count] - alone.probabilities[0]).abs().max() <= 1e-3, "other Sobol dimensions"
+        assert not found.probabilities[index, count:].any()
+        assert found.mutual_information[index] == pytest.approx(float(alone.mutual_information[0]), abs=1e-3)
+
+
+def test_the_samples_of_a_data_set_are_corrected_each_input_over_its_own_choices() -> None:
+    model, counts = tiny.adapted(task=tiny.MULTIPLE_CHOICE), torch.tensor([2, 4, 3, 4])
+    encoded, draws = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts), model.draws(8)
+    found = linearized_predictive(model, encoded, draws=draws, max_batch_tokens=60)
+    for index, count in enumerate(counts.tolist()):
+        batch = TokenBatch.of([encoded.sequences[index]])
+        alone = controlled(model.logits(batch, draws)[..., :count], linearize(model, batch).of_choices(count), draws)
+        assert torch.allclose(found.probabilities[index, :count], alone.probabilities[0], atol=2e-3), (
+            "other Sobol dimensions"
+        )
+        assert found.probabilities[index, count:].sum() < 1e-9
+
+
+def test_choices_that_an_input_lacks_take_no_row_from_its_own() -> None:
+    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE)
+    tiny.prefer(model, (2, 3))
+    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2, 4, 2]))
+    full = linearized_predictive(model, encoded)
+    rows: list[int] = []
+    model.adapted["lm_head"].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    lean = linearized_predictive(model, encoded, negligible=NEGLIGIBLE)
+    assert rows == [4, 8]
+    few = [0, 1, 3]
+    assert bool((full.mutual_information[few] > 1e-2).all())
+    assert torch.allclose(lean.mutual_information[few], full.mutual_information[few], atol=1e-6)
+    assert torch.allclose(lean.probabilities[few], full.probabilities[few], atol=1e-6)
+    assert torch.allclose(lean.mutual_information, full.mutual_information, atol=1e-3), "other Sobol dimensions"

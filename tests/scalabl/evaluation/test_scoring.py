@@ -23,6 +23,7 @@ from scalabl.evaluation.scoring import (
     labelled_scores,
     outside_scores,
     resamples,
+    scores,
 )
 from scalabl.uncertainty.predictive import Predictive, predictive
 from scalabl.uncertainty.selective import aurc, doubts
@@ -162,3 +163,34 @@ def test_an_interval_of_a_calibration_error_holds_its_value_though_resampling_ma
     assert float(resampled.mean()) > value
     low, high = interval(value, resampled)
     assert 0 <= low < value < high
+
+
+def test_scores_are_the_textbook_ones() -> None:
+    p = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7]], dtype=torch.float64)
+    result = scores(predictive(p.log().unsqueeze(1)), torch.tensor([0, 1, 1, 1]))
+    assert result["accuracy"] == 0.75
+    assert result["nll"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.9) + math.log(0.7)) / 4)
+    assert result["brier"] == pytest.approx((2 * 0.04 + 2 * 0.36 + 2 * 0.01 + 2 * 0.09) / 4)
+    # Every confidence falls into a bin of its own: |0.8 - 1|, |0.6 - 0|, |0.9 - 1|, |0.7 - 1|, a quarter each.
+    assert result["ece"] == pytest.approx((0.2 + 0.6 + 0.1 + 0.3) / 4, abs=1e-6)
+    assert result["auroc_wrong_confidence"] == 1.0, "the wrong answer is the least confident one"
+    assert result["mutual_information"] == 0
+
+
+def test_auroc_is_left_out_when_nothing_is_wrong() -> None:
+    outcome = predictive(torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]]))
+    assert "auroc_wrong_entropy" not in scores(outcome, torch.tensor([0, 1]))
+
+
+def test_auroc_counts_pairs_and_ties_as_half() -> None:
+    sure, split, even = [[9.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]
+    inside = predictive(torch.tensor([sure, split]))
+    outside = predictive(torch.tensor([split, even]))
+    # pairs (inside, outside): sure < split, sure < even, split = split (half), split < even
+    assert float(outside_scores(inside, outside)["auroc_ood_entropy"]) == pytest.approx(3.5 / 4)
+
+
+def test_auroc_tells_scores_apart_that_a_sigmoid_would_tie() -> None:
+    inside = predictive(torch.tensor([[[40.0, 0.0]], [[41.0, 0.0]]]).double())
+    outside = predictive(torch.tensor([[[38.0, 0.0]], [[39.0, 0.0]]]).double())
+    assert float(outside_scores(inside, outside)["auroc_ood_entropy"]) == 1.0

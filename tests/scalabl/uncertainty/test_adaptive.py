@@ -1,4 +1,4 @@
-"""Sampling until it is enough: laws for any logits, the promise of the rules by simulation, and a model's full answer."""
+"""Sampling until it is enough: laws for any logits, the promise of the rules by simulation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
 
-from scalabl.evaluation.encoded import EncodedSet
-from scalabl.evaluation.inference import adaptive_predictive, logits_of
 from scalabl.model.posterior import SCHEMES, Scheme
-from scalabl.uncertainty.absent_choices import without_absent
 from scalabl.uncertainty.adaptive import TARGETS, Estimate, Rule, sample_adaptively, settled, t_quantile
 from scalabl.uncertainty.predictive import predictive
-from tests import tiny
 
 
 @st.composite
@@ -167,24 +163,6 @@ def test_quantiles_are_students(degrees: int, tail: float) -> None:
     assert float(beyond) == pytest.approx(tail, rel=1e-8)
 
 
-def test_a_models_answers_are_those_of_as_many_samples_and_decide_as_all_of_them() -> None:
-    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE, temperature=1.3)
-    sequences = tiny.ragged([3 + n % 11 for n in range(40)])
-    encoded = EncodedSet(sequences, torch.zeros(40, dtype=torch.int64), torch.tensor([2, 4, 3, 4] * 10))
-    draws = model.draws(64, 5)
-    found = adaptive_predictive(model, encoded, draws, Rule(), max_batch_tokens=300)
-    full = predictive(without_absent(logits_of(model, sequences, draws), encoded.num_choices), 1.3)
-    counts = {each.num_samples for each in found}
-    assert min(counts) < 64, "otherwise nothing is shown"
-    assert len(counts) > 1
-    for index, each in enumerate(found):
-        fixed = logits_of(model, [sequences[index]], model.draws(each.num_samples, 5))
-        expected = predictive(without_absent(fixed, encoded.num_choices[[index]]), 1.3)
-        assert (each.outcome.probabilities - expected.probabilities[0]).abs().max() <= 1e-5
-        assert float((each.outcome.mutual_information - expected.mutual_information[0]).abs()) <= 1e-5
-        assert int(each.outcome.probabilities.argmax()) == int(full.probabilities[index].argmax())
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -199,3 +177,17 @@ def test_a_models_answers_are_those_of_as_many_samples_and_decide_as_all_of_them
 def test_a_rule_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rule(**fields)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tail", "expected"),
+    [(1, 0.025, 12.706), (2, 0.05, 2.920), (5, 0.005, 4.032), (10, 0.025, 2.228), (30, 0.001, 3.385), (120, 0.1, 1.289)],
+)
+def test_quantiles_are_those_of_printed_tables(degrees: int, tail: float, expected: float) -> None:
+    assert t_quantile(tail, degrees) == pytest.approx(expected, abs=6e-4)
+
+
+def test_quantiles_of_one_and_two_degrees_are_the_closed_forms() -> None:
+    for tail in (0.4, 0.01, 1e-6):
+        assert t_quantile(tail, 1) == pytest.approx(1 / math.tan(math.pi * tail), rel=1e-9)
+        assert t_quantile(tail, 2) == pytest.approx((1 - 2 * tail) / math.sqrt(2 * tail * (1 - tail)), rel=1e-9)

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.evaluation.encoded import EncodedSet
-from scalabl.evaluation.inference import linearized_predictive
 from scalabl.model.posterior import Draws, Scheme
 from scalabl.model.scalabl_model import GRADIENT_TOKENS, ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.linearized import NEGLIGIBLE, controlled, linearize, relative_spread
+from scalabl.uncertainty.linearized import controlled, linearize, relative_spread
 from scalabl.uncertainty.predictive import Predictive, predictive
 from tests import tiny
 
@@ -204,45 +202,3 @@ def test_a_pass_with_derivatives_leaves_nothing_behind() -> None:
     linearize(model, BATCH)
     assert torch.equal(model.logits(BATCH, model.draws(4)), before)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_data_set_is_answered_in_its_order_each_input_over_its_own_choices() -> None:
-    model, heard = tiny.adapted(task=tiny.MULTIPLE_CHOICE), []
-    counts = torch.tensor([2, 4, 3, 4])
-    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts)
-    found = linearized_predictive(model, encoded, max_batch_tokens=60, on_progress=heard.append)
-    assert sum(heard) == 4
-    assert len(heard) > 1
-    for index, count in enumerate(counts.tolist()):
-        alone = linearize(model, TokenBatch.of([encoded.sequences[index]])).of_choices(count).predictive()
-        assert (found.probabilities[index, :count] - alone.probabilities[0]).abs().max() <= 1e-3, "other Sobol dimensions"
-        assert not found.probabilities[index, count:].any()
-        assert found.mutual_information[index] == pytest.approx(float(alone.mutual_information[0]), abs=1e-3)
-
-
-def test_the_samples_of_a_data_set_are_corrected_each_input_over_its_own_choices() -> None:
-    model, counts = tiny.adapted(task=tiny.MULTIPLE_CHOICE), torch.tensor([2, 4, 3, 4])
-    encoded, draws = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), counts), model.draws(8)
-    found = linearized_predictive(model, encoded, draws=draws, max_batch_tokens=60)
-    for index, count in enumerate(counts.tolist()):
-        batch = TokenBatch.of([encoded.sequences[index]])
-        alone = controlled(model.logits(batch, draws)[..., :count], linearize(model, batch).of_choices(count), draws)
-        assert torch.allclose(found.probabilities[index, :count], alone.probabilities[0], atol=2e-3), (
-            "other Sobol dimensions"
-        )
-        assert found.probabilities[index, count:].sum() < 1e-9
-
-
-def test_choices_that_an_input_lacks_take_no_row_from_its_own() -> None:
-    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE)
-    tiny.prefer(model, (2, 3))
-    encoded = EncodedSet(tiny.ragged(), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2, 4, 2]))
-    full = linearized_predictive(model, encoded)
-    rows = _rows_of_passes(model)
-    lean = linearized_predictive(model, encoded, negligible=NEGLIGIBLE)
-    assert rows == [4, 8]
-    few = [0, 1, 3]
-    assert bool((full.mutual_information[few] > 1e-2).all())
-    assert torch.allclose(lean.mutual_information[few], full.mutual_information[few], atol=1e-6)
-    assert torch.allclose(lean.probabilities[few], full.probabilities[few], atol=1e-6)
-    assert torch.allclose(lean.mutual_information, full.mutual_information, atol=1e-3), "other Sobol dimensions"

@@ -59,3 +59,10 @@ def test_a_risk_that_cannot_be_had_says_what_can() -> None:
     with pytest.raises(CalibrationError, match=r"within 0\.05 with confidence 0\.9: the lowest that 40 rows can .* 0\.109"):
         guaranteed_threshold(doubt, doubt, wrong, target_risk=0.05, confidence=0.9)
     assert guaranteed_threshold(doubt, doubt, wrong, target_risk=0.11, confidence=0.9).coverage == 1
+
+
+@pytest.mark.parametrize(
+    ("errors", "count", "delta", "expected"), [(1, 10, 0.025, 0.4450), (5, 20, 0.025, 0.4910), (10, 100, 0.05, 0.1637)]
+)
+def test_the_upper_bound_is_that_of_printed_tables(errors: int, count: int, delta: float, expected: float) -> None:
+    assert binomial_upper_bound(errors, count, delta) == pytest.approx(expected, abs=6e-5)
