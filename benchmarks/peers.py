@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scalabl.base.pretrained import load_pretrained, load_skeleton
-from scalabl.files.peft_lora import export_peft
+from scalabl.files.peft_export import export_peft
 from scalabl.prompt import Prompter
 
 

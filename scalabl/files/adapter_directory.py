@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
+from scalabl.files.atomic import write_file
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
@@ -159,16 +158,12 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
     """Write an adapter directory. Each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        # Not save_file: that leaves a file which only its owner can read, and a server may run as somebody else.
-        (Path(scratch) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        os.replace(Path(scratch) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    # Not save_file: that leaves a file which only its owner can read, and a server may run as somebody else.
+    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     save_config(folder, config)
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
     """Write `adapter_config.json` of an adapter directory, whole or not at all."""
     text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
-        os.replace(Path(scratch) / CONFIG_FILE, folder / CONFIG_FILE)
+    write_file(folder / CONFIG_FILE, text.encode())

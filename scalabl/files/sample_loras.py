@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scalabl.files.adapter_directory import WEIGHTS_FILE
-from scalabl.files.peft_lora import LoraSamples, write_lora
+from scalabl.files.atomic import new_folder
+from scalabl.files.peft_export import LoraSamples, write_lora
 from scalabl.model.posterior import Scheme
 
 FORMAT = 1  # of what a fingerprint covers
@@ -67,15 +66,9 @@ class SampleLoras:
         folder = root / name
         if folder.is_dir():
             return folder
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as scratch:
-            made = Path(scratch) / name
-            write_lora(made, self._tensors(name), self.loras.settings)
-            try:
-                os.rename(made, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster, with the same content
-                    raise
+        # Another process may be faster: it writes the same content.
+        with new_folder(folder, keep_existing=True) as draft:
+            write_lora(draft, self._tensors(name), self.loras.settings)
         return folder
 
     def _tensors(self, name: str) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
 from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
-from scalabl.files.peft_lora import relative_log_std
+from scalabl.files.peft_import import relative_log_std
 from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
 from scalabl.model.posterior import kl_divergence
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -235,7 +235,7 @@ def train_adapter(
     The adapter that is kept is the one of the validation with the lowest NLL.
 
     Args:
-        start: A, B and mu of every layer to begin with (`peft_lora.adapter_of`); sigma then begins as a share of mu.
+        start: A, B and mu of every layer to begin with (`peft_import.adapter_of`); sigma then begins as a share of mu.
         caches: of `train` and `validation`, from another run with the same trunk; made here otherwise.
 
     Returns:

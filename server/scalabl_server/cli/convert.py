@@ -63,7 +63,7 @@ def convert_peft_command(
     """Make a finished PEFT LoRA Bayesian: its product B A becomes the posterior mean, exactly."""
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.peft_lora import convert_peft
+        from scalabl.files.peft_import import convert_peft
         from scalabl.prompt import Prompter
 
         with usage_errors():
@@ -99,7 +99,7 @@ def export_peft_command(
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
         from scalabl.files.adapter_directory import read_config
-        from scalabl.files.peft_lora import export_peft
+        from scalabl.files.peft_export import export_peft
 
         skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
         names = export_peft(adapter, output, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)

@@ -96,7 +96,7 @@ def _train(
         from scalabl.config import AdapterConfig
         from scalabl.evaluation.dataset import read_examples
         from scalabl.evaluation.encoded import encode_examples
-        from scalabl.files.peft_lora import adapter_of, read_peft
+        from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
         from scalabl.training.trainer import train_adapter
 

@@ -1,12 +1,10 @@
-"""PEFT's LoRA directories: posterior samples written as them, and a finished one turned into an adapter of ours."""
+"""A finished LoRA that PEFT saved, turned into an adapter of ours. Writing LoRAs is in `peft_export`."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +12,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from scalabl.base.pretrained import output_head
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError
-from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights, save_adapter
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme
+from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
 
-EXPORT_FILE = "scalabl_export.json"
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # PEFT saves the base model's own embeddings and head beside a LoRA of the head.
 COPY = re.compile(r"^base_model\.model\.(?P<name>.+?)(\.base_layer)?\.(weight|bias)$")
-
-HOW_TO_READ = (
-    "Each folder is an ordinary LoRA: one sample of the posterior. For each, take the logits at the last position of the "
-    "prompt over task.choice_tokens, divide them by the temperature and take the softmax; the predictive is the mean over "
-    "the folders. The head is adapted over the choice tokens only: its lora_B has zero rows for every other token."
-)
 
 # What a LoRA may have that B diag(s) A cannot hold, and the values under which it does not have it.
 UNSUPPORTED = {
@@ -56,139 +46,6 @@ UNSUPPORTED = {
     # Others change the base model's weights (pissa, olora, corda, loftq, …), which the adapter then needs.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-
-
-def export_peft(
-    adapter: Path, output: Path, base: PreTrainedModel, *, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME
-) -> list[str]:
-    """Write K posterior samples as K LoRA folders, A_k = diag(s_k) A, with a note of what they are (`EXPORT_FILE`).
-
-    Args:
-        output: must not exist; it appears whole or not at all.
-        base: the base model or a skeleton of it (`pretrained.load_skeleton`); changed in place.
-
-    Returns:
-        The names of the folders in `output`.
-
-    Raises:
-        AdapterError: the adapter is malformed or does not fit the base model, or `output` exists.
-    """
-    if output.exists():
-        raise AdapterError(f"{output} exists; export into a new folder")
-    samples = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
-    config = samples.config
-    names = [f"sample-{index:0{len(str(num_samples - 1))}d}" for index in range(num_samples)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".writing-") as scratch:
-        root = Path(scratch) / "export"
-        for index, name in enumerate(names):
-            write_lora(root / name, samples.tensors(index), samples.settings)
-        note = {
-            "how_to_read": HOW_TO_READ,
-            "samples": names,
-            "seed": seed,
-            "draw_scheme": scheme,
-            "posterior_scale": config.posterior_scale,
-            "temperature": config.temperature,
-            "base_model_name_or_path": config.base_model_name_or_path,
-            "task": config.task.model_dump(mode="json"),
-        }
-        _write_json(root / EXPORT_FILE, note)
-        os.rename(root, output)
-    return names
-
-
-@dataclass(frozen=True)
-class LoraSamples:
-    """K posterior samples of an adapter, each of which makes a LoRA.
-
-    Attributes:
-        modules: the adapted ones, in the order of the draws.
-        settings: what is in each LoRA's `adapter_config.json`.
-        vocabulary: the rows of the base model's head.
-    """
-
-    config: AdapterConfig
-    weights: Mapping[str, Tensor]
-    draws: Draws
-    modules: tuple[str, ...]
-    settings: Mapping[str, Any]
-    head_name: str
-    vocabulary: int
-
-    @classmethod
-    def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> LoraSamples:
-        """Read an adapter for a base model or a skeleton of it, which is changed in place.
-
-        Raises:
-            AdapterError: the adapter is malformed or does not fit, or has more scalars than the scheme reaches.
-        """
-        head_name, vocabulary = _head_of(base)
-        transposed = any(isinstance(module, Conv1D) for module in base.modules())
-        model = ScalaBLModel(base, read_config(adapter))
-        weights = read_weights(adapter)
-        load_weights(model, weights)
-        modules = tuple(model.adapted)
-        try:
-            draws = model.draws(num_samples, seed, scheme)
-        except ValueError as error:
-            raise AdapterError(str(error)) from None
-        settings = _lora_config(model.config, list(modules), fan_in_fan_out=transposed)
-        return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
-
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """One sample's LoRA: A_k = diag(s_k) A, and B, the head's over the whole vocabulary."""
-        tensors = {}
-        parts = torch.split(self.draws.epsilon[index], self.config.r)
-        for module, noise in zip(self.modules, parts, strict=True):
-            sigma = self.weights[f"{module}.s_log_std"].exp()
-            s = self.weights[f"{module}.s_mean"] + self.config.posterior_scale * sigma * noise
-            up = self.weights[f"{module}.lora_B"]
-            if module == self.head_name:
-                up = _all_tokens(up, self.config.task, self.vocabulary)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * self.weights[f"{module}.lora_A"]
-            tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
-        return tensors
-
-
-def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write one LoRA directory, which must not exist."""
-    folder.mkdir(parents=True)
-    (folder / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
-    _write_json(folder / CONFIG_FILE, settings)
-
-
-def _head_of(base: PreTrainedModel) -> tuple[str, int]:
-    """(name of the output head, its rows); ("", 0) for a model without one, which `ScalaBLModel` refuses."""
-    head = base.get_output_embeddings()
-    return next(((name, head.weight.shape[0]) for name, module in base.named_modules() if module is head), ("", 0))
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _all_tokens(rows: Tensor, task: Task, vocabulary: int) -> Tensor:
-    """The head's lora_B [C, R] over every token: [V, R], zero but for the choice tokens."""
-    assert task.choice_tokens is not None
-    return rows.new_zeros(vocabulary, rows.shape[1]).index_copy_(0, torch.tensor(task.choice_tokens), rows)
-
-
-def _lora_config(config: AdapterConfig, modules: list[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "r": config.r,
-        "lora_alpha": int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
-        # In full where layers are left out: PEFT's layers_to_transform would leave out the head too.
-        "target_modules": list(config.target_modules) if config.layers_to_transform is None else modules,
-        "fan_in_fan_out": fan_in_fan_out,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "inference_mode": True,
-    }
 
 
 @dataclass(frozen=True)
@@ -275,13 +132,13 @@ def subspace_of(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Te
     left, left_core = torch.linalg.qr(up)
     right, right_core = torch.linalg.qr(down.T)
     u, singular, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    kept = int((singular > 1e-9 * singular[:1]).sum()) if float(singular[0]) > 0 else 0
+    rank_of_product = int((singular > 1e-9 * singular[:1]).sum()) if float(singular[0]) > 0 else 0
     rows = down.new_zeros(rank, down.shape[1])
     columns = up.new_zeros(up.shape[0], rank)
     mean = singular.new_zeros(rank)
     rows[: len(singular)] = vh @ right.T
-    columns[:, :kept] = (left @ u)[:, :kept]
-    mean[:kept] = singular[:kept]
+    columns[:, :rank_of_product] = (left @ u)[:, :rank_of_product]
+    mean[:rank_of_product] = singular[:rank_of_product]
     return rows, mean, columns
 
 
@@ -297,7 +154,7 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
         AdapterError: the LoRA does not fit the base model, or does nothing.
     """
     # Scaling 1: it is in B already, and PEFT's may differ by module.
-    head_name, vocabulary = _head_of(skeleton)
+    head_name, vocabulary = output_head(skeleton)
     for name, rows_saved in lora.copies.items():
         own = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
         weight = getattr(own, "weight", None)

@@ -1,0 +1,155 @@
+"""Posterior samples of an adapter written as PEFT's LoRA directories. Reading such directories is in `peft_import`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scalabl.base.pretrained import output_head
+from scalabl.config import AdapterConfig, Task
+from scalabl.errors import AdapterError
+from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
+from scalabl.files.atomic import new_folder
+from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme
+from scalabl.model.scalabl_model import ScalaBLModel
+
+EXPORT_FILE = "scalabl_export.json"
+
+HOW_TO_READ = (
+    "Each folder is an ordinary LoRA: one sample of the posterior. For each, take the logits at the last position of the "
+    "prompt over task.choice_tokens, divide them by the temperature and take the softmax; the predictive is the mean over "
+    "the folders. The head is adapted over the choice tokens only: its lora_B has zero rows for every other token."
+)
+
+
+def export_peft(
+    adapter: Path, output: Path, base: PreTrainedModel, *, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME
+) -> list[str]:
+    """Write K posterior samples as K LoRA folders, A_k = diag(s_k) A, with a note of what they are (`EXPORT_FILE`).
+
+    Args:
+        output: must not exist; it appears whole or not at all.
+        base: the base model or a skeleton of it (`pretrained.load_skeleton`); changed in place.
+
+    Returns:
+        The names of the folders in `output`.
+
+    Raises:
+        AdapterError: the adapter is malformed or does not fit the base model, or `output` exists.
+    """
+    if output.exists():
+        raise AdapterError(f"{output} exists; export into a new folder")
+    samples = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
+    config = samples.config
+    names = [f"sample-{index:0{len(str(num_samples - 1))}d}" for index in range(num_samples)]
+    with new_folder(output) as root:
+        for index, name in enumerate(names):
+            write_lora(root / name, samples.tensors(index), samples.settings)
+        note = {
+            "how_to_read": HOW_TO_READ,
+            "samples": names,
+            "seed": seed,
+            "draw_scheme": scheme,
+            "posterior_scale": config.posterior_scale,
+            "temperature": config.temperature,
+            "base_model_name_or_path": config.base_model_name_or_path,
+            "task": config.task.model_dump(mode="json"),
+        }
+        _write_json(root / EXPORT_FILE, note)
+    return names
+
+
+@dataclass(frozen=True)
+class LoraSamples:
+    """K posterior samples of an adapter, each of which makes a LoRA.
+
+    Attributes:
+        modules: the adapted ones, in the order of the draws.
+        settings: what is in each LoRA's `adapter_config.json`.
+        vocabulary: the rows of the base model's head.
+    """
+
+    config: AdapterConfig
+    weights: Mapping[str, Tensor]
+    draws: Draws
+    modules: tuple[str, ...]
+    settings: Mapping[str, Any]
+    head_name: str
+    vocabulary: int
+
+    @classmethod
+    def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> LoraSamples:
+        """Read an adapter for a base model or a skeleton of it, which is changed in place.
+
+        Raises:
+            AdapterError: the adapter is malformed or does not fit, or has more scalars than the scheme reaches.
+        """
+        head_name, vocabulary = output_head(base)
+        transposed = any(isinstance(module, Conv1D) for module in base.modules())
+        model = ScalaBLModel(base, read_config(adapter))
+        weights = read_weights(adapter)
+        load_weights(model, weights)
+        modules = tuple(model.adapted)
+        try:
+            draws = model.draws(num_samples, seed, scheme)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
+        settings = _lora_config(model.config, list(modules), fan_in_fan_out=transposed)
+        return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """One sample's LoRA: A_k = diag(s_k) A, and B, the head's over the whole vocabulary."""
+        tensors = {}
+        parts = torch.split(self.draws.epsilon[index], self.config.r)
+        for module, noise in zip(self.modules, parts, strict=True):
+            sigma = self.weights[f"{module}.s_log_std"].exp()
+            s = self.weights[f"{module}.s_mean"] + self.config.posterior_scale * sigma * noise
+            up = self.weights[f"{module}.lora_B"]
+            if module == self.head_name:
+                up = _all_tokens(up, self.config.task, self.vocabulary)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * self.weights[f"{module}.lora_A"]
+            tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+        return tensors
+
+
+def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write one LoRA directory; `folder` may exist if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+    _write_json(folder / CONFIG_FILE, settings)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _all_tokens(rows: Tensor, task: Task, vocabulary: int) -> Tensor:
+    """The head's lora_B [C, R] over every token: [V, R], zero but for the choice tokens."""
+    assert task.choice_tokens is not None
+    return rows.new_zeros(vocabulary, rows.shape[1]).index_copy_(0, torch.tensor(task.choice_tokens), rows)
+
+
+def _lora_config(config: AdapterConfig, modules: list[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
+        # In full where layers are left out: PEFT's layers_to_transform would leave out the head too.
+        "target_modules": list(config.target_modules) if config.layers_to_transform is None else modules,
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
