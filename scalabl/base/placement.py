@@ -23,8 +23,8 @@ AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights are, or where they come to for each pass."""
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        device = getattr(each, "execution_device", None)
+    for part in getattr(hook, "hooks", [hook]):
+        device = getattr(part, "execution_device", None)
         if isinstance(device, int | str | torch.device):
             return torch.device(device)
     weight = next(module.parameters(), None)
@@ -59,20 +59,20 @@ def read_device_map(given: str) -> str | dict[str, int | str]:
     if given in AUTOMATIC:
         return given
     try:
-        found = json.loads(Path(given).read_text(encoding="utf-8"))
+        device_map = json.loads(Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         ways = ", ".join(AUTOMATIC)
         raise BaseModelError(f"device map {given!r}: neither {ways} nor a file that can be read as JSON: {error}") from None
-    if not isinstance(found, dict) or not found:
+    if not isinstance(device_map, dict) or not device_map:
         raise BaseModelError(f"device map {given!r}: an object is needed, of module names and their devices")
-    for name, device in found.items():
+    for name, device in device_map.items():
         if isinstance(device, bool) or not isinstance(device, int | str):
             raise BaseModelError(
                 f"device map {given!r}: {name!r} has {device!r}; a number, a device's name or disk is needed"
             )
         if device != "disk":
             _check(given, name, device)
-    return found
+    return device_map
 
 
 def left_out(base: nn.Module, device_map: dict[str, int | str]) -> str | None:

@@ -1,7 +1,7 @@
 """Calibration on held-out labels: posterior scale and temperature by NLL, then thresholds for sets and abstention.
 
-The rows are split in two. One half chooses scale, temperature and the doubt score; the other, which none of these has seen,
-gives the thresholds and the numbers that are reported, so that their guarantees hold for inputs like these.
+The rows are split in two halves. The first chooses scale, temperature and doubt score. The second gives the thresholds and
+the numbers that are reported; no choice was fitted to it, so that the guarantees hold for new inputs of the same kind.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ScaleFit:
 
 
 def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> ScaleFit:
-    """The posterior scale and temperature of the lowest NLL; scale 1, where the data do not tell it from the best.
+    """The posterior scale and temperature with the lowest NLL, or scale 1 where the data cannot tell it from the best.
 
     Each scale costs one pass over the data; its temperature is found on the logits of that pass. Scale 1 is always among
     them, and temperature 1, so that the fit is never worse than none. NLL is often flat in the scale, since the temperature
@@ -106,7 +106,7 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> S
         tolerance: in ln tau; NLL is flat around its minimum, and no data tells scales apart that are closer.
     """
     trials: list[Trial] = []
-    kept: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
+    logits_and_nll: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
 
     def best_nll(scale: float) -> float:
         logits = logits_at(scale)
@@ -115,20 +115,20 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> S
         temperature, nll = minimise(lambda t: _tempered_nll(gaps, t), TEMPERATURES, 1e-3)
         if nll >= untempered:
             temperature, nll = 1.0, untempered
-        found = logits, _row_nll(gaps, temperature)
+        result = logits, _row_nll(gaps, temperature)
         if all(nll < trial.nll for trial in trials):
-            kept["best"] = found
+            logits_and_nll["best"] = result
         if scale == 1:
-            kept["unscaled"] = found
+            logits_and_nll["unscaled"] = result
         trials.append(Trial(scale, temperature, nll, untempered))
         return nll
 
     minimise(best_nll, SCALES, tolerance)
-    chosen, which = min(trials, key=lambda trial: trial.nll), "best"
-    gain = kept["unscaled"][1] - kept["best"][1]
+    chosen, choice = min(trials, key=lambda trial: trial.nll), "best"
+    gain = logits_and_nll["unscaled"][1] - logits_and_nll["best"][1]
     if float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
-        chosen, which = next(trial for trial in trials if trial.posterior_scale == 1), "unscaled"
-    return ScaleFit(chosen, kept[which][0], sorted(trials, key=lambda trial: trial.posterior_scale))
+        chosen, choice = next(trial for trial in trials if trial.posterior_scale == 1), "unscaled"
+    return ScaleFit(chosen, logits_and_nll[choice][0], sorted(trials, key=lambda trial: trial.posterior_scale))
 
 
 def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a calibration; `target_risk` None: no abstention threshold."""
+    """The settings of a calibration. With `target_risk` None there is no abstention threshold."""
 
     levels: tuple[float, ...] = (0.8, 0.9, 0.95)
     method: SetMethod = "lac"
@@ -151,7 +151,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a calibration found: what goes into the adapter, and the path of the fit.
+    """The result of a calibration: what goes into the adapter, and every trial of the fit.
 
     `refusal` says why there is no abstention threshold though one was asked for.
     """
@@ -199,9 +199,9 @@ def calibrate(
         logits = logits_of(model, sequences, scaled, on_progress=on_progress)
         return without_absent(logits, encoded.num_choices[rows])
 
-    found = fit_scale(lambda scale: logits_at(chosen, scale), encoded.answers[chosen])
-    scale, temperature = found.best.posterior_scale, found.best.temperature
-    fitted = predictive(found.logits, temperature, draws.scheme)
+    fit = fit_scale(lambda scale: logits_at(chosen, scale), encoded.answers[chosen])
+    scale, temperature = fit.best.posterior_scale, fit.best.temperature
+    fit_outcome = predictive(fit.logits, temperature, draws.scheme)
     answers = encoded.answers[held_out]
     before = logits_at(held_out, 1.0)
     after = before if scale == 1 else logits_at(held_out, scale)
@@ -215,7 +215,7 @@ def calibrate(
     }
     abstain, refusal = None, None
     try:
-        abstain = _abstention(fitted, encoded.answers[chosen], outcome, answers, options)
+        abstain = _abstention(fit_outcome, encoded.answers[chosen], outcome, answers, options)
     except CalibrationError as error:  # the rest is worth keeping
         refusal = str(error)
     calibration = Calibration(
@@ -232,7 +232,7 @@ def calibrate(
         before=_fit_of(predictive(before, 1.0, draws.scheme), answers),
         after=_fit_of(outcome, answers),
     )
-    return Outcome(scale, temperature, calibration, found.trials, refusal)
+    return Outcome(scale, temperature, calibration, fit.trials, refusal)
 
 
 def _of_answers(scores: Tensor, answers: Tensor) -> Tensor:
@@ -240,13 +240,13 @@ def _of_answers(scores: Tensor, answers: Tensor) -> Tensor:
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    found = torch.quantile(values, torch.tensor(REFERENCE_QUANTILES, dtype=values.dtype)).tolist()
-    return dict(zip(map("{:g}".format, REFERENCE_QUANTILES), found, strict=True))
+    quantiles = torch.quantile(values, torch.tensor(REFERENCE_QUANTILES, dtype=values.dtype)).tolist()
+    return dict(zip(map("{:g}".format, REFERENCE_QUANTILES), quantiles, strict=True))
 
 
 def _fit_of(outcome: Predictive, answers: Tensor) -> Fit:
-    found = scores(outcome, answers)
-    return Fit(nll=found["nll"], ece=found["ece"])
+    values = scores(outcome, answers)
+    return Fit(nll=values["nll"], ece=values["ece"])
 
 
 def _abstention(
@@ -257,7 +257,7 @@ def _abstention(
     mistakes = fitted.probabilities.argmax(-1) != fit_answers
     candidates = doubts(fitted)
     score = min(candidates, key=lambda name: aurc(candidates[name], mistakes))
-    found = guaranteed_threshold(
+    guaranteed = guaranteed_threshold(
         candidates[score],
         doubts(outcome)[score],
         outcome.probabilities.argmax(-1) != answers,
@@ -266,10 +266,10 @@ def _abstention(
     )
     return Abstention(
         score=score,
-        threshold=found.threshold,
+        threshold=guaranteed.threshold,
         target_risk=options.target_risk,
         confidence=options.confidence,
-        achieved_risk=found.risk,
-        risk_bound=found.bound,
-        coverage=found.coverage,
+        achieved_risk=guaranteed.risk,
+        risk_bound=guaranteed.bound,
+        coverage=guaranteed.coverage,
     )

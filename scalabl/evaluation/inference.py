@@ -39,8 +39,8 @@ def logits_of(
     result = torch.empty(len(sequences), draws.num_samples, model.num_choices)
     for batch in batches([len(ids) for ids in sequences], draws.num_samples, max_batch_tokens):
         tokens = TokenBatch.of([sequences[i] for i in batch])
-        kept = states(torch.tensor(batch), tokens.input_ids.shape[1]) if states is not None else None
-        result[batch] = model.logits(tokens, draws, kept).cpu()
+        trunk_states = states(torch.tensor(batch), tokens.input_ids.shape[1]) if states is not None else None
+        result[batch] = model.logits(tokens, draws, trunk_states).cpu()
         if on_progress is not None:
             on_progress(len(batch))
     return result
@@ -65,7 +65,7 @@ def linearized_predictive(
     Args:
         draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
     """
-    found: dict[int, Predictive] = {}
+    outcomes: dict[int, Predictive] = {}
     rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
@@ -75,10 +75,10 @@ def linearized_predictive(
         else:
             logits = without_absent(model.logits(tokens, draws).cpu(), counts)
             outcome = controlled(logits, linear, draws, model.config.temperature)
-        found |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
+        outcomes |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
         if on_progress is not None:
             on_progress(len(batch))
-    return Predictive.stack([found[index] for index in range(len(found))])
+    return Predictive.stack([outcomes[index] for index in range(len(outcomes))])
 
 
 def adaptive_predictive(
@@ -97,20 +97,20 @@ def adaptive_predictive(
         trunk_gib: what the trunk's states of all inputs may take; where they fit, the trunk runs once and not every round.
     """
     assert draws.num_samples == rule.most
-    kept = trunk_cache(model, encoded.sequences, trunk_gib)
+    cache = trunk_cache(model, encoded.sequences, trunk_gib)
 
-    def run(going: Sequence[int], start: int, stop: int) -> Tensor:
+    def run(unsettled: Sequence[int], start: int, stop: int) -> Tensor:
         def states(batch: Tensor, width: int) -> Tensor:
-            assert kept is not None
-            return kept.of(torch.tensor(going)[batch], width)
+            assert cache is not None
+            return cache.of(torch.tensor(unsettled)[batch], width)
 
         logits = logits_of(
             model,
-            [encoded.sequences[index] for index in going],
+            [encoded.sequences[index] for index in unsettled],
             draws.part(start, stop),
             max_batch_tokens=max_batch_tokens,
-            states=None if kept is None else states,
+            states=None if cache is None else states,
         )
-        return without_absent(logits, encoded.num_choices[list(going)])
+        return without_absent(logits, encoded.num_choices[list(unsettled)])
 
     return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)

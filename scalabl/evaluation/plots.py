@@ -55,14 +55,16 @@ def _save(figure: Figure, path: Path) -> None:
 def _reliability(inside: Evaluated) -> Figure:
     """Accuracy against confidence, and below it how many inputs each bin has."""
     bins = reliability(inside.outcome, inside.answers)
-    middles = [(each["low"] + each["high"]) / 2 for each in bins]
+    middles = [(place["low"] + place["high"]) / 2 for place in bins]
     figure = Figure(figsize=(5, 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.bar(middles, [each["accuracy"] for each in bins], width=0.9 / BINS, color="tab:blue", alpha=0.7)
-    top.plot([each["confidence"] for each in bins], [each["accuracy"] for each in bins], "o", color="black", markersize=3)
+    top.bar(middles, [place["accuracy"] for place in bins], width=0.9 / BINS, color="tab:blue", alpha=0.7)
+    top.plot(
+        [place["confidence"] for place in bins], [place["accuracy"] for place in bins], "o", color="black", markersize=3
+    )
     top.plot([0, 1], [0, 1], "--", color="tab:grey")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"{inside.name}, {len(inside)} inputs")
-    bars = bottom.bar(middles, [each["count"] for each in bins], width=0.9 / BINS, color="tab:grey")
+    bars = bottom.bar(middles, [place["count"] for place in bins], width=0.9 / BINS, color="tab:grey")
     bottom.bar_label(bars, fontsize=7)
     bottom.set(xlabel="confidence", ylabel="inputs", yscale="log", ylim=(0.8, 5 * len(inside)))
     return figure
@@ -92,7 +94,7 @@ def _mutual_information(inside: Evaluated, outside: list[Evaluated]) -> Figure:
     wrong = inside.outcome.probabilities.argmax(-1) != inside.answers
     values = inside.outcome.mutual_information
     groups = {f"right ({int((~wrong).sum())})": values[~wrong], f"wrong ({int(wrong.sum())})": values[wrong]}
-    groups |= {f"{each.name} ({len(each)})": each.outcome.mutual_information for each in outside}
+    groups |= {f"{evaluated.name} ({len(evaluated)})": evaluated.outcome.mutual_information for evaluated in outside}
     edges = np.geomspace(1e-6, 3, 40).tolist()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

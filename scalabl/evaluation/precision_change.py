@@ -1,4 +1,4 @@
-"""What a base model in lower precision changes in answers: the same inputs before and after, by the same draws."""
+"""How answers change with a base model in lower precision: the same inputs and draws before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scalabl.uncertainty.predictive import Predictive
 
 logger = logging.getLogger("scalabl")
 
-# Asked of any adapter, where there is no file of better ones.
+# The inputs for any adapter, where no file of better ones is given.
 QUERIES = (
     "how do i change the address on my account",
     "The film was far too long, but the ending made up for it.",
@@ -40,7 +40,7 @@ OFFERED = ("yes", "no", "it depends", "that cannot be known")  # the choices tha
 
 
 class Probes:
-    """The inputs that are asked before and after.
+    """The inputs that adapters answer before and after.
 
     Args:
         file: rows of `dataset.read_examples`, whose answers do not matter; None for `QUERIES`.
@@ -57,16 +57,16 @@ class Probes:
 
     def encode(self, task: Task, prompter: Prompter, max_tokens: int) -> EncodedSet:
         """As prompts of a task, cut where they are too long."""
-        kept = [None if task.kind == "classification" else choices[: len(task.choices)] for _, choices in self._inputs]
+        offered = [None if task.kind == "classification" else choices[: len(task.choices)] for _, choices in self._inputs]
         sequences = [
             prompter.encode(text, choices, max_tokens=max_tokens, truncate=True)
-            for (text, _), choices in zip(self._inputs, kept, strict=True)
+            for (text, _), choices in zip(self._inputs, offered, strict=True)
         ]
-        counts = [len(task.choices if choices is None else choices) for choices in kept]
+        counts = [len(task.choices if choices is None else choices) for choices in offered]
         return EncodedSet(sequences, torch.full((len(sequences),), -1), torch.tensor(counts))
 
     def ask(self, model: ScalaBLModel, prompter: Prompter, max_tokens: int, draws: Draws) -> Predictive:
-        """What an adapter answers."""
+        """An adapter's answers to the inputs."""
         encoded = self.encode(model.config.task, prompter, max_tokens)
         return predictive_of(logits_of(model, encoded.sequences, draws), encoded.num_choices, model, draws)
 
@@ -84,7 +84,7 @@ class QuantizationChange(BaseModel):
 
     @classmethod
     def between(cls, before: Predictive, after: Predictive) -> QuantizationChange:
-        """Of two answers to the same inputs."""
+        """The change between two predictives of the same inputs."""
         probability = (after.probabilities - before.probabilities).abs().amax(-1)
         information = (after.mutual_information - before.mutual_information).abs()
         decided = after.probabilities.argmax(-1) != before.probabilities.argmax(-1)

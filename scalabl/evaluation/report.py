@@ -1,4 +1,4 @@
-"""What an evaluation says: scores with bootstrap intervals, curves, prediction sets and cost, as plain JSON values."""
+"""The report of an evaluation: scores with bootstrap intervals, curves, prediction sets and cost, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -58,28 +58,32 @@ def report(
         data["abstention"] = _abstention(inside, calibration)
     return {
         "data": {**_cost(inside), **data},
-        "ood": [_outside(inside, each, calibration, repeats, seed) for each in outside],
+        "ood": [_outside(inside, evaluated, calibration, repeats, seed) for evaluated in outside],
     }
 
 
-def _outside(inside: Evaluated, each: Evaluated, calibration: Calibration | None, repeats: int, seed: int) -> dict[str, Any]:
-    found = {
-        **_cost(each),
-        **_scored(lambda *w: outside_scores(inside.outcome, each.outcome, *w), (len(inside), len(each)), repeats, seed),
+def _outside(
+    inside: Evaluated, outside: Evaluated, calibration: Calibration | None, repeats: int, seed: int
+) -> dict[str, Any]:
+    summary = {
+        **_cost(outside),
+        **_scored(
+            lambda *w: outside_scores(inside.outcome, outside.outcome, *w), (len(inside), len(outside)), repeats, seed
+        ),
     }
     if calibration is not None:
-        found["prediction_sets"] = [_sets(each, calibration, level) for level in calibration.levels]
-        found["abstention"] = _abstention(each, calibration)
-    return found
+        summary["prediction_sets"] = [_sets(outside, calibration, level) for level in calibration.levels]
+        summary["abstention"] = _abstention(outside, calibration)
+    return summary
 
 
-def _cost(each: Evaluated) -> dict[str, Any]:
+def _cost(evaluated: Evaluated) -> dict[str, Any]:
     return {
-        "name": each.name,
-        "inputs": len(each),
+        "name": evaluated.name,
+        "inputs": len(evaluated),
         "cost": {
-            "seconds_per_input": each.seconds / len(each),
-            "tokens_per_input": each.tokens / len(each),
+            "seconds_per_input": evaluated.seconds / len(evaluated),
+            "tokens_per_input": evaluated.tokens / len(evaluated),
         },
     }
 
@@ -94,13 +98,14 @@ def _scored(score: Callable[..., dict[str, Tensor]], counts: tuple[int, ...], re
     values = {name: value for name, value in values.items() if not math.isnan(value)}  # no wrong answer, or only wrong ones
     if repeats < 1:
         return values
-    block = max(1, BLOCK // sum(counts))
-    sets = [resamples(count, repeats, seed + index, block) for index, count in enumerate(counts)]
-    scored = [score(*weights) for weights in zip(*sets, strict=True)]
+    block_size = max(1, BLOCK // sum(counts))
+    sets = [resamples(count, repeats, seed + index, block_size) for index, count in enumerate(counts)]
+    scored_blocks = [score(*weights) for weights in zip(*sets, strict=True)]
     return {
         **values,
         "intervals": {
-            name: list(interval(value, torch.cat([each[name] for each in scored]))) for name, value in values.items()
+            name: list(interval(value, torch.cat([block[name] for block in scored_blocks])))
+            for name, value in values.items()
         },
     }
 
@@ -126,40 +131,40 @@ def reliability(outcome: Predictive, answers: Tensor) -> list[dict[str, float | 
     ]
 
 
-def _sets(each: Evaluated, calibration: Calibration, level: str) -> dict[str, Any]:
+def _sets(evaluated: Evaluated, calibration: Calibration, level: str) -> dict[str, Any]:
     """Sizes of the sets as served, with the top choice always in, and for labelled inputs how often they hold the answer.
 
     `coverage_of_rule` is that of the conformal rule alone, the number that its theory is about: where the model is right
     more often than the level, no non-empty set can cover as little.
     """
-    threshold, p = calibration.levels[level], each.outcome.probabilities
-    real = torch.arange(p.shape[1]) < each.num_choices.unsqueeze(1)
+    threshold, p = calibration.levels[level], evaluated.outcome.probabilities
+    real = torch.arange(p.shape[1]) < evaluated.num_choices.unsqueeze(1)
     served = prediction_sets(p, calibration.method, threshold) & real
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "level": float(level),
         "method": calibration.method,
         "mean_size": float(served.sum(-1).double().mean()),
     }
-    if bool((each.answers >= 0).all()):
-        truth = each.answers.unsqueeze(1)
+    if bool((evaluated.answers >= 0).all()):
+        truth = evaluated.answers.unsqueeze(1)
         rule = prediction_sets(p, calibration.method, threshold, keep_top=False)
-        found["coverage"] = float(served.gather(1, truth).double().mean())
-        found["coverage_of_rule"] = float(rule.gather(1, truth).double().mean())
-    return found
+        summary["coverage"] = float(served.gather(1, truth).double().mean())
+        summary["coverage_of_rule"] = float(rule.gather(1, truth).double().mean())
+    return summary
 
 
-def _abstention(each: Evaluated, calibration: Calibration) -> dict[str, Any] | None:
+def _abstention(evaluated: Evaluated, calibration: Calibration) -> dict[str, Any] | None:
     """How many inputs are answered, and for labelled ones how many of the answers are wrong."""
     rule = calibration.abstain
     if rule is None:
         return None
-    answered = doubts(each.outcome)[rule.score] <= rule.threshold
-    found: dict[str, Any] = {
+    answered = doubts(evaluated.outcome)[rule.score] <= rule.threshold
+    summary: dict[str, Any] = {
         "score": rule.score,
         "target_risk": rule.target_risk,
         "answered": float(answered.double().mean()),
     }
-    if bool((each.answers >= 0).all()) and bool(answered.any()):
-        wrong = each.outcome.probabilities.argmax(-1) != each.answers
-        found["risk"] = float(wrong[answered].double().mean())
-    return found
+    if bool((evaluated.answers >= 0).all()) and bool(answered.any()):
+        wrong = evaluated.outcome.probabilities.argmax(-1) != evaluated.answers
+        summary["risk"] = float(wrong[answered].double().mean())
+    return summary

@@ -1,7 +1,7 @@
 """Scores of predictions against answers, each for many weightings of the inputs at once: what a bootstrap needs.
 
-A weighting is a row of `weights` [R, N]; with ones it gives the score itself, with counts of a resample the score of that
-resample, as if each input stood there so often. All in float64.
+A weighting is a row of `weights` [R, N]: how often each input counts. Ones give the score itself, the counts of a bootstrap
+resample give the score of that resample. All in float64.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def adaptive_calibration_error(weights: Tensor, confidence: Tensor, hit: Tensor)
 def classwise_calibration_error(weights: Tensor, probabilities: Tensor, answers: Tensor) -> Tensor:
     """Mean over choices of the ECE of each choice's own probability (Kull et al. 2019). [R, N], [N, C], [N] -> [R]."""
     choices = range(probabilities.shape[1])
-    each = [calibration_error(weights, probabilities[:, choice], answers == choice) for choice in choices]
-    return torch.stack(each).mean(0)
+    errors = [calibration_error(weights, probabilities[:, choice], answers == choice) for choice in choices]
+    return torch.stack(errors).mean(0)
 
 
 def auroc(weights: Tensor, score: Tensor, positive: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ def labelled_scores(outcome: Predictive, answers: Tensor, weights: Tensor | None
 
 
 def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
-    """Every score of `labelled_scores` that there is: answers [N], each an index into the choices."""
-    found = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    """The scores of `labelled_scores` as numbers, without those that are NaN: answers [N], indices of choices."""
+    values = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def outside_scores(

@@ -1,8 +1,8 @@
-"""The authors' way with the KL: steps of its own after each step on the likelihood, by SGD with a cyclic weight.
+"""The KL as in the authors' published code: separate SGD steps with a cyclic weight, after each step on the likelihood.
 
-As in BayesAdapt (Samplawski et al. 2025): a rate that warms up and falls linearly, times the cycle of BLoB (Wang et al.,
-NeurIPS 2024, after Blundell et al. 2015), and the KL as it is, not divided by the number of training rows. Their mean is
-exp(log_s), so that the step on mu is one on its logarithm; here mu keeps its sign.
+As in BayesAdapt (Samplawski et al. 2025): the rate warms up and falls linearly, and is multiplied by the cycle of BLoB (Wang
+et al., NeurIPS 2024, after Blundell et al. 2015). The KL is not divided by the number of training rows. Their mean is
+exp(log_s), so the step on mu is taken on its logarithm; here mu keeps its sign. The default recipe is in `trainer`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def kl_rate(step: int, recipe: TrainingConfig, num_examples: int) -> float:
 
 
 class KLSteps(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Takes a step on the KL after each of the optimiser's. Without a state of its own, so that a run resumes exactly."""
+    """Takes a step on the KL after each optimiser step. It keeps no state, so that an interrupted run resumes exactly."""
 
     def __init__(self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int) -> None:
         self._model, self._recipe, self._num_examples = model, recipe, num_examples

@@ -208,8 +208,8 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    checkpoints = [path for path in folder.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
+    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
 
 
 def _is_json(path: Path) -> bool:

@@ -1,4 +1,4 @@
 """From logits to uncertainty: predictive, linearised predictive, adaptive sampling, prediction sets, abstention.
 
-Files and data sets are in `files` and `evaluation`.
+Nothing here reads files or runs over a data set: that is in `files` and `evaluation`.
 """

@@ -1,12 +1,13 @@
-"""As many samples as an answer needs: more are added in rounds until what was asked for is known well enough.
+"""Adaptive sampling: when an input has enough samples, and rounds that add more until it has. Runs no model itself.
 
-The draws are nested (a longer sequence begins with the shorter one), so that a round adds to what the earlier ones gave, and
-an input that stops at K samples has exactly the answer that K samples give. Every round runs only the inputs that go on.
+The draws are nested: a longer sequence begins with the shorter one. So a round adds to the samples of the rounds before, and
+an input that stops at K samples has exactly the answer that K samples give. A round runs only the inputs that need more.
 
-Looking again and again makes it likelier to be deceived once. So the probability of error is shared out evenly over the
-rounds (Bonferroni), and since few samples know their own spread badly, critical values are Student's t, not the normal's.
-By the union bound the promise then holds whichever round is the last. It is t's promise: where most samples agree and a rare
-one is far off, the samples before it look surer than they are. What that does is measured by `benchmarks/adaptive.py`.
+Testing in every round makes an error in some round more likely than in one test. So the allowed probability of error is
+divided evenly over the rounds (Bonferroni): by the union bound it then holds for whichever round is the last. Critical
+values are Student's t and not the normal distribution's, because few samples give a poor estimate of their own spread. The t
+test assumes a normal distribution. Where most samples agree and a rare one is far off, the uncertainty is underestimated
+until the rare one is drawn; `benchmarks/adaptive.py` measures how often that matters.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from scalabl.uncertainty.predictive import Predictive, independent_units, predic
 Target = Literal["decision", "probabilities", "mutual_information"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 TOLERANCES: dict[Target, float] = {"decision": 0.005, "probabilities": 0.01, "mutual_information": 0.01}
-INTERVAL_ERROR = 0.05  # of the intervals that the two kinds of number are held to: 95%
-AGREEMENT = 1e-6  # samples whose probabilities all lie this close have nothing left to disagree on
+INTERVAL_ERROR = 0.05  # probabilities and mutual information are held to 95% intervals
+AGREEMENT = 1e-6  # samples whose probabilities all lie within this of one another count as equal
 
 
 @dataclass(frozen=True)
 class Rule:
     """When to stop adding samples to an input.
 
-    * `decision`: when every other choice's probability is below that of the top one, by the samples' own paired
-      differences. `tolerance` is the probability, over draws, of stopping at a choice that infinitely many samples would
-      not choose, shared out over the other choices too. And one more sample, however contrary, must not be able to change
-      the choice: no spread tells of a rare draw that has not been seen.
-    * `probabilities`: when the standard error of each is at most `tolerance`.
-    * `mutual_information`: when its standard error is, in nats, with what the plug-in estimate is too low by added to it.
+    * `decision`: when the top choice's probability is significantly above that of every other choice, by a paired t test
+      over the samples. `tolerance` is the probability, over draws, of stopping at a choice that infinitely many samples
+      would not choose; it is divided over the other choices. In addition, no single further sample may be able to change
+      the choice, since the spread of the samples says nothing of a rare draw that has not come up yet.
+    * `probabilities`: when the standard error of every probability is at most `tolerance`.
+    * `mutual_information`: when its standard error plus the bias of the plug-in estimate is at most `tolerance`, in nats.
 
-    For the last two, the 95% interval must be no wider than it would be with a standard error of `tolerance` known
-    beforehand; a standard error that few samples estimate counts for more.
+    For the last two, the 95% interval must be no wider than one from a standard error of exactly `tolerance`. A standard
+    error that is estimated from few samples has a wider interval.
 
     Args:
         tolerance: None for `TOLERANCES` of the target.
@@ -69,7 +70,7 @@ class Rule:
 
     @property
     def allowed(self) -> float:
-        """The tolerance, or the target's own."""
+        """The tolerance that applies: the given one, or the target's default."""
         return TOLERANCES[self.target] if self.tolerance is None else self.tolerance
 
     def rounds(self) -> tuple[int, ...]:
@@ -88,7 +89,7 @@ class Rule:
         return max(stop - start for start, stop in zip((0, *rounds), rounds, strict=False))
 
     def after(self, num_samples: int) -> int:
-        """K of the round that follows the one that ends with so many."""
+        """K at the end of the next round, after one that ended with `num_samples`."""
         return next(count for count in self.rounds() if count > num_samples)
 
 
@@ -107,9 +108,9 @@ def settled(outcome: Predictive, rule: Rule, scheme: Scheme) -> Tensor:
     half_width = NormalDist().inv_cdf(1 - INTERVAL_ERROR / 2) * rule.allowed
     if rule.target == "probabilities":
         return agree | (critical * outcome.standard_error.probabilities.amax(-1) <= half_width)
-    # Like a mean of squares it is skewed to the right, and where it comes out small, so does its error: hence the upper end
-    # of an interval on the scale of its logarithm. And since the mean of K samples itself varies by 1 / K of what a sample
-    # does, so much is missing from their spread around it.
+    # The estimate is skewed to the right like a mean of squares, and a small estimate comes with a small standard error.
+    # So the interval is taken on the scale of its logarithm. The mean of K samples has 1 / K of the variance of one sample,
+    # which is missing from the samples' spread around it: the estimate is too low by that share.
     information = outcome.mutual_information.clamp_min(1e-300)
     above = information * torch.expm1(critical * outcome.standard_error.mutual_information / information)
     missing = information / (samples.shape[1] - 1)
@@ -134,10 +135,10 @@ def t_quantile(tail: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one input came to.
+    """The result of one input.
 
     Attributes:
-        outcome: of all samples drawn, without leading dimension; its standard errors are of this many samples.
+        outcome: of all its samples, without leading dimension.
         num_samples: K.
         settled: whether the rule was met; False where `most` samples were not enough.
     """
@@ -147,7 +148,7 @@ class Estimate:
     settled: bool
 
 
-# (inputs that go on, start, stop) -> their logits [b, stop - start, C] under draws start to stop - 1
+# (indices of the unsettled inputs, start, stop) -> their logits [b, stop - start, C] under draws start to stop - 1
 RunRound = Callable[[Sequence[int], int, int], Tensor]
 
 
@@ -155,20 +156,20 @@ def sample_adaptively(
     run: RunRound, count: int, rule: Rule, *, temperature: float = 1.0, scheme: Scheme = DEFAULT_SCHEME
 ) -> list[Estimate]:
     """Run rounds for `count` inputs until each meets the rule or has `rule.most` samples."""
-    going = list(range(count))
-    logits: dict[int, list[Tensor]] = {index: [] for index in going}
-    found: dict[int, Estimate] = {}
+    unsettled = list(range(count))
+    logits: dict[int, list[Tensor]] = {index: [] for index in unsettled}
+    estimates: dict[int, Estimate] = {}
     start = 0
     for stop in rule.rounds():
-        if not going:
+        if not unsettled:
             break
-        for index, more in zip(going, run(going, start, stop), strict=True):
+        for index, more in zip(unsettled, run(unsettled, start, stop), strict=True):
             logits[index].append(more)
-        outcome = predictive(torch.stack([torch.cat(logits[index]) for index in going]), temperature, scheme)
+        outcome = predictive(torch.stack([torch.cat(logits[index]) for index in unsettled]), temperature, scheme)
         enough = settled(outcome, rule, scheme).tolist()
-        for row, index in enumerate(going):
+        for row, index in enumerate(unsettled):
             if enough[row] or stop == rule.most:
-                found[index] = Estimate(outcome.of_input(row), stop, enough[row])
-        going = [index for index in going if index not in found]
+                estimates[index] = Estimate(outcome.of_input(row), stop, enough[row])
+        unsettled = [index for index in unsettled if index not in estimates]
         start = stop
-    return [found[index] for index in range(count)]
+    return [estimates[index] for index in range(count)]

@@ -1,8 +1,9 @@
-"""The predictive from the model's linearisation in the subspace scalars, and the same as a control variate for samples.
+"""The linearised predictive: the model to first order in the subspace scalars, alone or as a control variate for samples.
 
-Only P scalars are random (hundreds, whatever the base model), so that z(s) ~ z(mu) + J (s - mu), with J = dz/ds at the mean
-by one reverse pass for each choice, many of them in one batch. Then z is Gaussian over C choices, from which thousands of
-samples cost nothing. Exact for an adapter of the head alone; biased where sigma is not small against mu.
+Only P scalars are random (hundreds, whatever the base model). To first order z(s) = z(mu) + J (s - mu), with J = dz/ds at
+the mean; J takes one reverse pass for each choice, many of them in one batch. The logits z are then Gaussian over C choices,
+and thousands of samples of them need no pass. This is exact for an adapter of the head alone, and biased where sigma is not
+small against mu. A whole data set is run in `evaluation.inference`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.absent_choices import ABSENT
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
-INTEGRATION_DRAWS = 1024  # of the Gaussian over logits: without any pass
+INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
 NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
 SPREAD_LIMIT = 0.5  # median tau sigma / |mu| above which the linearisation should not be trusted
 
@@ -57,7 +58,7 @@ class Linearization:
     def samples(self, num_samples: int = INTEGRATION_DRAWS) -> Tensor:
         """[B, N, C]: Sobol samples of N(mean, covariance), the same at every call."""
         covariance = self.covariance()
-        # A covariance of rank below C has no Cholesky factor; this much more than nothing is far below any digit shown.
+        # A covariance of rank below C has no Cholesky factor. The jitter changes no digit that is shown.
         jitter = 1e-10 * covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)
         factor = torch.linalg.cholesky(covariance + jitter.view(-1, 1, 1) * torch.eye(covariance.shape[1]))
         epsilon = draw(0, num_samples, self.mean.shape[1], "sobol").epsilon.double()
@@ -65,18 +66,11 @@ class Linearization:
         return z
 
     def predictive(self, temperature: float = 1.0) -> Predictive:
-        """As of infinitely many samples. Standard errors are NaN: what error there is is not one of sampling."""
-        found = predictive(self.samples(), temperature, "sobol")
-        unknown = torch.full_like(found.entropy, math.nan)
-        error = StandardErrors(torch.full_like(found.probabilities, math.nan), unknown, unknown, unknown)
-        return Predictive(
-            found.probabilities,
-            found.entropy,
-            found.expected_entropy,
-            found.mutual_information,
-            found.sample_probabilities,
-            error,
-        )
+        """The predictive of the linearised model. Standard errors are NaN, since its error is not one of sampling."""
+        outcome = predictive(self.samples(), temperature, "sobol")
+        unknown = torch.full_like(outcome.entropy, math.nan)
+        error = StandardErrors(torch.full_like(outcome.probabilities, math.nan), unknown, unknown, unknown)
+        return replace(outcome, standard_error=error)
 
     def layer_shares(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Each adapted layer's share of the variance that the posterior gives the probabilities, [B]; they sum to 1.

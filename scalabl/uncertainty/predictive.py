@@ -1,4 +1,7 @@
-"""From logits [B, K, C] to probabilities, entropies and mutual information, in nats. Pure functions of tensors."""
+"""From logits [B, K, C] to probabilities, entropies and mutual information, in nats, with their standard errors.
+
+Pure functions of tensors: no model and no data set.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +46,19 @@ class Predictive:
     standard_error: StandardErrors
 
     def of_input(self, index: int) -> Predictive:
-        """That of one of the B inputs, without the leading dimension."""
+        """The predictive of one of the B inputs, without the leading dimension."""
         fields = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
         errors = {name: value[index] for name, value in vars(self.standard_error).items()}
         return Predictive(**fields, standard_error=StandardErrors(**errors))
 
     @staticmethod
     def stack(outcomes: Sequence[Predictive]) -> Predictive:
-        """The predictive of several inputs from those of each."""
-        errors = [vars(each.standard_error) for each in outcomes]
+        """The predictive of several inputs from the predictives of single ones (`of_input`)."""
+        errors = [vars(outcome.standard_error) for outcome in outcomes]
         fields = [name for name, value in vars(outcomes[0]).items() if isinstance(value, Tensor)]
         return Predictive(
-            **{name: torch.stack([getattr(each, name) for each in outcomes]) for name in fields},
-            standard_error=StandardErrors(**{name: torch.stack([each[name] for each in errors]) for name in errors[0]}),
+            **{name: torch.stack([getattr(outcome, name) for outcome in outcomes]) for name in fields},
+            standard_error=StandardErrors(**{name: torch.stack([error[name] for error in errors]) for name in errors[0]}),
         )
 
 
@@ -111,7 +114,7 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN, of float32 or smaller ones, or of float64 ones whose sum is in its range."""
+    """Whether no value is infinite or NaN. Exact up to float32; float64 values must not overflow in their sum."""
     return math.isfinite(float(values.sum(dtype=torch.float64)))
 
 
@@ -123,7 +126,7 @@ def independent_units(num_samples: int, scheme: Scheme) -> int:
 def standard_errors(
     probabilities: Tensor, entropy: Tensor, expected_entropy: Tensor, mutual_information: Tensor, scheme: Scheme
 ) -> StandardErrors:
-    """Those of the means over the samples of probabilities [..., K, C] and of the others [..., K], found in one go."""
+    """Standard errors of the means over the samples of probabilities [..., K, C] and of the other three [..., K]."""
     terms = [probabilities, entropy.unsqueeze(-1), expected_entropy.unsqueeze(-1), mutual_information.unsqueeze(-1)]
     errors = standard_error(torch.cat(terms, dim=-1).transpose(-1, -2), scheme)
     return StandardErrors(errors[..., :-3], errors[..., -3], errors[..., -2], errors[..., -1])

@@ -35,7 +35,7 @@ def doubts(outcome: Predictive) -> dict[DoubtName, Tensor]:
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> Tensor:
-    """The share of wrong answers among all inputs at most as doubtful as each one, the surest first: [N].
+    """The share of wrong answers when the n surest inputs are answered, for n = 1 … N: [N].
 
     Inputs of equal doubt are answered together, as any threshold would.
 
@@ -62,7 +62,7 @@ def binomial_upper_bound(errors: int, count: int, delta: float) -> float:
 
 
 def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> None:
-    """Refuse a risk that so few rows could not promise even if no answer were wrong.
+    """Refuse a target risk that so few rows cannot guarantee, even if no answer is wrong.
 
     Args:
         target_risk: above 0.
@@ -81,7 +81,13 @@ def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> Non
 
 @dataclass(frozen=True)
 class GuaranteedThreshold:
-    """Answer where doubt <= `threshold`: `coverage` of the inputs, of which `risk` were wrong, at most `bound` in truth."""
+    """Answer where doubt <= `threshold`.
+
+    Attributes:
+        coverage: the share of inputs that are answered.
+        risk: the share of these answers that were wrong.
+        bound: the upper bound of the true risk.
+    """
 
     threshold: float
     coverage: float
@@ -92,7 +98,7 @@ class GuaranteedThreshold:
 def guaranteed_threshold(
     candidates: Tensor, doubt: Tensor, wrong: Tensor, target_risk: float, confidence: float
 ) -> GuaranteedThreshold:
-    """The threshold that answers most, among those whose share of wrong answers stays within the target.
+    """The threshold with the largest coverage among those whose upper bound of the risk is within the target.
 
     The ten thresholds that are tested are quantiles of doubts of other inputs, so each test is an exact binomial one; each
     bound gets a tenth of the error probability, so that all ten hold together with `confidence`.
