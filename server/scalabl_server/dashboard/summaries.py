@@ -27,12 +27,12 @@ from scalabl_server.dashboard.schemas import (
 from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.scoring import BINS, UPPER_EDGES, Amounts
 from scalabl_server.outcomes.survey import Seen, Survey
+from scalabl_server.text import shortened
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
 EDGES = tuple(10 ** (n / 4) for n in range(-20, 5))  # nats: 1e-5 to 10
 QUANTILES = (0.05, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
 MARKS = ("0.5", "0.9", "0.95", "0.99")
-PER_BIN = ("outcomes", "correct", "labelled_confidence")
 MOST_POINTS = 60  # of a risk-coverage curve
 MOST_SHOWN, LONGEST_SHOWN = 5, 200  # labels of a set; characters of a text
 
@@ -183,20 +183,16 @@ def _doubtful(seen: Seen) -> Doubtful:
     return Doubtful(
         id=seen.id,
         created_at=_time(seen),
-        prediction=_cut(answer["prediction"]),
+        prediction=shortened(answer["prediction"], LONGEST_SHOWN),
         confidence=answer["confidence"],
         entropy=answer["entropy"],
         mutual_information=answer["mutual_information"],
         abstain=answer.get("abstain"),
-        set_labels=None if found is None else [_cut(label) for label in found["labels"][:MOST_SHOWN]],
+        set_labels=None if found is None else [shortened(label, LONGEST_SHOWN) for label in found["labels"][:MOST_SHOWN]],
         set_size=None if found is None else len(found["labels"]),
-        label=None if seen.label is None else _cut(scoring.choices_of(answer)[seen.label]),
-        input=None if seen.input is None else _cut(seen.input),
+        label=None if seen.label is None else shortened(scoring.choices_of(answer)[seen.label], LONGEST_SHOWN),
+        input=None if seen.input is None else shortened(seen.input, LONGEST_SHOWN),
     )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

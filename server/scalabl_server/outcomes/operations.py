@@ -13,6 +13,7 @@ from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.prepared import PreparedInsert
 from scalabl_server.outcomes.tables import LABELS, PREDICTIONS
 from scalabl_server.outcomes.totals import Additions
+from scalabl_server.text import quoted
 
 Status = Literal["recorded", "unchanged", "corrected"]
 
@@ -115,7 +116,9 @@ class LabelRound:
             choices = scoring.choices_of(json.loads(row.answer))
             if label not in choices:
                 raise Refusal(
-                    "label", position, f"{_short(label)} is not among the choices of this prediction: {_list(choices)}"
+                    "label",
+                    position,
+                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}",
                 )
             indices.append(choices.index(label))
         return [
@@ -185,13 +188,9 @@ def delete_oldest(connection: Connection, *, older_than: float | None, max_rows:
 
 def absent(name: str) -> str:
     """What to say of an id that is not, or no longer, stored."""
-    return f"there is no prediction {_short(name)}; it never was or has expired"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+    return f"there is no prediction {quoted(name, SHOWN_CHARACTERS)}; it never was or has expired"
 
 
 def _list(choices: Sequence[str]) -> str:
-    shown = ", ".join(_short(choice) for choice in choices[:SHOWN_CHOICES])
+    shown = ", ".join(quoted(choice, SHOWN_CHARACTERS) for choice in choices[:SHOWN_CHOICES])
     return shown if len(choices) <= SHOWN_CHOICES else f"{shown}, … ({len(choices)} in all)"

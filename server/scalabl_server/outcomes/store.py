@@ -26,7 +26,8 @@ from scalabl_server.outcomes.survey import Survey, read
 from scalabl_server.outcomes.totals import TotalsCollector
 from scalabl_server.outcomes.writer import Feedback, Limits, LookUp, Operation, Record, Writer
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas import FeedbackResponse, LabelAt, Outcome, OutcomeStatus, Prediction, StoredPrediction
+from scalabl_server.schemas.feedback import FeedbackResponse, LabelAt, Outcome, OutcomeStatus, StoredPrediction
+from scalabl_server.schemas.prediction import Prediction
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -143,7 +144,9 @@ class OutcomeStore:
         """
         limit = self._settings.max_inputs
         if len(outcomes) > limit:
-            raise ProblemError("invalid-field", f"body: {len(outcomes)} labels are above the limit of {limit} per request")
+            raise ProblemError(
+                "invalid-field", f"{len(outcomes)} labels are above the limit of {limit} per request", field="body"
+            )
         operation = Feedback([(each.id, each.label) for each in outcomes])
         for position, each in enumerate(outcomes):
             if self._writer is not None and not PREDICTION_ID.fullmatch(each.id):
@@ -229,8 +232,8 @@ class OutcomeStore:
         where = f"{refusal.position}." if count > 1 else ""
         note = "; none of the labels was taken" if count > 1 else ""
         if refusal.kind == "unknown":
-            return ProblemError("unknown-prediction", f"{where}id: {refusal.detail}{note}")
-        return ProblemError("invalid-field", f"{where}label: {refusal.detail}{note}")
+            return ProblemError("unknown-prediction", f"{refusal.detail}{note}", field=f"{where}id")
+        return ProblemError("invalid-field", f"{refusal.detail}{note}", field=f"{where}label")
 
 
 def _time(seconds: float) -> datetime:

@@ -150,7 +150,8 @@ def test_ece_brier_and_log_loss_are_the_evaluations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("confidence", "edge"), [(0.0, "0.067"), (0.34, "0.400"), (1 / 15, "0.133"), (0.999, "1.000"), (1.0, "1.000")]
+    ("confidence", "edge"),
+    [(0.0, "0.067"), (0.34, "0.400"), (1 / 15, "0.067"), (0.0667, "0.133"), (0.999, "1.000"), (1.0, "1.000")],
 )
 def test_a_confidence_has_one_bin(confidence: float, edge: str) -> None:
     assert scoring.bin_of(confidence) == edge

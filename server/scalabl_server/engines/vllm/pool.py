@@ -242,7 +242,7 @@ class VllmPool:
         except CallError as error:
             outcome = error.outcome
             if outcome == "absent" and call.adapter not in self._adapters:
-                raise ProblemError("unknown-adapter", "adapter: it was unloaded while the request waited") from None
+                raise ProblemError("unknown-adapter", "it was unloaded while the request waited", field="adapter") from None
             if outcome != "rejected":
                 self._failed(replica, error)
             raise
