@@ -76,8 +76,8 @@ def _train(
         prompter = Prompter(config.task, pretrained.tokenizer)
         config, start = config.model_copy(update={"task": prompter.resolved_task}), None
         if lora is not None:
-            kept = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
-            config, start = adapter_of(lora, load_skeleton(model)[0], config.task, **kept)
+            recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
+            config, start = adapter_of(lora, load_skeleton(model)[0], config.task, **recorded)
         metrics = train_adapter(
             pretrained.model,
             config,

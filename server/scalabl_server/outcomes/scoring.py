@@ -59,8 +59,8 @@ def choices_of(answer: Answer) -> list[str]:
 
 def sets_of(answer: Answer) -> dict[str, list[str]]:
     """Nominal coverage -> the choices in the prediction set of that level."""
-    found = answer.get("prediction_set")
-    return {} if found is None else {f"{found['coverage']:g}": list(found["labels"])}
+    prediction_set = answer.get("prediction_set")
+    return {} if prediction_set is None else {f"{prediction_set['coverage']:g}": list(prediction_set["labels"])}
 
 
 def of_prediction(answer: Answer) -> Amounts:

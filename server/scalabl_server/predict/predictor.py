@@ -24,7 +24,7 @@ from scalabl_server.observe import trace
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.store import OutcomeStore
 from scalabl_server.predict.answers import answers_of, is_small, warnings_of
-from scalabl_server.predict.preparation import encode, jobs_for
+from scalabl_server.predict.preparation import encode, is_short, jobs_for, slices
 from scalabl_server.predict.request import Asked, read_request
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import Prediction, PredictRequest, PredictResponse, Usage
@@ -36,10 +36,11 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class _Computed:
-    """What a request's inputs came to, in their order, and the rows that they took together."""
+    """What a request's inputs came to, in their order, what to know of that, and the rows that they took together."""
 
     outcomes: list[Predictive]
     predictions: list[Prediction]
+    warnings: list[str]
     rows: int
 
 
@@ -97,7 +98,7 @@ class Predictor:
             formed: list[Answer] = []
 
             def form_answer(predictions: Sequence[Prediction]) -> None:
-                formed.append(form(self._response(served, asked, predictions, computed.rows)))
+                formed.append(form(self._response(served.name, predictions, computed)))
 
             texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
             stored = await self._outcomes.record(
@@ -152,15 +153,14 @@ class Predictor:
         finally:
             for future in pending:
                 future.cancel()
-        rows = sum(job.rows_taken(result) for job, result in zip(jobs, results, strict=True))
         if is_small(jobs, results):
-            return _Computed(*answers_of(jobs, results, asked, served.config), rows)
-        return _Computed(
-            *await asyncio.get_running_loop().run_in_executor(
+            outcomes, predictions = answers_of(jobs, results, asked, served.config)
+        else:
+            outcomes, predictions = await asyncio.get_running_loop().run_in_executor(
                 self._answer_threads, answers_of, jobs, results, asked, served.config
-            ),
-            rows,
-        )
+            )
+        rows = sum(job.rows_taken(result) for job, result in zip(jobs, results, strict=True))
+        return _Computed(outcomes, predictions, warnings_of(served, asked), rows)
 
     async def _prepare(self, served: Served, asked: Asked) -> tuple[list[list[int]], list[Job]]:
         """Each input's token ids and job.
@@ -169,30 +169,30 @@ class Predictor:
         short request at once, on this thread.
         """
         loop, max_tokens = asyncio.get_running_loop(), self._engine.max_input_tokens
-        *slices, last = asked.slices()
-        if asked.is_short(self._engine.settings):
+        *earlier, last = slices(asked)
+        if is_short(asked, self._engine.settings):
             prepared = self._prompt_thread.call(_prepare_last, served, asked, last, max_tokens)
             if prepared is not None:
                 return prepared
         sequences: list[list[int]] = []
-        for positions in slices:
+        for positions in earlier:
             sequences += await loop.run_in_executor(
                 self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
             )
         ids, jobs = await loop.run_in_executor(self._prompt_thread, _prepare_last, served, asked, last, max_tokens)
         return sequences + ids, jobs
 
-    def _response(self, served: Served, asked: Asked, predictions: Sequence[Prediction], rows: int) -> PredictResponse:
-        warnings = warnings_of(served, asked)
-        optional: dict[str, Any] = {"warnings": warnings} if warnings else {}  # else left out of the JSON
+    def _response(self, adapter: str, predictions: Sequence[Prediction], computed: _Computed) -> PredictResponse:
+        # Without warnings the field is left out of the JSON.
+        optional: dict[str, Any] = {"warnings": computed.warnings} if computed.warnings else {}
         request_trace = trace.current()
         return PredictResponse(
             id=request_trace.request_id,
             model=self._engine.model_name,
-            adapter=served.name,
+            adapter=adapter,
             predictions=list(predictions),
             **optional,
-            usage=Usage(tokens=request_trace.tokens, rows=rows),
+            usage=Usage(tokens=request_trace.tokens, rows=computed.rows),
         )
 
     def _observe(self, adapter: str, outcomes: Sequence[Predictive], seconds: float) -> None:

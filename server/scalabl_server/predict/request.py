@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,6 @@ from scalabl_server.schemas.prediction import PredictRequest
 from scalabl_server.settings import ServeSettings
 
 CHARACTERS_PER_TOKEN = 4  # of English text; for the estimate before a text is tokenised
-SHORT_CHARACTERS = 2000  # tokenised in half a millisecond
-SLICE_CHARACTERS = 20_000  # tokenised at once, so that a large request does not hold up the small ones
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,6 @@ class Asked:
     def estimated_tokens(self, rows: int, max_tokens: int) -> list[int]:
         """Rows x length of each input, before it is tokenised."""
         return [rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
-
-    def is_short(self, settings: ServeSettings) -> bool:
-        """Whether tokenising takes less time than a change of thread and back is worth: one short text, and draws that are
-        kept, since most requests have the same."""
-        is_usual = self.seed == settings.seed and (self.rule is not None or self.num_samples in (0, settings.num_samples))
-        characters = len(self.texts[0]) + sum(map(len, self.choices[0]))
-        return is_usual and len(self.texts) == 1 and characters <= SHORT_CHARACTERS
-
-    def slices(self) -> Iterator[range]:
-        """The inputs' positions in runs of few characters."""
-        start = characters = 0
-        for position, text in enumerate(self.texts):
-            if position > start and characters + len(text) > SLICE_CHARACTERS:
-                yield range(start, position)
-                start, characters = position, 0
-            characters += len(text)
-        yield range(start, len(self.texts))
 
 
 def read_request(request: PredictRequest, config: AdapterConfig, settings: ServeSettings, max_tokens: int) -> Asked:

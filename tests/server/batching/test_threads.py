@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from scalabl_server.batching.jobs import ControlVariateJob, Job, LinearizedJob, Result, SampledJob
-from scalabl_server.batching.threads import FOUND, PAUSE, OneAtATime, leave_cores, rest, take_cores
+from scalabl_server.batching.threads import PAUSE, TORCH_THREADS, OneAtATime, leave_cores, rest, take_cores
 from scalabl_server.predict.answers import is_small
+from scalabl_server.predict.preparation import is_short
 from scalabl_server.predict.request import read_request
 from scalabl_server.schemas.prediction import PredictRequest
 
@@ -22,7 +23,7 @@ from tests.server.conftest import serving, settings_for
 TASKS = Path("/proc/self/task")
 
 
-@pytest.mark.parametrize(("threads", "cores"), [(3, 3), (None, FOUND)])
+@pytest.mark.parametrize(("threads", "cores"), [(3, 3), (None, TORCH_THREADS)])
 def test_threads_beside_the_models_keep_to_one_core(folders: Path, threads: int | None, cores: int) -> None:
     with serving(settings_for(folders, threads=threads)) as client:
         assert client.post("/predict", json={"inputs": "the sky"}).status_code == 200
@@ -56,7 +57,7 @@ def test_only_an_answer_of_few_samples_and_one_input_is_small() -> None:
     assert not any(is_small([job], [few]) for job in linearized)
 
 
-@pytest.mark.skipif(PAUSE is None or FOUND < 2, reason="needs an OpenMP library that can pause, and two cores")
+@pytest.mark.skipif(PAUSE is None or TORCH_THREADS < 2, reason="needs an OpenMP library that can pause, and two cores")
 def test_a_thread_that_rests_ends_its_helpers_and_computes_as_before() -> None:
     big = torch.randn(512, 512)
 
@@ -100,7 +101,7 @@ def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_short"),
+    ("changes", "short"),
     [
         ({}, True),
         ({"inputs": "x" * 3000}, False),
@@ -112,8 +113,8 @@ def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is
     ],
 )
 def test_one_short_text_with_the_usual_draws_is_tokenised_at_once(
-    folders: Path, changes: dict[str, Any], is_short: bool
+    folders: Path, changes: dict[str, Any], short: bool
 ) -> None:
     settings, config = settings_for(folders), read_config(folders / "colours")
     request = PredictRequest.model_validate({"inputs": "the sky"} | changes)
-    assert read_request(request, config, settings, 5000).is_short(settings) == is_short
+    assert is_short(read_request(request, config, settings, 5000), settings) == short

@@ -40,10 +40,10 @@ logger = logging.getLogger("scalabl")
 
 @dataclass(eq=False)
 class RemoteAdapter(Served):
-    """An adapter whose samples are LoRAs of the servers. `rows`: each draw's bytes -> the LoRA of that sample."""
+    """An adapter whose samples are LoRAs of the servers. `lora_of`: a draw's bytes -> the LoRA of that sample."""
 
     examined: Examined
-    rows: dict[bytes, str]
+    lora_of: dict[bytes, str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -104,7 +104,7 @@ class VllmEngine(Engine):
             additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
             relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
             examined=Examined(loras),
-            rows={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
+            lora_of={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
         served.pads = False  # each prompt is a sequence of its own there
         return served
@@ -150,7 +150,7 @@ class VllmEngine(Engine):
 
 def _names(served: RemoteAdapter, draws: Draws) -> list[str]:
     """The LoRA of each sample, found by the numbers that it was made of."""
-    return [served.rows[row.numpy().tobytes()] for row in draws.epsilon]
+    return [served.lora_of[row.numpy().tobytes()] for row in draws.epsilon]
 
 
 def load(settings: ServeSettings) -> Engine:
