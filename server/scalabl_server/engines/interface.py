@@ -25,8 +25,8 @@ class Served:
     """One adapter, ready to answer. What only its engine needs of it is in a subclass.
 
     Attributes:
-        draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
-            once. Any thread may ask.
+        draws: (num_samples, seed) -> the draws, which are kept for the next requests with the same arguments. Any thread may
+            ask.
         relative_spread: by which a linearisation is trusted or not.
         pads: whether a pass computes the padding of its inputs.
         quantization_change: what `--quantization` changes in its answers; None where it is not known.

@@ -5,7 +5,7 @@ For any engine: the pass itself is a function that it gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,21 +22,9 @@ def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperature: float) -
     draws_of = {index: draws for index, job in enumerate(jobs) if (draws := job.first_draws()) is not None}
     logits_of: dict[int, Tensor] = {}
     while draws_of:
-        draws_of = _shared(draws_of)
         for index, logits in zip(draws_of, run(list(draws_of), list(draws_of.values())), strict=True):
             logits_of[index] = torch.cat([logits_of[index], logits]) if index in logits_of else logits
         draws_of = {
             index: more for index in draws_of if (more := jobs[index].next_draws(logits_of[index], temperature)) is not None
         }
     return logits_of
-
-
-def draws_key(draws: Draws) -> Hashable:
-    """Equal for equal draws of one adapter."""
-    return id(draws) if draws.start is None else (draws.seed, draws.scheme, draws.start, draws.num_samples)
-
-
-def _shared(draws_of: dict[int, Draws]) -> dict[int, Draws]:
-    """The same object for equal draws, so that a pass holds each table once."""
-    firsts: dict[Hashable, Draws] = {}
-    return {index: firsts.setdefault(draws_key(draws), draws) for index, draws in draws_of.items()}

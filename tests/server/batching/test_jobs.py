@@ -8,7 +8,7 @@ from scalabl_server.batching.jobs import AdaptiveJob, ControlVariateJob, Job, Li
 from scalabl_server.batching.row_demand import RowDemand
 
 from scalabl.model.posterior import draw
-from scalabl.model.scalabl_model import TokenBatch
+from scalabl.model.token_batch import TokenBatch
 from scalabl.uncertainty.adaptive import Rule
 from scalabl.uncertainty.linearized import Linearization, controlled, linearize
 from scalabl.uncertainty.predictive import predictive

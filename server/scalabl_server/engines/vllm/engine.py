@@ -26,7 +26,7 @@ from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import spread_of
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Engine, Served
-from scalabl_server.engines.rounds import draws_key, sample_in_rounds
+from scalabl_server.engines.rounds import sample_in_rounds
 from scalabl_server.engines.vllm.client import VllmClient
 from scalabl_server.engines.vllm.examination import Examined
 from scalabl_server.engines.vllm.pool import Call, EngineError, VllmPool
@@ -59,10 +59,10 @@ class VllmEngine(Engine):
         assert isinstance(served, RemoteAdapter)  # `read` makes no other
 
         def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
-            names_of = {draws_key(table): _names(served, table) for table in draws}  # few: inputs share their draws
+            names_of = {table.key: _names(served, table) for table in draws}  # few: inputs share their draws
             wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
             for position, table in enumerate(draws):
-                for row, name in enumerate(names_of[draws_key(table)]):
+                for row, name in enumerate(names_of[table.key]):
                     wanted.setdefault(name, []).append((position, row))
             calls = [
                 Call(served.examined, name, [sequences[indices[position]] for position, _ in places])
