@@ -353,12 +353,13 @@ def engine(options: argparse.Namespace, budget: int) -> Iterator[Callable[[Seque
 
 def _offline(options: argparse.Namespace) -> None:
     """Each line of standard input is a list of prompts; says what seconds the engine takes for them."""
-    from scalabl_server.engines.interface import load_engine
+    from scalabl_server.batching.jobs import SampledJob
+    from scalabl_server.engines.load import load_engine
     from scalabl_server.settings import ServeSettings
 
     engine = load_engine(ServeSettings(**_settings(options), target_batch_tokens=options.offline))
     served = engine.adapter(None)
-    draws = served.draws(options.load_samples, engine.settings.seed)
+    job = SampledJob(served.draws(options.load_samples, engine.settings.seed), len(served.config.task.choices))
     for said in sys.stdin:
         sequences = sorted((served.prompter.encode(text) for text in json.loads(said)), key=len)
         batches: list[list[list[int]]] = []
@@ -368,7 +369,7 @@ def _offline(options: argparse.Namespace) -> None:
             batches[-1].append(ids)
         began = time.perf_counter()
         for batch in batches:
-            engine.run(served, batch, [draws] * len(batch))
+            engine.run(served, batch, [job] * len(batch))
         print(json.dumps(time.perf_counter() - began), flush=True)
 
 

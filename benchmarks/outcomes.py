@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.store import OutcomeStore
-from scalabl_server.schemas import Prediction
+from scalabl_server.schemas.prediction import Prediction
 from scalabl_server.settings import ServeSettings
 
 from benchmarks.machine import describe

@@ -145,7 +145,7 @@ def _selection(made: dashboard.Dashboard) -> None:
     made.with_panel(
         curve(
             "Risk and coverage by confidence",
-            "If only answers of at least some confidence were given (a point for each bin): which share of "
+            "If only answers of more than some confidence were given (a point for each bin): which share of "
             f"the inputs would be answered, and which share of those wrongly. {LABELS}",
             [
                 Query(f"({ANSWERED}) / ignoring (least) group_left () adapter:scalabl_outcomes:recent{ONE}", "Answered"),

@@ -11,17 +11,19 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from scalabl import __version__
-from scalabl_server import problems
 from scalabl_server.dashboard import routes as dashboard
-from scalabl_server.engines.interface import Engine, load_engine
+from scalabl_server.engines.interface import Engine
+from scalabl_server.engines.load import load_engine
+from scalabl_server.lifetime import ServerLifetime
 from scalabl_server.observe.spans import make_spans
 from scalabl_server.open_inference import routes as open_inference
-from scalabl_server.predict.service import Service
 from scalabl_server.settings import ServeSettings
+from scalabl_server.web import errors
 from scalabl_server.web.adapter_routes import build_adapter_router
+from scalabl_server.web.arrival import ArrivalLimits
 from scalabl_server.web.auth import KeyRing
 from scalabl_server.web.draining import CloseWhileDraining
-from scalabl_server.web.middleware import ArrivalLimits, Observe
+from scalabl_server.web.observation import Observe
 from scalabl_server.web.routes import build_router, health_routes, metrics_route
 
 CORS: dict[str, Any] = {
@@ -37,7 +39,7 @@ def create_app(
     on_failure: Callable[[Exception], None] | None = None,
     load: Callable[[ServeSettings], Engine] = load_engine,
 ) -> FastAPI:
-    """The application of one server. Its `state.service` is the `Service`; loading begins with the lifespan.
+    """The application of one server. Its `state.lifetime` is the `ServerLifetime`; loading begins with the lifespan.
 
     Args:
         on_failure: told the error when the model cannot be loaded.
@@ -45,15 +47,15 @@ def create_app(
     """
     keys = KeyRing(settings.api_keys, settings.api_keys_file)
     spans = make_spans(settings.otlp_endpoint)
-    service = Service(settings, load, on_failure)
+    server = ServerLifetime(settings, load, on_failure)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await service.start()
+        await server.start()
         try:
             yield
         finally:
-            await service.stop()
+            await server.stop()
             if spans is not None:
                 await asyncio.to_thread(spans.close)
 
@@ -67,37 +69,37 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat the Host header
         strict_content_type=False,  # `strict_json` decides
     )
-    app.state.service = service
-    problems.install(app)
-    app.include_router(build_router(service, keys))
+    app.state.lifetime = server
+    errors.install(app)
+    app.include_router(build_router(server, keys))
     if settings.enable_adapter_loading:
-        app.include_router(build_adapter_router(service, keys))
-    app.include_router(open_inference.build_router(service, keys))
+        app.include_router(build_adapter_router(server, keys))
+    app.include_router(open_inference.build_router(server, keys))
     if settings.dashboard:
-        app.include_router(dashboard.build_router(service, keys))
-    app.include_router(health_routes(service))
+        app.include_router(dashboard.build_router(server, keys))
+    app.include_router(health_routes(server))
     if settings.admin_port is None:
-        app.include_router(metrics_route(service))
+        app.include_router(metrics_route(server))
     app.add_middleware(
         ArrivalLimits,
         max_header_bytes=settings.max_header_bytes,
         max_body_bytes=settings.max_body_bytes,
         body_timeout=settings.body_timeout,
     )
-    origins = [each.strip() for each in settings.cors_origins.split(",") if each.strip()]
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
-    app.add_middleware(CloseWhileDraining, service=service)
-    app.add_middleware(Observe, metrics=service.metrics, spans=spans, https=settings.ssl_certfile is not None)
+    app.add_middleware(CloseWhileDraining, lifetime=server)
+    app.add_middleware(Observe, metrics=server.metrics, spans=spans, https=settings.ssl_certfile is not None)
     return app
 
 
 def create_admin_app(main: FastAPI) -> FastAPI:
     """Health and metrics of the same server, for a port of their own."""
-    service: Service = main.state.service
+    server: ServerLifetime = main.state.lifetime
     app = FastAPI(title="ScalaBL inference server: admin port", openapi_url=None, redirect_slashes=False)
-    problems.install(app)
-    app.include_router(health_routes(service))
-    app.include_router(metrics_route(service))
-    app.add_middleware(Observe, metrics=service.metrics)
+    errors.install(app)
+    app.include_router(health_routes(server))
+    app.include_router(metrics_route(server))
+    app.add_middleware(Observe, metrics=server.metrics)
     return app

@@ -48,7 +48,7 @@ def run(settings: ServeSettings) -> Exception | None:
 
     server = DrainingServer(
         _config(settings, application, settings.host, settings.port, **_tls(settings)),
-        application.state.service,
+        application.state.lifetime,
         settings.shutdown_timeout,
         settings.drain_delay,
     )

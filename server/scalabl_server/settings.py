@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scalabl.config import Quantization
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
-from scalabl_server.observe.logs import LogFormat
+
+LogFormat = Literal["text", "json"]
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 

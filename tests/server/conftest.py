@@ -15,7 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 from scalabl_server.app import create_app
 from scalabl_server.batching.jobs import Job, Result
-from scalabl_server.engines.interface import Engine, Served, load_engine
+from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.engines.load import load_engine
 from scalabl_server.engines.transformers_engine import LocalAdapter, TransformersEngine
 from scalabl_server.settings import ServeSettings
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from scalabl.uncertainty.adaptive import Rule, Target
+from scalabl_server.batching.row_demand import RowDemand
 from scalabl_server.observe.metrics import Metrics, Reason
 from scalabl_server.problems import ProblemError
 
@@ -51,7 +51,7 @@ class Admission:
         self.running_tokens = 0  # in the pass that runs now
         self._tokens_at = Counter[int]()  # by priority
         self._pass_seconds = self._pass_tokens = 0.0  # running means
-        self._share_taken: dict[Target, float] = {}  # of the most samples, by inputs that took as many as they needed
+        self._share_taken: dict[str, float] = {}  # of the most rows, a running mean by `RowDemand.learned_as`
 
     def enter(self, tokens: Sequence[int], seconds_left: float, priority: int = 0) -> list[Place]:
         """A place for each input of a request, all of them or none.
@@ -72,7 +72,7 @@ class Admission:
                 "wait", f"what waits already takes about {wait:.1f} s and this request's deadline is {seconds_left:g} s"
             )
         self.change(len(tokens), sum(tokens), priority)
-        return [Place(self, each, priority) for each in tokens]
+        return [Place(self, count, priority) for count in tokens]
 
     def settle(self, places: Sequence[Place], tokens: Sequence[int]) -> None:
         """The request's tokens are counted now: check again and correct its places.
@@ -84,8 +84,8 @@ class Admission:
         self._check_size(len(tokens), sum(tokens))
         if grown > 0:
             self._check_room(0, grown)
-        for place, each in zip(places, tokens, strict=True):
-            place.resize(each)
+        for place, count in zip(places, tokens, strict=True):
+            place.resize(count)
 
     def change(self, inputs: int, tokens: int, priority: int) -> None:
         """Called by `Place`."""
@@ -102,32 +102,38 @@ class Admission:
         self._pass_tokens += SMOOTHING * (tokens - self._pass_tokens)
         self._pass_seconds += SMOOTHING * (seconds - self._pass_seconds)
 
-    def observe_rows(self, rule: Rule, taken: int) -> None:
-        """An input that gets samples until it has enough has taken so many."""
-        share = self._share_taken.setdefault(rule.target, 1.0)
-        self._share_taken[rule.target] = share + SMOOTHING * (taken / rule.most - share)
+    def observe_rows(self, demand: RowDemand, taken: int) -> None:
+        """An input with this demand has taken so many rows."""
+        if demand.learned_as is not None:
+            share = self._share_taken.setdefault(demand.learned_as, 1.0)
+            self._share_taken[demand.learned_as] = share + SMOOTHING * (taken / demand.most - share)
 
-    def expected_rows(self, rule: Rule) -> int:
-        """Rows that such an input is expected to take, by what others with the same target took; at first the most."""
-        return max(rule.first, math.ceil(rule.most * self._share_taken.get(rule.target, 1.0)))
+    def expected_rows(self, demand: RowDemand) -> int:
+        """Rows that such an input is expected to take, by what others like it took; before these, the most."""
+        if demand.learned_as is None:
+            return demand.most
+        return max(demand.least, math.ceil(demand.most * self._share_taken.get(demand.learned_as, 1.0)))
 
     def expected_wait(self, tokens: int) -> float:
         """Seconds until so many tokens are computed; 0 before the first pass."""
         return tokens * self._pass_seconds / self._pass_tokens if self._pass_tokens else 0.0
 
     def _ahead_of(self, priority: int) -> int:
-        return self.running_tokens + sum(tokens for each, tokens in self._tokens_at.items() if each <= priority)
+        return self.running_tokens + sum(tokens for level, tokens in self._tokens_at.items() if level <= priority)
 
     def _check_size(self, inputs: int, tokens: int) -> None:
         if inputs > self.max_inputs:
             raise ProblemError(
-                "input-too-large", f"inputs: {inputs} inputs never fit in the queue of {self.max_inputs}; send fewer at once"
+                "input-too-large",
+                f"{inputs} inputs never fit in the queue of {self.max_inputs}; send fewer at once",
+                field="inputs",
             )
         if tokens > self.max_tokens:
             raise ProblemError(
                 "input-too-large",
-                f"inputs: about {tokens} tokens (inputs x samples x length) never fit in the queue of {self.max_tokens}; "
+                f"about {tokens} tokens (inputs x samples x length) never fit in the queue of {self.max_tokens}; "
                 "send fewer inputs at once or lower num_samples",
+                field="inputs",
             )
 
     def _check_room(self, inputs: int, tokens: int) -> None:

@@ -21,11 +21,11 @@ from typing import Any, Generic
 
 from scalabl_server.batching.admission import HEADROOM, Admission, Place
 from scalabl_server.batching.faults import Failure, classify
-from scalabl_server.batching.jobs import AutoJob, Job, Result, rows_of
+from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.batching.selection import PRIORITY_SECONDS, Choice, QueuedInput, Target, select
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.observe.trace import Stages
-from scalabl_server.problems import ProblemError
+from scalabl_server.problems import Kind, ProblemError
 
 logger = logging.getLogger("scalabl")
 
@@ -108,22 +108,23 @@ class Batcher(Generic[Target]):
         """Whether a pass is on the worker's thread."""
         return self._pass_began is not None
 
-    def check_input(self, position: int | None, length: int, num_samples: int) -> None:
+    def check_input(self, position: int | None, length: int, rows: int) -> None:
         """Whether a pass can hold an input.
 
         Args:
             position: among the request's inputs, None for a single one.
-            num_samples: the most at once.
+            rows: the most of it at once.
 
         Raises:
             ProblemError: `input-too-large`.
         """
-        tokens = length * num_samples
+        tokens = length * rows
         if tokens > self._max_tokens:
             raise ProblemError(
                 "input-too-large",
-                f"{'inputs' if position is None else f'inputs.{position}'}: {length} tokens x {num_samples} samples = "
+                f"{length} tokens x {rows} samples = "
                 f"{tokens}, above the limit of {self._max_tokens} for one pass; shorten the input or lower num_samples",
+                field="inputs" if position is None else f"inputs.{position}",
             )
 
     def submit(
@@ -148,39 +149,37 @@ class Batcher(Generic[Target]):
         if self._broken:
             raise ProblemError("stuck", BROKEN)
         for position, (ids, job) in enumerate(zip(sequences, jobs, strict=True)):
-            self.check_input(position if len(sequences) > 1 else None, len(ids), job.num_samples)
-        rows = [self._expected_rows(job) for job in jobs]
-        self._admission.settle(places, [len(ids) * each for ids, each in zip(sequences, rows, strict=True)])
+            self.check_input(position if len(sequences) > 1 else None, len(ids), job.demand.at_once)
+        expected = [self._admission.expected_rows(job.demand) for job in jobs]
+        self._admission.settle(places, [len(ids) * rows for ids, rows in zip(sequences, expected, strict=True)])
         now, slot, futures = time.perf_counter(), self._slot, []
-        for ids, job, count, place in zip(sequences, jobs, rows, places, strict=True):
+        for ids, job, rows, place in zip(sequences, jobs, expected, places, strict=True):
             queued = QueuedInput(
-                target,
-                ids,
-                job,
-                count,
-                place,
-                self._loop.create_future(),
-                (now + PRIORITY_SECONDS * place.priority, next(self._numbers)),
-                deadline,
-                now,
-                stages or Stages(),
+                target=target,
+                token_ids=ids,
+                job=job,
+                rows=rows,
+                rows_at_once=job.demand.at_once,
+                place=place,
+                result=self._loop.create_future(),
+                order=(now + PRIORITY_SECONDS * place.priority, next(self._numbers)),
+                deadline=deadline,
+                queued_at=now,
+                stages=stages or Stages(),
             )
             self._unanswered.add(queued)
-            queued.logits.add_done_callback(partial(self._ended, queued))
+            queued.result.add_done_callback(partial(self._ended, queued))
             insort(self._queue, queued, key=_order)
             if slot is None or not slot.full or queued.order < slot.inputs[-1].order:
                 self._stale = True
-            futures.append(queued.logits)
+            futures.append(queued.result)
         self._plan_soon()
         return futures
 
-    def _expected_rows(self, job: Job) -> int:
-        return self._admission.expected_rows(job.rule) if isinstance(job, AutoJob) else job.num_samples
-
-    def _ended(self, queued: QueuedInput[Target], logits: asyncio.Future[Result]) -> None:
+    def _ended(self, queued: QueuedInput[Target], result: asyncio.Future[Result]) -> None:
         """It has its answer, or was given up."""
         self._unanswered.discard(queued)
-        if logits.cancelled():
+        if result.cancelled():
             slot = self._slot
             self._stale = self._stale or (slot is not None and queued in slot.inputs)
             self._plan_soon()
@@ -197,8 +196,8 @@ class Batcher(Generic[Target]):
         self._planning = False
         if self._stopped or self._broken:
             return
-        if any(queued.logits.done() for queued in self._queue):
-            self._queue = [queued for queued in self._queue if not queued.logits.done()]
+        if any(queued.result.done() for queued in self._queue):
+            self._queue = [queued for queued in self._queue if not queued.result.done()]
         with self._slot_lock:
             if self._stale or self._slot is None:
                 self._fill_slot()
@@ -210,13 +209,13 @@ class Batcher(Generic[Target]):
     def _fill_slot(self) -> None:
         if self._slot is not None:
             for queued in self._slot.inputs:
-                if not queued.logits.done():
+                if not queued.result.done():
                     insort(self._queue, queued, key=_order)
         self._slot, self._stale = None, False
         if self._queue:
             self._slot = select(self._queue, self._target_tokens, self._max_tokens, self._pads)
-            members = set(map(id, self._slot.inputs))
-            self._queue = [queued for queued in self._queue if id(queued) not in members]
+            members = set(self._slot.inputs)
+            self._queue = [queued for queued in self._queue if queued not in members]
 
     # On the worker's thread, from here to `_tell`; what it changes of the loop's it tells the loop.
 
@@ -226,7 +225,7 @@ class Batcher(Generic[Target]):
             batch = self._take()
             parts = [batch]
             while parts:
-                part = [queued for queued in parts.pop() if not queued.logits.done()]
+                part = [queued for queued in parts.pop() if not queued.result.done()]
                 if part:
                     parts += self._answer(part)
             if self._slot is None:
@@ -244,7 +243,7 @@ class Batcher(Generic[Target]):
             if choice is None:
                 return []
             now = time.perf_counter()
-            chosen = [queued for queued in choice.inputs if not queued.logits.done()]
+            chosen = [queued for queued in choice.inputs if not queued.result.done()]
             late = [queued for queued in chosen if self._is_late(queued, now)]
             if len(late) == len(chosen):  # the estimate may be wrong, and only passes correct it
                 late = []
@@ -317,31 +316,30 @@ class Batcher(Generic[Target]):
         self._plan()
 
     def _answered(self, part: list[QueuedInput[Target]], results: Sequence[Result], started: float, ended: float) -> None:
-        for queued, logits in zip(part, results, strict=True):
+        for queued, result in zip(part, results, strict=True):
             queued.stages.took(started, ended)
-            if not queued.logits.done():
-                queued.logits.set_result(logits)
+            if not queued.result.done():
+                queued.result.set_result(result)
         assert self._loop is not None  # started
         self._loop.call_soon(self._guarded, self._observe, part, results, ended - started)  # those who wait go first
 
     def _failed(self, part: list[QueuedInput[Target]], failure: Failure) -> None:
         for queued in part:
-            _refuse(queued, failure.problem(queued.length, queued.job.num_samples))
+            _refuse(queued, failure.problem(queued.length, queued.rows_at_once))
 
-    def _refuse_all(self, slug: str, detail: str) -> None:
+    def _refuse_all(self, kind: Kind, detail: str) -> None:
         with self._slot_lock:
             self._queue, self._slot = [], None
         for queued in list(self._unanswered):
             queued.place.free()
-            _refuse(queued, ProblemError(slug, detail))
+            _refuse(queued, ProblemError(kind, detail))
 
     def _observe(self, part: Sequence[QueuedInput[Target]], results: Sequence[Result], seconds: float) -> None:
-        each = [rows_of(queued.job, result) for queued, result in zip(part, results, strict=True)]
-        for queued, taken in zip(part, each, strict=True):
-            if isinstance(queued.job, AutoJob):
-                self._admission.observe_rows(queued.job.rule, taken)
-        rows = sum(each)
-        tokens = sum(taken * queued.length for queued, taken in zip(part, each, strict=True))
+        taken = [queued.job.rows_taken(result) for queued, result in zip(part, results, strict=True)]
+        for queued, count in zip(part, taken, strict=True):
+            self._admission.observe_rows(queued.job.demand, count)
+        rows = sum(taken)
+        tokens = sum(count * queued.length for queued, count in zip(part, taken, strict=True))
         self._admission.observe_pass(tokens, seconds)
         padded = rows * max(queued.length for queued in part) if self._pads(part[0].target) else tokens
         self._metrics.observe_batch(rows, padded, tokens, seconds)
@@ -352,5 +350,5 @@ def _order(queued: QueuedInput[Any]) -> tuple[float, int]:
 
 
 def _refuse(queued: QueuedInput[Any], error: Exception) -> None:
-    if not queued.logits.done():
-        queued.logits.set_exception(error)
+    if not queued.result.done():
+        queued.result.set_exception(error)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from scalabl_server.observe.metrics import PassFailure
 from scalabl_server.problems import ProblemError
-
-Kind = Literal["out-of-memory", "device", "engine", "error"]
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
@@ -18,7 +16,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "can
 class Failure:
     """Why a pass failed."""
 
-    kind: Kind
+    kind: PassFailure
     error: Exception
 
     @property
@@ -31,14 +29,14 @@ class Failure:
         """Whether a part of the batch may do better than the whole."""
         return self.kind in ("out-of-memory", "error")
 
-    def problem(self, length: int, num_samples: int) -> ProblemError:
+    def problem(self, length: int, rows: int) -> ProblemError:
         """What the client of the input that fails on its own is told; its cause is for the log."""
         if isinstance(self.error, ProblemError):
             return self.error
         if self.kind == "out-of-memory":
             problem = ProblemError(
                 "out-of-memory",
-                f"an input of {length} tokens x {num_samples} samples does not fit in this server's memory; shorten it or "
+                f"an input of {length} tokens x {rows} samples does not fit in this server's memory; shorten it or "
                 "lower num_samples. Its operator can lower --max-batch-tokens",
             )
         else:
@@ -53,7 +51,7 @@ def classify(error: Exception) -> Failure:
         return Failure("engine", error)
     text = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(said in text for said in NO_MEMORY)
+        isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
     ):
         return Failure("out-of-memory", error)
     if isinstance(error, torch.AcceleratorError):

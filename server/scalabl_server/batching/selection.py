@@ -29,10 +29,11 @@ FIXED_SHARE = 0.05  # of a full pass, what one costs whatever its size; the budg
 
 @dataclass(eq=False)
 class QueuedInput(Generic[Target]):
-    """One prompt that waits for its pass. `logits` resolves to what its job gives; cancelling it drops the work.
+    """One prompt that waits for its pass. `result` resolves to what the passes give; cancelling it drops the work.
 
     Attributes:
         rows: that it is expected to take, in one pass or several.
+        rows_at_once: the most that one pass holds of it.
         order: (when it came, later by `PRIORITY_SECONDS` for each step of priority; a number that nobody else has).
         deadline: on the clock of `time.perf_counter`.
         overtaken: in how many passes later inputs have gone before it.
@@ -42,8 +43,9 @@ class QueuedInput(Generic[Target]):
     token_ids: list[int]
     job: Job
     rows: int
+    rows_at_once: int
     place: Place
-    logits: asyncio.Future[Result]
+    result: asyncio.Future[Result]
     order: tuple[float, int]
     deadline: float = math.inf
     queued_at: float = field(default_factory=time.perf_counter)
@@ -88,9 +90,9 @@ class _Pass(Generic[Target]):
         """By the rows that are expected, and by the most that a pass may hold at once."""
         if self._pads:
             longest = max(self._longest, queued.length)
-            expected, peak = (self._rows + queued.rows) * longest, (self._peak + queued.job.num_samples) * longest
+            expected, peak = (self._rows + queued.rows) * longest, (self._peak + queued.rows_at_once) * longest
         else:
-            expected, peak = self._tokens + queued.tokens, self._peak_tokens + queued.job.num_samples * queued.length
+            expected, peak = self._tokens + queued.tokens, self._peak_tokens + queued.rows_at_once * queued.length
         return expected <= self._target_tokens and peak <= self._max_tokens
 
     def padding(self, queued: QueuedInput[Target]) -> int:
@@ -103,10 +105,10 @@ class _Pass(Generic[Target]):
     def add(self, queued: QueuedInput[Target]) -> None:
         self.inputs.append(queued)
         self._rows += queued.rows
-        self._peak += queued.job.num_samples
+        self._peak += queued.rows_at_once
         self._longest = max(self._longest, queued.length)
         self._tokens += queued.tokens
-        self._peak_tokens += queued.job.num_samples * queued.length
+        self._peak_tokens += queued.rows_at_once * queued.length
 
 
 def select(
@@ -147,6 +149,6 @@ def select(
         elif chosen.padding(queued) <= spare:
             chosen.add(queued)
     inputs = sorted(chosen.inputs, key=lambda queued: queued.order)
-    members, last = {id(queued) for queued in inputs}, inputs[-1].order
-    overtaken = [queued for queued in islice(waiting, WINDOW) if queued.order < last and id(queued) not in members]
+    members, last = set(inputs), inputs[-1].order
+    overtaken = [queued for queued in islice(waiting, WINDOW) if queued.order < last and queued not in members]
     return Choice(inputs, overtaken, full)

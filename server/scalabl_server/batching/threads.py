@@ -19,15 +19,15 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-Given = ParamSpec("Given")
-Found = TypeVar("Found")
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
-FOUND = torch.get_num_threads()  # as torch has it before any thread says otherwise
+TORCH_THREADS = torch.get_num_threads()  # as torch has it before any thread says otherwise
 
 
 def take_cores(count: int | None) -> None:
     """Have the calling thread compute on so many cores, or on as many as torch finds; first of all threads."""
-    _keep_to(count or FOUND)
+    _keep_to(count or TORCH_THREADS)
 
 
 def leave_cores() -> None:
@@ -72,16 +72,20 @@ class OneAtATime(ThreadPoolExecutor):
         super().__init__(1, thread_name_prefix=name, initializer=leave_cores)
         self._running = threading.Lock()
 
-    def submit(self, fn: Callable[Given, Found], /, *args: Given.args, **kwargs: Given.kwargs) -> Future[Found]:
+    def submit(
+        self, fn: Callable[Arguments, Returned], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Future[Returned]:
         """Have the thread call `fn`."""
 
-        def alone() -> Found:
+        def alone() -> Returned:
             with self._running:
                 return fn(*args, **kwargs)
 
         return super().submit(alone)
 
-    def call(self, fn: Callable[Given, Found], /, *args: Given.args, **kwargs: Given.kwargs) -> Found | None:
+    def call(
+        self, fn: Callable[Arguments, Returned], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Returned | None:
         """Call it on the calling thread; None, and no call, while the executor's thread is at work."""
         if not self._running.acquire(blocking=False):
             return None

@@ -1,4 +1,4 @@
-"""The commands that turn other projects' checkpoints into adapters, and adapters into theirs: `convert` and `export`."""
+"""`scalabl convert`: adapters from other projects' checkpoints. The other way is `export`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from scalabl.config import TaskKind
-from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
 from scalabl_server.cli.options import errors_as_messages, split, task_of, usage_errors
 
 convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
-export = typer.Typer(help="Write an adapter in another project's format.", no_args_is_help=True)
 
 Output = Annotated[Path, typer.Option(help="The adapter directory to write.")]
 Kind = Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")]
@@ -78,53 +76,3 @@ def convert_peft_command(
             relative_std=relative_sigma,
         )
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
-
-
-ExportedAdapter = Annotated[Path, typer.Option(help="The adapter directory.")]
-ShapesOf = Annotated[
-    str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
-]
-
-
-@export.command("peft")
-def export_peft_command(
-    adapter: ExportedAdapter,
-    output: Annotated[Path, typer.Option(help="The folder to make, with one LoRA directory for each sample.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples, each its own LoRA.")] = 8,
-    model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn.")] = DEFAULT_SCHEME,
-) -> None:
-    """Write K posterior samples as K LoRA directories that PEFT loads."""
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.adapter_directory import read_config
-        from scalabl.files.peft_export import export_peft
-
-        skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
-        names = export_peft(adapter, output, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
-        typer.echo(f"wrote {output}: {names[0]} … {names[-1]}" if len(names) > 1 else f"wrote {output}: {names[0]}")
-
-
-@export.command("vllm")
-def export_vllm_command(
-    adapter: ExportedAdapter,
-    output: Annotated[Path, typer.Option(help="The folder of LoRAs to add to; vLLM must read it under the same path.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples: the server's --max-samples.")] = 16,
-    model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: the server's --seed.")] = 0,
-    draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn: the server's --draw-scheme.")] = DEFAULT_SCHEME,
-) -> None:
-    """Write what vLLM needs to answer for `scalabl serve --engine vllm` without loading LoRAs at run time.
-
-    Prints the arguments of its --lora-modules, one name=folder a line.
-    """
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.adapter_directory import read_config
-        from scalabl.files.sample_loras import SampleLoras
-
-        skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
-        loras = SampleLoras.read(adapter, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
-        for name in loras.all_names:
-            typer.echo(f"{name}={loras.write(output, name).absolute()}")

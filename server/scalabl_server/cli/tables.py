@@ -30,21 +30,21 @@ def print_report(report: dict[str, Any]) -> None:
 def tables(report: dict[str, Any]) -> list[Table]:
     """One table of the labelled set and one of each set outside the choices, a score in each row with its interval."""
     data = report["data"]
-    made = [_table(data, f"{report['adapter']} on {data['name']}", report["num_samples"])]
+    drawn = [_table(data, f"{report['adapter']} on {data['name']}", report["num_samples"])]
     for name, label in LABELLED.items():
-        _add(made[0], label, data, name)
+        _add(drawn[0], label, data, name)
     for prefix, label in (("auroc_wrong", "AUROC of wrong answers"), ("aurc", "area under risk-coverage")):
         for name, doubt in DOUBTS.items():
-            _add(made[0], f"{label}, {doubt}", data, f"{prefix}_{name}")
-    _add_decisions(made[0], data)
+            _add(drawn[0], f"{label}, {doubt}", data, f"{prefix}_{name}")
+    _add_decisions(drawn[0], data)
     for other in report["ood"]:
-        made.append(_table(other, f"{other['name']} against {data['name']}", report["num_samples"]))
+        drawn.append(_table(other, f"{other['name']} against {data['name']}", report["num_samples"]))
         for name, doubt in DOUBTS.items():
-            _add(made[-1], f"AUROC, {doubt}", other, f"auroc_ood_{name}")
-        _add(made[-1], "mean entropy (nats)", other, "ood_entropy")
-        _add(made[-1], "mean mutual information (nats)", other, "ood_mutual_information")
-        _add_decisions(made[-1], other)
-    return made
+            _add(drawn[-1], f"AUROC, {doubt}", other, f"auroc_ood_{name}")
+        _add(drawn[-1], "mean entropy (nats)", other, "ood_entropy")
+        _add(drawn[-1], "mean mutual information (nats)", other, "ood_mutual_information")
+        _add_decisions(drawn[-1], other)
+    return drawn
 
 
 def _table(data: dict[str, Any], title: str, num_samples: int) -> Table:
@@ -64,13 +64,13 @@ def _add(table: Table, label: str, data: dict[str, Any], name: str) -> None:
 
 
 def _add_decisions(table: Table, data: dict[str, Any]) -> None:
-    for each in data.get("prediction_sets", ()):
-        label = f"{each['method'].upper()} sets at {each['level']:g}"
-        if "coverage" in each:
+    for sets in data.get("prediction_sets", ()):
+        label = f"{sets['method'].upper()} sets at {sets['level']:g}"
+        if "coverage" in sets:
             table.add_row(
-                f"{label}: coverage", f"{each['coverage']:.4f}", f"by the rule alone {each['coverage_of_rule']:.4f}"
+                f"{label}: coverage", f"{sets['coverage']:.4f}", f"by the rule alone {sets['coverage_of_rule']:.4f}"
             )
-        table.add_row(f"{label}: mean size", f"{each['mean_size']:.3f}", "")
+        table.add_row(f"{label}: mean size", f"{sets['mean_size']:.3f}", "")
     abstention = data.get("abstention")
     if abstention is not None:
         table.add_row("answered, not abstained", f"{abstention['answered']:.4f}", "")

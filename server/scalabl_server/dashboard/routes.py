@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Response
 
 from scalabl_server.dashboard.schemas import Dashboard
 from scalabl_server.dashboard.summaries import stored
-from scalabl_server.predict.service import Service
+from scalabl_server.lifetime import ServerLifetime
 from scalabl_server.problems import ProblemError
 from scalabl_server.web.auth import KeyRing
 from scalabl_server.web.guard import documented, route_class
@@ -29,7 +29,7 @@ POLICY = (
 )
 
 
-def build_router(service: Service, keys: KeyRing) -> APIRouter:
+def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     """The page's files are read once, so that no name in a request is a path."""
     router = APIRouter(route_class=route_class(keys), tags=["dashboard"])
     files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in PAGE.iterdir()}
@@ -58,11 +58,11 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     ) -> Dashboard:
         """An adapter's reliability, uncertainty, risk and doubtful predictions: counts over all replicas and all time, and
         the newest 1,000 predictions and the newest 1,000 labels (fewer where answers are long)."""
-        served = service.adapter(adapter)
-        survey = await service.outcomes.survey(served.name)
+        served = server.serving().engine.adapter(adapter)
+        survey = await server.outcomes.survey(served.name)
         if survey is None:
             return Dashboard(adapter=served.name, stored=None)
-        found = await asyncio.to_thread(stored, survey, served.config.calibration)
-        return Dashboard(adapter=served.name, stored=found)
+        drawn = await asyncio.to_thread(stored, survey, served.config.calibration)
+        return Dashboard(adapter=served.name, stored=drawn)
 
     return router

@@ -20,7 +20,7 @@ class Share(BaseModel):
 
 
 class ReliabilityBin(BaseModel):
-    """The labelled predictions whose confidence is at least `low` and below `high`; the last bin has 1 too."""
+    """The labelled predictions whose confidence is above `low` and at most `high`; the first bin has 0 too."""
 
     low: float
     high: float

@@ -27,12 +27,12 @@ from scalabl_server.dashboard.schemas import (
 from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.scoring import BINS, UPPER_EDGES, Amounts
 from scalabl_server.outcomes.survey import Seen, Survey
+from scalabl_server.text import shortened
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
 EDGES = tuple(10 ** (n / 4) for n in range(-20, 5))  # nats: 1e-5 to 10
 QUANTILES = (0.05, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
 MARKS = ("0.5", "0.9", "0.95", "0.99")
-PER_BIN = ("outcomes", "correct", "labelled_confidence")
 MOST_POINTS = 60  # of a risk-coverage curve
 MOST_SHOWN, LONGEST_SHOWN = 5, 200  # labels of a set; characters of a text
 
@@ -92,8 +92,12 @@ def totals(amounts: Amounts) -> Totals:
 
 def mutual_information(recent: Sequence[Seen], calibration: Calibration | None) -> MutualInformation:
     """Of the predictions that can be compared with the calibration set's, newest first."""
-    compared = recent if calibration is None else [each for each in recent if each.answer.get("prediction_set") is not None]
-    values = sorted(each.answer["mutual_information"] for each in compared)
+    compared = (
+        recent
+        if calibration is None
+        else [prediction for prediction in recent if prediction.answer.get("prediction_set") is not None]
+    )
+    values = sorted(prediction.answer["mutual_information"] for prediction in compared)
     counts = [0] * (len(EDGES) + 1)
     for value in values:
         counts[bisect.bisect_right(EDGES, value)] += 1
@@ -124,12 +128,15 @@ def mutual_information(recent: Sequence[Seen], calibration: Calibration | None) 
 def risk_coverage(labelled: Sequence[Seen], calibration: Calibration | None) -> RiskCoverage:
     """For each doubt score, the wrong answers among those given, the surest first; equal doubts are answered together."""
     rule = calibration.abstain if calibration is not None else None
-    able = [each for each in labelled if each.answer.get("abstain") is not None]
-    answered = [each for each in able if not each.answer["abstain"]]
+    able = [prediction for prediction in labelled if prediction.answer.get("abstain") is not None]
+    answered = [prediction for prediction in able if not prediction.answer["abstain"]]
     return RiskCoverage(
         count=len(labelled),
         score=rule.score if rule is not None else "entropy",
-        curves={name: _curve([(_doubt(each, name), _wrong(each)) for each in labelled]) for name in get_args(DoubtName)},
+        curves={
+            name: _curve([(_doubt(prediction, name), _wrong(prediction)) for prediction in labelled])
+            for name in get_args(DoubtName)
+        },
         rule=Rule(answered=share(len(answered), len(able)), wrong=share(sum(map(_wrong, answered)), len(answered)))
         if able
         else None,
@@ -144,17 +151,17 @@ def stored(survey: Survey, calibration: Calibration | None) -> Stored:
         mutual_information=mutual_information(survey.recent, calibration),
         risk_coverage=risk_coverage(survey.labelled, calibration),
         abstains=survey.abstains,
-        doubtful=[_doubtful(each) for each in survey.doubtful],
+        doubtful=[_doubtful(prediction) for prediction in survey.doubtful],
     )
 
 
 def _amounts_of(labelled: Sequence[Seen]) -> Amounts:
-    found: Amounts = {}
-    for each in labelled:
-        assert each.label is not None  # that is how they were chosen
-        for key, amount in scoring.of_label(each.answer, each.label).items():
-            found[key] = found.get(key, 0.0) + amount
-    return found
+    amounts: Amounts = {}
+    for prediction in labelled:
+        assert prediction.label is not None  # that is how they were chosen
+        for key, amount in scoring.of_label(prediction.answer, prediction.label).items():
+            amounts[key] = amounts.get(key, 0.0) + amount
+    return amounts
 
 
 def _curve(pairs: list[tuple[float, bool]]) -> list[RiskPoint]:
@@ -179,24 +186,22 @@ def _wrong(seen: Seen) -> bool:
 
 def _doubtful(seen: Seen) -> Doubtful:
     answer = seen.answer
-    found = answer.get("prediction_set")
+    prediction_set = answer.get("prediction_set")
     return Doubtful(
         id=seen.id,
         created_at=_time(seen),
-        prediction=_cut(answer["prediction"]),
+        prediction=shortened(answer["prediction"], LONGEST_SHOWN),
         confidence=answer["confidence"],
         entropy=answer["entropy"],
         mutual_information=answer["mutual_information"],
         abstain=answer.get("abstain"),
-        set_labels=None if found is None else [_cut(label) for label in found["labels"][:MOST_SHOWN]],
-        set_size=None if found is None else len(found["labels"]),
-        label=None if seen.label is None else _cut(scoring.choices_of(answer)[seen.label]),
-        input=None if seen.input is None else _cut(seen.input),
+        set_labels=None
+        if prediction_set is None
+        else [shortened(label, LONGEST_SHOWN) for label in prediction_set["labels"][:MOST_SHOWN]],
+        set_size=None if prediction_set is None else len(prediction_set["labels"]),
+        label=None if seen.label is None else shortened(scoring.choices_of(answer)[seen.label], LONGEST_SHOWN),
+        input=None if seen.input is None else shortened(seen.input, LONGEST_SHOWN),
     )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

@@ -50,7 +50,9 @@ class AdapterLoader:
         """
         if not re.fullmatch(ADAPTER_NAME, name):
             raise ProblemError(
-                "invalid-field", "lora_name: use up to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"
+                "invalid-field",
+                "use up to 64 letters, digits, '.', '_' or '-', the first a letter or a digit",
+                field="lora_name",
             )
         async with self._lock:
             self._check_name(name, replace)
@@ -59,18 +61,19 @@ class AdapterLoader:
                 served = await self._read(name, folder)
             except ScalaBLError as error:
                 said = str(error).replace(str(folder), path)
-                raise ProblemError("invalid-adapter", f"lora_path: {said}") from None
+                raise ProblemError("invalid-adapter", said, field="lora_path") from None
             except Exception as error:
                 if isinstance(error, ProblemError):
                     raise
                 logger.exception("adapter %s could not be loaded", name)
                 if classify(error).kind == "out-of-memory":
                     raise ProblemError(
-                        "out-of-memory", "lora_path: the adapter does not fit in memory beside those that are loaded"
+                        "out-of-memory", "the adapter does not fit in memory beside those that are loaded", field="lora_path"
                     ) from None
                 raise ProblemError(
                     "invalid-adapter",
-                    f"lora_path: the adapter cannot be read ({type(error).__name__}); see the server's log",
+                    f"the adapter cannot be read ({type(error).__name__}); see the server's log",
+                    field="lora_path",
                 ) from None
             old = self._engine.adapters.get(name)
             self._engine.adapters[name] = served
@@ -93,7 +96,7 @@ class AdapterLoader:
         loaded = self._engine.adapters
         if name in loaded and not replace:
             raise ProblemError(
-                "adapter-conflict", f"lora_name: {name!r} is loaded already; unload it first or send replace: true"
+                "adapter-conflict", f"{name!r} is loaded already; unload it first or send replace: true", field="lora_name"
             )
         if name not in loaded and len(loaded) >= self._settings.max_adapters:
             raise ProblemError(
@@ -121,24 +124,25 @@ class AdapterLoader:
         try:
             folder = (root / path).resolve()
         except (ValueError, OSError, RuntimeError):  # a NUL byte, a name that is too long, links in a circle
-            raise ProblemError("invalid-field", "lora_path: this is no path") from None
+            raise ProblemError("invalid-field", "this is no path", field="lora_path") from None
         files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
         if not folder.is_relative_to(root) or not all(file.resolve().is_relative_to(root) for file in files):
-            raise ProblemError("path-not-allowed", "lora_path: it must lie, links resolved, below the adapter root")
+            raise ProblemError("path-not-allowed", "it must lie, links resolved, below the adapter root", field="lora_path")
         size = 0
         for file in files:
             try:
                 status = file.stat()
             except OSError:
                 raise ProblemError(
-                    "invalid-adapter", f"lora_path: there is no {file.name} in such a folder below the adapter root"
+                    "invalid-adapter", f"there is no {file.name} in such a folder below the adapter root", field="lora_path"
                 ) from None
             if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-                raise ProblemError("invalid-adapter", f"lora_path: {file.name} is not a regular file")
+                raise ProblemError("invalid-adapter", f"{file.name} is not a regular file", field="lora_path")
             size += status.st_size
         if size > self._settings.max_adapter_bytes:
             raise ProblemError(
                 "invalid-adapter",
-                f"lora_path: the adapter's files have {size} bytes and the limit is {self._settings.max_adapter_bytes}",
+                f"the adapter's files have {size} bytes and the limit is {self._settings.max_adapter_bytes}",
+                field="lora_path",
             )
         return folder

@@ -136,7 +136,7 @@ def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> in
         points = measure_memory(run, lambda: total - torch.cuda.mem_get_info(device)[0], first, most, MEMORY_SHARE * total)
         tokens = max(first, min(most, room(points, MEMORY_SHARE * total)))
         torch.cuda.empty_cache()
-        found = (
+        conclusion = (
             f"memory holds passes of {tokens} tokens ({points[-1].tokens} took {points[-1].amount - (total - free):.3g} B)"
         )
     else:
@@ -145,10 +145,10 @@ def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> in
         cut_short = len(points) == 1 and len(ladder(first, most)) > 1
         tokens = min(most, max(first, UNMEASURED_CPU_TOKENS) if cut_short else knee(points))
         rates = ", ".join(f"{point.tokens}: {point.rate:.0f}" for point in points)
-        found = (
+        conclusion = (
             f"passes of {tokens} tokens come within {FIXED_SHARE:.0%} of the best rate (tokens per second by size: {rates})"
         )
         if cut_short:
-            found = f"passes of {tokens} tokens, unmeasured: one of {first} took too long for a second"
-    logger.info("%s; measured in %.1f s, --target-batch-tokens sets it", found, time.perf_counter() - began)
+            conclusion = f"passes of {tokens} tokens, unmeasured: one of {first} took too long for a second"
+    logger.info("%s; measured in %.1f s, --target-batch-tokens sets it", conclusion, time.perf_counter() - began)
     return tokens

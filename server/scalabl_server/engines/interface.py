@@ -1,4 +1,4 @@
-"""What the server asks of an engine: token ids in, logits over an adapter's choices out. Each engine has its own module."""
+"""What the server asks of an engine: token ids in, logits over an adapter's choices out. `load` knows every engine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from scalabl.model.posterior import Draws, Scheme, draw
 from scalabl.passes.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
 from scalabl_server.batching.jobs import Job, Result
+from scalabl_server.methods import Method
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas import PredictRequest
 from scalabl_server.settings import ServeSettings
 
 
@@ -25,8 +25,8 @@ class Served:
     """One adapter, ready to answer. What only its engine needs of it is in a subclass.
 
     Attributes:
-        draws: (num_samples, seed) -> the draws; the same object for the same arguments, so that a batch holds each table
-            once. Any thread may ask.
+        draws: (num_samples, seed) -> the draws, which are kept for the next requests with the same arguments. Any thread may
+            ask.
         relative_spread: by which a linearisation is trusted or not.
         pads: whether a pass computes the padding of its inputs.
         quantization_change: what `--quantization` changes in its answers; None where it is not known.
@@ -76,7 +76,7 @@ class Engine(ABC):
         if served is None:
             names = ", ".join(map(repr, sorted(self.adapters))) or "no adapter"
             wanted = "the default adapter" if name is None else repr(name)
-            raise ProblemError("unknown-adapter", f"adapter: {wanted} is not loaded; this server has {names}")
+            raise ProblemError("unknown-adapter", f"{wanted} is not loaded; this server has {names}", field="adapter")
         return served
 
     @abstractmethod
@@ -103,8 +103,8 @@ class Engine(ABC):
     def release(self, served: Served) -> None:
         """Keep nothing of an adapter that was unloaded or replaced."""
 
-    def check_request(self, request: PredictRequest) -> None:
-        """Raises ProblemError `invalid-field` for what this engine cannot do."""
+    def check_request(self, method: Method, seed: int | None) -> None:
+        """Raises ProblemError `invalid-field` for what this engine cannot do. `seed`: None where the request names none."""
         return
 
     def check_ready(self) -> None:
@@ -118,17 +118,3 @@ class Engine(ABC):
     def close(self) -> None:
         """Let go of threads and connections."""
         return
-
-
-def load_engine(settings: ServeSettings) -> Engine:
-    """Load, check and warm up what the settings name.
-
-    Raises:
-        AdapterError, BaseModelError, PromptError, EngineError: what is wrong, and with which file, module, field or server.
-    """
-    # Imported here, since engines import this module.
-    if settings.engine == "vllm":
-        from scalabl_server.engines.vllm.engine import load
-    else:
-        from scalabl_server.engines.transformers_engine import load
-    return load(settings)

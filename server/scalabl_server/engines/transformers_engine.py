@@ -27,10 +27,11 @@ from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.faults import classify
-from scalabl_server.batching.jobs import AutoJob, Job, LinearJob, Result, joined, linear_jobs, sample_jobs
+from scalabl_server.batching.jobs import Job, Result, SampledJob
 from scalabl_server.batching.threads import take_cores
 from scalabl_server.engines.budget import LENGTH, UNMEASURED_CPU_TOKENS, find_budget
 from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.engines.rounds import sample_in_rounds
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -140,11 +141,11 @@ class TransformersEngine(Engine):
             return min(UNMEASURED_CPU_TOKENS, most) if device.type == "cpu" else most
         served, length = self.adapter(None), min(LENGTH, self.max_input_tokens)
         samples = max(1, min(settings.num_samples, most // length))
-        draws = served.draws(samples, settings.seed)
+        job = _usual_job(served, samples, settings.seed)
 
         def run(tokens: int) -> None:
             inputs = max(1, tokens // (samples * length))
-            run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
+            run_jobs(_local(served).model, [[0] * length] * inputs, [job] * inputs)
 
         with self._room_for_prefixes():
             return find_budget(run, device, samples * length, most)
@@ -179,10 +180,10 @@ class TransformersEngine(Engine):
                 samples = min(settings.num_samples, rows)
                 shapes.append((rows // samples, samples, length))
         for inputs, samples, length in shapes:
-            draws = served.draws(samples, settings.seed)
+            job = _usual_job(served, samples, settings.seed)
             try:
                 with self._room_for_prefixes():
-                    run_jobs(_local(served).model, [[0] * length] * inputs, [draws] * inputs)
+                    run_jobs(_local(served).model, [[0] * length] * inputs, [job] * inputs)
             except Exception as error:
                 if classify(error).kind != "out-of-memory":
                     raise
@@ -219,15 +220,15 @@ def load(settings: ServeSettings) -> Engine:
         prefixes=PrefixStore(settings.prefix_cache_bytes),
         settings=settings,
     )
-    for each, folder in folders.items():
-        served = engine.read(each, folder)()
+    for adapter, folder in folders.items():
+        served = engine.read(adapter, folder)()
         engine.check(served)
-        if each in unquantised:
-            engine.compare(served, unquantised[each])
-        engine.adapters[each] = served
+        if adapter in unquantised:
+            engine.compare(served, unquantised[adapter])
+        engine.adapters[adapter] = served
         logger.info(
             "adapter %s: %d adapted layers, %d stochastic parameters",
-            each,
+            adapter,
             served.adapted_layers,
             served.stochastic_parameters,
         )
@@ -278,31 +279,36 @@ def _local(served: Served) -> LocalAdapter:
     return served
 
 
+def _usual_job(served: Served, num_samples: int, seed: int) -> Job:
+    """What most requests ask for each input."""
+    return SampledJob(served.draws(num_samples, seed), len(served.config.task.choices))
+
+
 def run_jobs(
     model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], cache: PrefixCache | None = None
 ) -> list[Result]:
     """B prompts, each with its job; those that are sampled may begin with what is kept in a cache."""
-    goes_on = any(isinstance(job, AutoJob) for job in jobs)
+    has_rounds = any(job.has_rounds for job in jobs)
     rounds: list[Rounds] = []  # made by the first pass, which all prompts with samples are in
 
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
-        each = dict(zip(indices, draws, strict=True))
+        draws_of = dict(zip(indices, draws, strict=True))
         if not rounds:
             prompts = {index: sequences[index] for index in indices}
-            rounds.append(Rounds(model, prompts, each, cache, keeps_trunk=goes_on))
-        return list(rounds[0].logits(each).values())
+            rounds.append(Rounds(model, prompts, draws_of, cache, keeps_trunk=has_rounds))
+        return list(rounds[0].logits(draws_of).values())
 
-    logits_of = sample_jobs(run, jobs, model.config.temperature)
-    linear = linear_jobs(jobs)
-    return joined(logits_of, _linearize(model, sequences, linear), len(jobs))
+    logits_of = sample_in_rounds(run, jobs, model.config.temperature)
+    linearization_of = _linearize(model, sequences, jobs)
+    return [Result(logits_of.get(index), linearization_of.get(index)) for index in range(len(jobs))]
 
 
-def _linearize(
-    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: dict[int, LinearJob]
-) -> dict[int, Linearization]:
-    if not jobs:
+def _linearize(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[int, Linearization]:
+    """Of each input whose job is to be linearised, all of them in one batch."""
+    indices = [index for index, job in enumerate(jobs) if job.is_linearized]
+    if not indices:
         return {}
-    batch = TokenBatch.of([sequences[index] for index in jobs])
-    counts = torch.tensor([job.num_choices for job in jobs.values()])
-    found = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
-    return {index: found.of_input(row) for row, index in enumerate(jobs)}
+    batch = TokenBatch.of([sequences[index] for index in indices])
+    counts = torch.tensor([jobs[index].num_choices for index in indices])
+    linearization = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+    return {index: linearization.of_input(row) for row, index in enumerate(indices)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from scalabl_server.observe import trace
-
-LogFormat = Literal["text", "json"]
+from scalabl_server.settings import LogFormat
+from scalabl_server.text import shortened
 
 MESSAGE_LIMIT = 4096  # characters
 EXCEPTION_LIMIT = 32_768
@@ -34,7 +34,7 @@ def configure(level: str, style: LogFormat) -> None:
 
 def log_request(fields: dict[str, Any], level: int = logging.INFO) -> None:
     """The access line of one request; fields that are None are left out."""
-    known = {name: _bounded(value, FIELD_LIMIT) for name, value in fields.items() if value is not None}
+    known = {name: _bounded(value) for name, value in fields.items() if value is not None}
     access.log(level, " ".join(f"{name}={_plain(value)}" for name, value in known.items()), extra={"fields": known})
 
 
@@ -44,10 +44,8 @@ def _plain(value: Any) -> str:
     return text if text and not any(c.isspace() or c in '"=' for c in text) else json.dumps(text)
 
 
-def _bounded(value: Any, limit: int) -> Any:
-    if isinstance(value, str) and len(value) > limit:
-        return value[:limit] + "…"
-    return value
+def _bounded(value: Any) -> Any:
+    return shortened(value, FIELD_LIMIT) if isinstance(value, str) else value
 
 
 def _escaped(text: str) -> str:
@@ -66,14 +64,14 @@ class JsonLines(logging.Formatter):
         }
         fields: dict[str, Any] | None = getattr(record, "fields", None)
         if fields is None:
-            line["message"] = _bounded(record.getMessage(), MESSAGE_LIMIT)
+            line["message"] = shortened(record.getMessage(), MESSAGE_LIMIT)
             request = trace.current_or_none()
             if request is not None:
                 line |= {"request_id": request.request_id, "trace_id": request.trace_id}
         else:
             line |= {"message": "request"} | fields
         if record.exc_info:
-            line["exception"] = _bounded(self.formatException(record.exc_info), EXCEPTION_LIMIT)
+            line["exception"] = shortened(self.formatException(record.exc_info), EXCEPTION_LIMIT)
         return json.dumps(line)
 
 
@@ -81,11 +79,11 @@ class TextLines(logging.Formatter):
     """`LEVEL logger: message`, with a stack trace on indented lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{record.levelname} {record.name}: {_escaped(_bounded(record.getMessage(), MESSAGE_LIMIT))}"
+        line = f"{record.levelname} {record.name}: {_escaped(shortened(record.getMessage(), MESSAGE_LIMIT))}"
         request = trace.current_or_none()
         if request is not None and not hasattr(record, "fields"):
             line += f" request_id={request.request_id}"
         if record.exc_info:
-            text = _bounded(self.formatException(record.exc_info), EXCEPTION_LIMIT)
-            line += "".join(f"\n    {_escaped(each)}" for each in text.splitlines())
+            text = shortened(self.formatException(record.exc_info), EXCEPTION_LIMIT)
+            line += "".join(f"\n    {_escaped(part)}" for part in text.splitlines())
         return line

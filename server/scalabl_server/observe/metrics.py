@@ -8,7 +8,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from scalabl import __version__
 from scalabl.uncertainty.predictive import Predictive
-from scalabl_server.batching.faults import Kind
 from scalabl_server.observe.prefix_metrics import PrefixCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -17,6 +16,7 @@ NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.
 DELAYS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400, 90 * 86400)
 Stage = Literal["tokenise", "queue", "forward", "total"]
 Reason = Literal["inputs", "tokens", "wait"]
+PassFailure = Literal["out-of-memory", "device", "engine", "error"]
 POWERS = tuple(2.0**n for n in range(17))
 
 
@@ -66,7 +66,7 @@ class Metrics:
         self.failed_passes = Counter(
             "scalabl_failed_passes", "Forward passes that failed.", ["kind"], registry=self.registry
         )
-        for counter, values in ((self.rejected, Reason), (self.failed_passes, Kind)):
+        for counter, values in ((self.rejected, Reason), (self.failed_passes, PassFailure)):
             for value in get_args(values):
                 counter.labels(value)  # at 0 from the start, so that the first one is seen as an increase
         self.batch_splits = Counter("scalabl_batch_splits", "Batches cut in two after they failed.", registry=self.registry)
@@ -79,9 +79,9 @@ class Metrics:
         self.prefixes = PrefixCollector()
         self.registry.register(self.prefixes)
         self.predictions = Counter("scalabl_predictions", "Inputs answered.", ["adapter"], registry=self.registry)
-        tenths = tuple(n / 20 for n in range(1, 21))
+        twentieths = tuple(n / 20 for n in range(1, 21))
         self.confidence = self._histogram(
-            "scalabl_prediction_confidence", "Probability of the prediction.", tenths, ["adapter"]
+            "scalabl_prediction_confidence", "Probability of the prediction.", twentieths, ["adapter"]
         )
         self.entropy = self._histogram("scalabl_prediction_entropy_nats", "Total uncertainty.", NATS, ["adapter"])
         self.mutual_information = self._histogram(

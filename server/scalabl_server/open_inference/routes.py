@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 
 from scalabl import __version__
 from scalabl_server.engines.interface import Served
+from scalabl_server.lifetime import ServerLifetime
 from scalabl_server.open_inference.tensors import (
     BINARY,
     OUTPUTS,
@@ -28,9 +29,8 @@ from scalabl_server.open_inference.tensors import (
     output_tensor,
     wanted,
 )
-from scalabl_server.predict.service import Service
-from scalabl_server.problems import ProblemError
-from scalabl_server.schemas import PredictResponse
+from scalabl_server.problems import Kind, ProblemError
+from scalabl_server.schemas.prediction import PredictResponse
 from scalabl_server.web.auth import KeyRing
 from scalabl_server.web.disconnect import RequestTimeout, while_connected
 from scalabl_server.web.guard import documented, route_class
@@ -38,14 +38,14 @@ from scalabl_server.web.guard import documented, route_class
 VERSION = "1"
 
 
-def build_router(service: Service, keys: KeyRing) -> APIRouter:
-    """The protocol's routes over one service."""
+def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
+    """The protocol's routes over one server."""
     form: dict[str, Any] = {"model": InferError, "media_type": "application/json"}
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], route_class=route_class(keys, _no_binary, **form))
     guarded = keys.guards
 
-    def errors(*slugs: str) -> dict[int | str, dict[str, Any]]:
-        return documented(*slugs, **form)
+    def errors(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+        return documented(*kinds, **form)
 
     @router.get("", dependencies=guarded)
     async def server_metadata() -> ServerMetadata:
@@ -55,13 +55,13 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.get("/health/live", responses=errors("failed"))
     async def server_live() -> Live:
         """As /health/live."""
-        service.check_alive()
+        server.check_alive()
         return Live(live=True)
 
     @router.get("/health/ready", responses=errors("starting"))
     async def server_ready() -> Ready:
         """As /health/ready."""
-        service.check_ready()
+        server.check_ready()
         return Ready(ready=True)
 
     answers: dict[str, Any] = {"dependencies": guarded, "responses": errors("unknown-adapter", "starting")}
@@ -69,23 +69,23 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
     @router.get("/models/{name}", **answers)
     async def model_metadata(name: str) -> ModelMetadata:
         """The tensors that an adapter takes and gives."""
-        return _metadata(service, name)
+        return _metadata(server, name)
 
     @router.get("/models/{name}/versions/{version}", **answers)
     async def model_version_metadata(name: str, version: str) -> ModelMetadata:
         """The same; there is one version."""
-        return _metadata(service, name, version)
+        return _metadata(server, name, version)
 
     @router.get("/models/{name}/ready", **answers)
     async def model_ready(name: str) -> ModelReady:
         """200 while an adapter takes requests."""
-        _adapter(service, name)
+        _adapter(server, name)
         return ModelReady(name=name, ready=True)
 
     @router.get("/models/{name}/versions/{version}/ready", **answers)
     async def model_version_ready(name: str, version: str) -> ModelReady:
         """The same; there is one version."""
-        _adapter(service, name, version)
+        _adapter(server, name, version)
         return ModelReady(name=name, ready=True)
 
     inferences: dict[str, Any] = {
@@ -101,14 +101,14 @@ def build_router(service: Service, keys: KeyRing) -> APIRouter:
         name: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
     ) -> InferResponse:
         """What /predict answers, as tensors."""
-        return await while_connected(http, _infer(service, name, request, x_request_timeout))
+        return await while_connected(http, _infer(server, name, request, x_request_timeout))
 
     @router.post("/models/{name}/versions/{version}/infer", **inferences)
     async def infer_version(
         name: str, version: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
     ) -> InferResponse:
         """The same; there is one version."""
-        return await while_connected(http, _infer(service, name, request, x_request_timeout, version))
+        return await while_connected(http, _infer(server, name, request, x_request_timeout, version))
 
     return router
 
@@ -118,20 +118,20 @@ def _no_binary(headers: Headers) -> None:
         raise ProblemError("unsupported-media-type", BINARY)
 
 
-def _adapter(service: Service, name: str, version: str = VERSION) -> Served:
+def _adapter(server: ServerLifetime, name: str, version: str = VERSION) -> Served:
     """A loaded adapter.
 
     Raises:
         ProblemError: there is no such adapter or version, or none yet.
     """
-    served = service.adapter(name)
+    served = server.serving().engine.adapter(name)
     if version != VERSION:
         raise ProblemError("unknown-adapter", f"model {name!r} has no version {version!r}; its only version is {VERSION!r}")
     return served
 
 
-def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetadata:
-    task = _adapter(service, name, version).prompter.task
+def _metadata(server: ServerLifetime, name: str, version: str = VERSION) -> ModelMetadata:
+    task = _adapter(server, name, version).prompter.task
     classification = task.kind == "classification"
     inputs = [TensorMetadata(name="text", datatype="BYTES", shape=[-1])]
     if not classification:
@@ -151,9 +151,9 @@ def _metadata(service: Service, name: str, version: str = VERSION) -> ModelMetad
 
 
 async def _infer(
-    service: Service, name: str, request: InferRequest, timeout: float | None, version: str = VERSION
+    server: ServerLifetime, name: str, request: InferRequest, timeout: float | None, version: str = VERSION
 ) -> InferResponse:
-    _adapter(service, name, version)
+    _adapter(server, name, version)
     names = wanted(request)
 
     def form(response: PredictResponse) -> InferResponse:
@@ -164,4 +164,4 @@ async def _infer(
             outputs=[output_tensor(output, response.predictions) for output in names],
         )
 
-    return await service.predict(as_predict(name, request), timeout, form)
+    return await server.serving().predictor.predict(as_predict(name, request), timeout, form)

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scalabl_server.problems import ProblemError, field_errors
-from scalabl_server.schemas import Prediction, PredictRequest
+from scalabl_server.problems import ProblemError
+from scalabl_server.schemas.prediction import Prediction, PredictRequest
+from scalabl_server.web.errors import invalid_fields
 
 BINARY = (
     "this server speaks JSON tensors only and not the binary-data extension; with Triton's client pass binary_data=False to "
@@ -193,7 +194,7 @@ def wanted(request: InferRequest) -> list[OutputName]:
     names = [output.name for output in request.outputs]
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ProblemError("invalid-field", f"outputs.{position}: {name!r} is asked for twice")
+            raise ProblemError("invalid-field", f"{name!r} is asked for twice", field=f"outputs.{position}")
     return names
 
 
@@ -211,11 +212,11 @@ def as_predict(adapter: str, request: InferRequest) -> PredictRequest:
     for tensor in request.inputs:
         field = "inputs" if tensor.name == "text" else "choices"
         if field in fields:
-            raise ProblemError("invalid-field", f"inputs: {tensor.name!r} is given twice")
+            raise ProblemError("invalid-field", f"{tensor.name!r} is given twice", field="inputs")
         values = _strings(tensor)
         if tensor.name == "text":
             if len(tensor.shape) == 2 and tensor.shape[1] != 1:
-                raise ProblemError("invalid-field", f"text: shape {tensor.shape} is neither [N] nor [N, 1]")
+                raise ProblemError("invalid-field", f"shape {tensor.shape} is neither [N] nor [N, 1]", field="text")
             fields["inputs"] = values
         elif len(tensor.shape) == 1:
             fields["choices"] = values
@@ -223,18 +224,18 @@ def as_predict(adapter: str, request: InferRequest) -> PredictRequest:
             width = tensor.shape[1]
             fields["choices"] = [_unfilled(values[start : start + width]) for start in range(0, len(values), width)]
     if "inputs" not in fields:
-        raise ProblemError("invalid-field", "inputs: there is no tensor 'text'")
+        raise ProblemError("invalid-field", "there is no tensor 'text'", field="inputs")
     try:
         return PredictRequest(**fields)
     except ValidationError as error:
-        raise ProblemError("invalid-field", field_errors(error.errors())) from None
+        raise invalid_fields(error.errors()) from None
 
 
 def _listed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ProblemError("invalid-field", "parameters: choices is not the JSON of a list of strings") from None
+        raise ProblemError("invalid-field", "choices is not the JSON of a list of strings", field="parameters") from None
 
 
 def _unfilled(row: list[str]) -> list[str]:
@@ -246,16 +247,18 @@ def _unfilled(row: list[str]) -> list[str]:
 def _strings(tensor: InputTensor) -> list[str]:
     """The elements in row-major order, after checking their number against the shape."""
     values: list[str] = []
-    for each in tensor.data or []:
-        if isinstance(each, str):
-            values.append(each)
+    for element in tensor.data or []:
+        if isinstance(element, str):
+            values.append(element)
         else:
-            values.extend(each)
+            values.extend(element)
     size = 1
     for extent in tensor.shape:
         size *= extent
     if size != len(values):
-        raise ProblemError("invalid-field", f"{tensor.name}: shape {tensor.shape} holds {size} and data has {len(values)}")
+        raise ProblemError(
+            "invalid-field", f"shape {tensor.shape} holds {size} and data has {len(values)}", field=tensor.name
+        )
     return values
 
 

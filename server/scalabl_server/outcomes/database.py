@@ -174,10 +174,10 @@ class Database:
         if self._file is None:
             return
         try:
-            found = os.stat(self._file)
+            status = os.stat(self._file)
         except OSError as error:
             raise UnavailableError(f"the file {self._file} is gone: {error.strerror}") from None
-        if (found.st_dev, found.st_ino) != self._identity:
+        if (status.st_dev, status.st_ino) != self._identity:
             raise UnavailableError(f"the file {self._file} has been replaced")
 
     def _sqlite(self, file: str) -> Engine:
@@ -185,7 +185,7 @@ class Database:
 
         def connect() -> sqlite3.Connection:
             mode = "rwc" if self._may_create else "rw"
-            made = sqlite3.connect(
+            connection = sqlite3.connect(
                 f"file:{quote(file)}?mode={mode}",
                 uri=True,
                 timeout=self._timeout,
@@ -193,10 +193,10 @@ class Database:
                 check_same_thread=False,
             )
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-                made.execute(f"PRAGMA {pragma}")
-            found = os.stat(file)
-            self._identity = (found.st_dev, found.st_ino)
-            return made
+                connection.execute(f"PRAGMA {pragma}")
+            status = os.stat(file)
+            self._identity = (status.st_dev, status.st_ino)
+            return connection
 
         engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=1, max_overflow=0)
 
@@ -240,14 +240,14 @@ def _migrate(connection: Connection) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     scripts = ScriptDirectory.from_config(config)
-    found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-    if found == scripts.get_current_head():
+    version = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    if version == scripts.get_current_head():
         return
     try:
-        scripts.get_revision(found or "base")
+        scripts.get_revision(version or "base")
     except CommandError:
         raise OutcomesError(
-            f"the outcomes database has version {found}, which this release does not know; run the release that made it"
+            f"the outcomes database has version {version}, which this release does not know; run the release that made it"
         ) from None
     if connection.dialect.name == "postgresql":  # an index over many rows takes longer than a request may wait
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")

@@ -13,6 +13,7 @@ from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.prepared import PreparedInsert
 from scalabl_server.outcomes.tables import LABELS, PREDICTIONS
 from scalabl_server.outcomes.totals import Additions
+from scalabl_server.text import quoted
 
 Status = Literal["recorded", "unchanged", "corrected"]
 
@@ -95,10 +96,10 @@ class LabelRound:
     @classmethod
     def read(cls, connection: Connection, ids: Iterable[str], now: float) -> LabelRound:
         """Read and lock the predictions, in one order for every replica, so that two never wait for each other."""
-        found = connection.execute(
+        predictions = connection.execute(
             select(PREDICTIONS).where(PREDICTIONS.c.id.in_(sorted(set(ids)))).order_by(PREDICTIONS.c.id).with_for_update()
         )
-        rows = {row.id: row for row in found}
+        rows = {row.id: row for row in predictions}
         return cls(rows, now, {name: row.label for name, row in rows.items()})
 
     def take(self, given: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
@@ -115,7 +116,9 @@ class LabelRound:
             choices = scoring.choices_of(json.loads(row.answer))
             if label not in choices:
                 raise Refusal(
-                    "label", position, f"{_short(label)} is not among the choices of this prediction: {_list(choices)}"
+                    "label",
+                    position,
+                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}",
                 )
             indices.append(choices.index(label))
         return [
@@ -166,7 +169,7 @@ def look_up(connection: Connection, name: str) -> Stored | None:
         answer=answer,
         input_hash=row.input_hash,
         input=None if row.input is None else json.loads(row.input),
-        labels=[(choices[each.label], each.labelled_at) for each in labels],
+        labels=[(choices[label.label], label.labelled_at) for label in labels],
     )
 
 
@@ -177,21 +180,17 @@ def delete_oldest(connection: Connection, *, older_than: float | None, max_rows:
     surplus = seq <= newest - max_rows
     doomed = surplus if older_than is None else or_(surplus, PREDICTIONS.c.created_at < older_than)
     chosen = select(seq).where(doomed).order_by(seq).limit(limit).with_for_update(skip_locked=True)
-    found = connection.execute(chosen).scalars().all()
-    if found:
-        connection.execute(delete(PREDICTIONS).where(seq.in_(found)))  # their labels go with them
-    return len(found)
+    oldest = connection.execute(chosen).scalars().all()
+    if oldest:
+        connection.execute(delete(PREDICTIONS).where(seq.in_(oldest)))  # their labels go with them
+    return len(oldest)
 
 
 def absent(name: str) -> str:
     """What to say of an id that is not, or no longer, stored."""
-    return f"there is no prediction {_short(name)}; it never was or has expired"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+    return f"there is no prediction {quoted(name, SHOWN_CHARACTERS)}; it never was or has expired"
 
 
 def _list(choices: Sequence[str]) -> str:
-    shown = ", ".join(_short(choice) for choice in choices[:SHOWN_CHOICES])
+    shown = ", ".join(quoted(choice, SHOWN_CHARACTERS) for choice in choices[:SHOWN_CHOICES])
     return shown if len(choices) <= SHOWN_CHOICES else f"{shown}, … ({len(choices)} in all)"

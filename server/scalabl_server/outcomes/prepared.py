@@ -31,7 +31,7 @@ class PreparedInsert:
         Raises:
             Exception: the driver's own error.
         """
-        found: list[tuple[Any, ...]] = []
+        returned: list[tuple[Any, ...]] = []
         cursor = connection.connection.cursor()
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
@@ -39,9 +39,9 @@ class PreparedInsert:
             values = {f"{name}_m{number}": row[name] for number, row in enumerate(part) for name in self._columns}
             # By position or by name, as the driver wants them.
             cursor.execute(text, values if order is None else tuple(map(values.__getitem__, order)))
-            found += cursor.fetchall() if cursor.description is not None else ()
+            returned += cursor.fetchall() if cursor.description is not None else ()
         cursor.close()
-        return found
+        return returned
 
     def _compile(self, dialect: Dialect, count: int) -> tuple[str, tuple[str, ...] | None]:
         """The driver's text, and the order of its parameters where they have no names."""

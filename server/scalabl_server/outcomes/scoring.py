@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-BINS = 15  # as in `scalabl evaluate`
+BINS = 15  # of equal width and closed above, as in `scalabl.evaluation.scoring.bins_of`
 UPPER_EDGES = tuple(f"{n / BINS:.3f}" for n in range(1, BINS + 1))
 
 Answer = Mapping[str, Any]
@@ -48,8 +48,8 @@ RETRACTED = "_retracted"
 
 
 def bin_of(confidence: float) -> str:
-    """The upper edge of the bin [(n-1)/15, n/15) that holds a confidence; 1 belongs to the last."""
-    return UPPER_EDGES[min(int(confidence * BINS), BINS - 1)]
+    """The upper edge of the bin that holds a confidence: above (n-1)/15 and at most n/15; 0 belongs to the first."""
+    return UPPER_EDGES[min(max(math.ceil(confidence * BINS) - 1, 0), BINS - 1)]
 
 
 def choices_of(answer: Answer) -> list[str]:
@@ -59,8 +59,8 @@ def choices_of(answer: Answer) -> list[str]:
 
 def sets_of(answer: Answer) -> dict[str, list[str]]:
     """Nominal coverage -> the choices in the prediction set of that level."""
-    found = answer.get("prediction_set")
-    return {} if found is None else {f"{found['coverage']:g}": list(found["labels"])}
+    prediction_set = answer.get("prediction_set")
+    return {} if prediction_set is None else {f"{prediction_set['coverage']:g}": list(prediction_set["labels"])}
 
 
 def of_prediction(answer: Answer) -> Amounts:

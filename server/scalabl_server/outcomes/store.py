@@ -26,7 +26,8 @@ from scalabl_server.outcomes.survey import Survey, read
 from scalabl_server.outcomes.totals import TotalsCollector
 from scalabl_server.outcomes.writer import Feedback, Limits, LookUp, Operation, Record, Writer
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas import FeedbackResponse, LabelAt, Outcome, OutcomeStatus, Prediction, StoredPrediction
+from scalabl_server.schemas.feedback import FeedbackResponse, LabelAt, Outcome, OutcomeStatus, StoredPrediction
+from scalabl_server.schemas.prediction import Prediction
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -133,7 +134,7 @@ class OutcomeStore:
                 self._metrics.unrecorded.labels(adapter).inc(len(rows))
                 if self._settings.outcomes_required:
                     raise
-        return [each.model_copy(update={"id": None, "recorded": False}) for each in predictions]
+        return [prediction.model_copy(update={"id": None, "recorded": False}) for prediction in predictions]
 
     async def feedback(self, outcomes: Sequence[Outcome]) -> FeedbackResponse:
         """Store labels, all or none.
@@ -143,11 +144,13 @@ class OutcomeStore:
         """
         limit = self._settings.max_inputs
         if len(outcomes) > limit:
-            raise ProblemError("invalid-field", f"body: {len(outcomes)} labels are above the limit of {limit} per request")
-        operation = Feedback([(each.id, each.label) for each in outcomes])
-        for position, each in enumerate(outcomes):
-            if self._writer is not None and not PREDICTION_ID.fullmatch(each.id):
-                raise self._refused(Refusal("unknown", position, absent(each.id)), len(outcomes))
+            raise ProblemError(
+                "invalid-field", f"{len(outcomes)} labels are above the limit of {limit} per request", field="body"
+            )
+        operation = Feedback([(outcome.id, outcome.label) for outcome in outcomes])
+        for position, outcome in enumerate(outcomes):
+            if self._writer is not None and not PREDICTION_ID.fullmatch(outcome.id):
+                raise self._refused(Refusal("unknown", position, absent(outcome.id)), len(outcomes))
         try:
             statuses = await self._ask(operation, operation.done)
         except Refusal as refusal:
@@ -156,8 +159,8 @@ class OutcomeStore:
             self._metrics.feedback.labels(status).inc()
         return FeedbackResponse(
             results=[
-                OutcomeStatus(id=each.id, label=each.label, status=status)
-                for each, status in zip(outcomes, statuses, strict=True)
+                OutcomeStatus(id=outcome.id, label=outcome.label, status=status)
+                for outcome, status in zip(outcomes, statuses, strict=True)
             ]
         )
 
@@ -168,20 +171,20 @@ class OutcomeStore:
             ProblemError: `unknown-prediction`, `outcomes-unavailable` or `outcomes-off`.
         """
         operation = LookUp(name)
-        found = None
+        stored = None
         if self._writer is None or PREDICTION_ID.fullmatch(name):
-            found = await self._ask(operation, operation.done)
-        if found is None:
+            stored = await self._ask(operation, operation.done)
+        if stored is None:
             raise ProblemError("unknown-prediction", absent(name))
-        labels = [LabelAt(label=label, labelled_at=_time(at)) for label, at in found.labels]
+        labels = [LabelAt(label=label, labelled_at=_time(at)) for label, at in stored.labels]
         return StoredPrediction(
-            id=found.id,
-            model=found.model,
-            adapter=found.adapter,
-            created_at=_time(found.created_at),
-            prediction=found.answer,
-            input_hash=found.input_hash,
-            input=found.input,
+            id=stored.id,
+            model=stored.model,
+            adapter=stored.adapter,
+            created_at=_time(stored.created_at),
+            prediction=stored.answer,
+            input_hash=stored.input_hash,
+            input=stored.input,
             label=labels[-1].label if labels else None,
             labels=labels,
         )
@@ -229,8 +232,8 @@ class OutcomeStore:
         where = f"{refusal.position}." if count > 1 else ""
         note = "; none of the labels was taken" if count > 1 else ""
         if refusal.kind == "unknown":
-            return ProblemError("unknown-prediction", f"{where}id: {refusal.detail}{note}")
-        return ProblemError("invalid-field", f"{where}label: {refusal.detail}{note}")
+            return ProblemError("unknown-prediction", f"{refusal.detail}{note}", field=f"{where}id")
+        return ProblemError("invalid-field", f"{refusal.detail}{note}", field=f"{where}label")
 
 
 def _time(seconds: float) -> datetime:

@@ -53,11 +53,11 @@ def read(connection: Connection, adapter: str) -> Survey:
     """Read it all in one transaction."""
     recent = _newest(connection, PREDICTIONS.c.adapter == adapter)
     labelled = _newest(connection, PREDICTIONS.c.adapter == adapter, PREDICTIONS.c.label.is_not(None))
-    abstains = any(each.answer.get("abstain") is not None for each in recent)
+    abstains = any(prediction.answer.get("abstain") is not None for prediction in recent)
     if abstains:
-        chosen: Iterator[Seen] = (each for each in recent if each.answer.get("abstain"))
+        chosen: Iterator[Seen] = (prediction for prediction in recent if prediction.answer.get("abstain"))
     else:
-        chosen = iter(sorted(recent, key=lambda each: each.answer["entropy"], reverse=True))
+        chosen = iter(sorted(recent, key=lambda prediction: prediction.answer["entropy"], reverse=True))
     doubtful = _with_inputs(connection, list(islice(chosen, MOST_DOUBTFUL)))
     return Survey(_amounts(connection, adapter), recent, labelled, doubtful, abstains)
 
@@ -65,21 +65,24 @@ def read(connection: Connection, adapter: str) -> Survey:
 def _newest(connection: Connection, *wanted: ColumnElement[bool]) -> list[Seen]:
     columns = (PREDICTIONS.c[name] for name in ("id", "created_at", "answer", "label"))
     query = select(*columns).where(*wanted).order_by(PREDICTIONS.c.seq.desc()).limit(MOST_ROWS)
-    found: list[Seen] = []
+    newest: list[Seen] = []
     characters = 0
     with connection.execute(query.execution_options(stream_results=True, max_row_buffer=50)) as rows:
         for row in rows:
             characters += len(row.answer)
-            if found and characters > MOST_CHARACTERS:
+            if newest and characters > MOST_CHARACTERS:
                 break
-            found.append(Seen(row.id, row.created_at, json.loads(row.answer), row.label))
-    return found
+            newest.append(Seen(row.id, row.created_at, json.loads(row.answer), row.label))
+    return newest
 
 
 def _with_inputs(connection: Connection, seen: list[Seen]) -> list[Seen]:
-    query = select(PREDICTIONS.c.id, PREDICTIONS.c.input).where(PREDICTIONS.c.id.in_([each.id for each in seen]))
+    query = select(PREDICTIONS.c.id, PREDICTIONS.c.input).where(PREDICTIONS.c.id.in_([prediction.id for prediction in seen]))
     inputs = {row.id: row.input for row in connection.execute(query) if row.input is not None}
-    return [replace(each, input=json.loads(inputs[each.id])) if each.id in inputs else each for each in seen]
+    return [
+        replace(prediction, input=json.loads(inputs[prediction.id])) if prediction.id in inputs else prediction
+        for prediction in seen
+    ]
 
 
 def _amounts(connection: Connection, adapter: str) -> Amounts:
@@ -88,9 +91,9 @@ def _amounts(connection: Connection, adapter: str) -> Amounts:
         .where(TOTALS.c.adapter == adapter)
         .group_by(TOTALS.c.name, TOTALS.c.key)
     )
-    found = {(row.name, row.key): float(row.value) for row in connection.execute(query)}
+    sums = {(row.name, row.key): float(row.value) for row in connection.execute(query)}
     return {
-        (name, key): value - found.get((name + RETRACTED, key), 0.0)
-        for (name, key), value in found.items()
+        (name, key): value - sums.get((name + RETRACTED, key), 0.0)
+        for (name, key), value in sums.items()
         if name in FAMILIES
     }

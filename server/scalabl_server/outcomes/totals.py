@@ -104,9 +104,9 @@ def _samples(
     adapters: list[str],
     levels: set[tuple[str, str]],
 ) -> Metric:
-    made = CounterMetricFamily(metric, text, labels=["adapter", family.label])
+    metric_family = CounterMetricFamily(metric, text, labels=["adapter", family.label])
     for adapter in adapters:
         keys = UPPER_EDGES if family.label == "bin" else sorted(key for owner, key in levels if owner == adapter)
         for key in keys:
-            made.add_metric([adapter, key], values.get((adapter, name, key), 0.0))
-    return made
+            metric_family.add_metric([adapter, key], values.get((adapter, name, key), 0.0))
+    return metric_family

@@ -183,7 +183,12 @@ class Writer:
             with self._database.transaction(write=write) as connection:
                 self._load_totals(connection)
                 now = self._clock.now()
-                new = [each for operation in group if isinstance(operation, Record) for each in operation.predictions]
+                new = [
+                    prediction
+                    for operation in group
+                    if isinstance(operation, Record)
+                    for prediction in operation.predictions
+                ]
                 operations.insert_predictions(connection, new, now, additions)
                 delays = self._take_labels(connection, group, now, additions, answers)
                 for operation in group:

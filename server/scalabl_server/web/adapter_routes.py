@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from scalabl_server.predict.service import Service
-from scalabl_server.schemas import AdapterInfo, AdapterNames, LoadAdapter, UnloadAdapter
+from scalabl_server.lifetime import ServerLifetime
+from scalabl_server.schemas.adapters import AdapterNames, LoadAdapter, UnloadAdapter
+from scalabl_server.schemas.server import AdapterInfo
 from scalabl_server.web.auth import KeyRing
 from scalabl_server.web.description import describe_adapter
 from scalabl_server.web.guard import documented, route_class
 
 
-def build_adapter_router(service: Service, keys: KeyRing) -> APIRouter:
+def build_adapter_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     """Both routes, behind the same keys as all others."""
     router = APIRouter(prefix="/v1", tags=["adapters"], route_class=route_class(keys))
     guarded = keys.guards
@@ -23,7 +24,7 @@ def build_adapter_router(service: Service, keys: KeyRing) -> APIRouter:
     )
     async def load(request: LoadAdapter) -> AdapterInfo:
         """Load the adapter of a folder below the adapter root, or replace one. Running requests keep the one they have."""
-        return describe_adapter(await service.loader().load(request.lora_name, request.lora_path, request.replace))
+        return describe_adapter(await server.serving().loader.load(request.lora_name, request.lora_path, request.replace))
 
     @router.post(
         "/unload_lora_adapter",
@@ -32,7 +33,8 @@ def build_adapter_router(service: Service, keys: KeyRing) -> APIRouter:
     )
     async def unload(request: UnloadAdapter) -> AdapterNames:
         """Take an adapter away; requests that already have it are answered."""
-        await service.loader().unload(request.lora_name)
-        return AdapterNames(adapters=service.adapter_names())
+        loaded = server.serving()
+        await loaded.loader.unload(request.lora_name)
+        return AdapterNames(adapters=sorted(loaded.engine.adapters))
 
     return router

@@ -53,8 +53,8 @@ class KeyRing:
     def __init__(self, api_keys: SecretStr | None = None, file: Path | None = None) -> None:
         self._fixed: dict[bytes, str] = {}
         if api_keys is not None:
-            entries = [each.strip() for each in api_keys.get_secret_value().split(",")]
-            self._fixed = _read((each for each in entries if each), "api_keys: entry", nameless=True)
+            entries = [entry.strip() for entry in api_keys.get_secret_value().split(",")]
+            self._fixed = _read((entry for entry in entries if entry), "api_keys: entry", nameless=True)
             if not self._fixed:
                 raise ApiKeysError("api_keys is set and holds no key; unset it to serve without keys")
         self._file = file

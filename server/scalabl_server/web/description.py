@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scalabl import __version__
 from scalabl_server.engines.interface import Engine, Served
-from scalabl_server.schemas import AdapterInfo, Info, ModelInfo
+from scalabl_server.schemas.server import AdapterInfo, Info, ModelInfo
 
 
 def describe(engine: Engine) -> Info:

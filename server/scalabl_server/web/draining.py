@@ -11,7 +11,7 @@ import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scalabl_server.predict.service import Service
+from scalabl_server.lifetime import ServerLifetime
 
 logger = logging.getLogger("scalabl")
 
@@ -31,10 +31,10 @@ class DrainingServer(uvicorn.Server):
         delay: seconds to stay open at least, for load balancers to notice that the server is not ready.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float, delay: float) -> None:
+    def __init__(self, config: uvicorn.Config, lifetime: ServerLifetime, grace: float, delay: float) -> None:
         super().__init__(config)
         self.cut_off = False
-        self._service, self._grace, self._delay = service, grace, delay
+        self._lifetime, self._grace, self._delay = lifetime, grace, delay
         self._told_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -42,7 +42,7 @@ class DrainingServer(uvicorn.Server):
             os._exit(128 + sig)
         self._told_at = time.monotonic()
         self._captured_signals.append(sig)
-        self._service.drain()
+        self._lifetime.drain()
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
@@ -51,20 +51,20 @@ class DrainingServer(uvicorn.Server):
             return False
         elapsed = time.monotonic() - self._told_at
         if elapsed >= self._grace:
-            if self._service.in_flight:
-                logger.warning("%d requests were not answered within %g s", self._service.in_flight, self._grace)
+            if self._lifetime.in_flight:
+                logger.warning("%d requests were not answered within %g s", self._lifetime.in_flight, self._grace)
                 self.cut_off = True
-                await self._service.give_up()
+                await self._lifetime.give_up()
             self.config.timeout_graceful_shutdown = LAST_WORDS_SECONDS
             return True
-        if self._service.in_flight or elapsed < self._delay:
+        if self._lifetime.in_flight or elapsed < self._delay:
             return False
         self.config.timeout_graceful_shutdown = max(LAST_WORDS_SECONDS, round(self._grace - elapsed))
         return True
 
     def end(self) -> None:
         """End the process, when a pass that nobody waits for would keep it; status 1 when requests were cut off."""
-        if self._service.busy:
+        if self._lifetime.busy:
             logging.shutdown()
             os._exit(int(self.cut_off))
         if self.cut_off:
@@ -74,12 +74,12 @@ class DrainingServer(uvicorn.Server):
 class CloseWhileDraining:
     """Ask clients to close their connection with each answer while the server drains: the next one goes elsewhere."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, lifetime: ServerLifetime) -> None:
+        self._app, self._lifetime = app, lifetime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def closing(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._service.state == "draining":
+            if message["type"] == "http.response.start" and self._lifetime.state == "draining":
                 MutableHeaders(raw=message.setdefault("headers", []))["connection"] = "close"
             await send(message)
 

@@ -10,24 +10,25 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 
-from scalabl_server.problems import TITLES
-from scalabl_server.schemas import Problem
+from scalabl_server.problems import Kind
+from scalabl_server.schemas.problem import Problem
 from scalabl_server.web import strict_json
 from scalabl_server.web.auth import SCHEMES, KeyRing
+from scalabl_server.web.errors import STATUSES
 
 # What any route, one that wants a key, and one that reads a body can answer with.
-ANY = ("bad-request", "receive-timeout", "body-too-large", "headers-too-large", "internal-error")
-GUARDED = ("unauthorized",)
-BODY = ("unsupported-media-type", "invalid-field")
+ANY: tuple[Kind, ...] = ("bad-request", "receive-timeout", "body-too-large", "headers-too-large", "internal-error")
+GUARDED: tuple[Kind, ...] = ("unauthorized",)
+BODY: tuple[Kind, ...] = ("unsupported-media-type", "invalid-field")
 
 
 def documented(
-    *slugs: str, model: type[BaseModel] = Problem, media_type: str = "application/problem+json"
+    *kinds: Kind, model: type[BaseModel] = Problem, media_type: str = "application/problem+json"
 ) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for the errors that a route can answer with."""
     entries: dict[int | str, dict[str, Any]] = {}
-    for slug in slugs:
-        status, title = TITLES[slug]
+    for kind in kinds:
+        status, title = STATUSES[kind]
         entries.setdefault(status, {"description": title, "content": {media_type: {"schema": model.model_json_schema()}}})
     return entries
 
@@ -42,17 +43,17 @@ def route_class(
 
     class Route(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-            guarded = any(each in SCHEMES for each in options.get("dependencies") or [])
+            guarded = any(dependency in SCHEMES for dependency in options.get("dependencies") or [])
             has_body = bool({"POST", "PUT", "PATCH"} & set(options.get("methods") or []))
-            slugs = ANY + (GUARDED if guarded else ()) + (BODY if has_body else ())
+            kinds = ANY + (GUARDED if guarded else ()) + (BODY if has_body else ())
             own = options.pop("responses", None) or {}
             super().__init__(
-                path, endpoint, responses=documented(*slugs, model=model, media_type=media_type) | own, **options
+                path, endpoint, responses=documented(*kinds, model=model, media_type=media_type) | own, **options
             )
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
-            guarded = any(each in SCHEMES for each in self.dependencies)
+            guarded = any(dependency in SCHEMES for dependency in self.dependencies)
             has_body = self.body_field is not None
 
             async def handler(request: Request) -> Response:

@@ -15,7 +15,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scalabl_server.problems import ProblemError
-from scalabl_server.web.middleware import SECURITY_HEADERS
+from scalabl_server.web import errors
+from scalabl_server.web.observation import SECURITY_HEADERS
 
 LINGER_SECONDS = 2.0
 
@@ -129,7 +130,7 @@ class TimedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:  # a chunk of its body was malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        response = problem.response()
+        response = errors.answer(problem)
         headers = response.raw_headers + [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
         reason = HTTPStatus(response.status_code).phrase.encode()
         headers = self.server_state.default_headers + headers

@@ -9,8 +9,10 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from scalabl_server.problems import ProblemError
+from scalabl_server.text import quoted
 
 MAX_DEPTH = 64
+LONGEST_NAME_SHOWN = 80  # characters
 
 
 def check_content_type(headers: Headers) -> None:
@@ -56,7 +58,7 @@ def parse(body: bytes) -> Any:
 
 
 def _refused(detail: str) -> ProblemError:
-    return ProblemError("invalid-field", f"body: {detail}")
+    return ProblemError("invalid-field", detail, field="body")
 
 
 def _too_deep() -> ProblemError:
@@ -64,22 +66,20 @@ def _too_deep() -> ProblemError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    document = dict(pairs)
+    if len(document) < len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise _refused(f"the name {_short(name)} appears twice in one object; send each name once")
+                raise _refused(
+                    f"the name {quoted(name, LONGEST_NAME_SHOWN)} appears twice in one object; send each name once"
+                )
             seen.add(name)
-    return made
+    return document
 
 
 def _constant(name: str) -> Any:
     raise _refused(f"{name} is not JSON; send a finite number or null")
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:80] + "…")
 
 
 def _check(document: Any) -> None:
@@ -88,23 +88,23 @@ def _check(document: Any) -> None:
     while pending:
         value, where = pending.pop()
         if isinstance(value, str):
-            _check_text(value, f"{'.'.join(map(str, where)) or 'body'}: the text")
+            _check_text(value, ".".join(map(str, where)) or "body", "the text")
             continue
         if len(where) >= MAX_DEPTH:
             raise _too_deep()
         if isinstance(value, dict):
             for name in value:
-                _check_text(name, "body: a field's name")
+                _check_text(name, "body", "a field's name")
         items: Iterable[tuple[object, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, each in items:
-            if isinstance(each, dict | list) or (isinstance(each, str) and not each.isascii()):
-                pending.append((each, (*where, name)))
+        for name, item in items:
+            if isinstance(item, dict | list) or (isinstance(item, str) and not item.isascii()):
+                pending.append((item, (*where, name)))
 
 
-def _check_text(text: str, what: str) -> None:
+def _check_text(text: str, field: str, what: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ProblemError(
-            "invalid-field", f"{what} is not valid Unicode (a lone surrogate at character {error.start})"
+            "invalid-field", f"{what} is not valid Unicode (a lone surrogate at character {error.start})", field=field
         ) from None

@@ -28,7 +28,7 @@ def test_what_does_not_fit_is_refused_whole(waiting: list[int], asked: list[int]
     held = queue.enter(waiting, 60) if waiting else []
     with pytest.raises(ProblemError, match=said) as caught:
         queue.enter(asked, 60)
-    assert caught.value.slug == slug
+    assert caught.value.kind == slug
     assert (caught.value.retry_after is not None) == (slug == "queue-full")
     assert (queue.inputs, queue.tokens) == (len(waiting), sum(waiting))
     for place in held:
@@ -50,7 +50,7 @@ def test_the_tokens_are_corrected_once_they_are_known_and_checked_again() -> Non
     other = queue.enter([600], 60)
     with pytest.raises(ProblemError, match="this request adds about 91") as caught:
         queue.settle(other, [691])
-    assert caught.value.slug == "queue-full"
+    assert caught.value.kind == "queue-full"
     queue.settle(other, [690])
     with pytest.raises(ProblemError, match="about 1001 tokens"):
         queue.settle(other, [1001])

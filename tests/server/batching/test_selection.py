@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from types import SimpleNamespace
 from typing import Any, cast
 
 from hypothesis import given
@@ -18,9 +17,10 @@ def queued(
     length: int = 10, rows: int = 2, target: str = "x", came: float = 0.0, priority: int = 0, peak: int | None = None
 ) -> QueuedInput[str]:
     """An input without a request behind it: the choice looks at nothing of that."""
-    job = SimpleNamespace(num_samples=rows if peak is None else peak)
     order = (came + PRIORITY_SECONDS * priority, next(numbers))
-    return QueuedInput(target, [1] * length, cast(Any, job), rows, cast(Any, None), cast(Any, None), order)
+    at_once = rows if peak is None else peak
+    nothing = cast(Any, None)
+    return QueuedInput(target, [1] * length, nothing, rows, at_once, place=nothing, result=nothing, order=order)
 
 
 def choose(waiting: list[QueuedInput[str]], target: int, most: int, pads: bool = True) -> Choice[str]:
@@ -52,7 +52,7 @@ def test_the_first_is_in_it_and_the_budgets_hold_but_for_a_single_input(
     assert len({id(each) for each in choice.inputs}) == len(choice.inputs)
     assert all(each in waiting and each.target == waiting[0].target for each in choice.inputs)
     assert padded(choice) <= target or len(choice.inputs) == 1
-    held = sum(each.job.num_samples for each in choice.inputs) * max(each.length for each in choice.inputs)
+    held = sum(each.rows_at_once for each in choice.inputs) * max(each.length for each in choice.inputs)
     assert held <= most or len(choice.inputs) == 1
 
 

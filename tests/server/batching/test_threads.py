@@ -5,29 +5,30 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from scalabl_server.batching.jobs import Controlled
-from scalabl_server.batching.threads import FOUND, PAUSE, OneAtATime, leave_cores, rest, take_cores
+from scalabl_server.batching.jobs import ControlVariateJob, Job, LinearizedJob, Result, SampledJob
+from scalabl_server.batching.threads import PAUSE, TORCH_THREADS, OneAtATime, leave_cores, rest, take_cores
 from scalabl_server.predict.answers import is_small
+from scalabl_server.predict.preparation import is_short
 from scalabl_server.predict.request import read_request
-from scalabl_server.schemas import PredictRequest
+from scalabl_server.schemas.prediction import PredictRequest
 
 from scalabl.files.adapter_directory import read_config
-from scalabl.uncertainty.linearized import Linearization
+from scalabl.model.posterior import draw
 from tests.server.conftest import serving, settings_for
 
 TASKS = Path("/proc/self/task")
 
 
-@pytest.mark.parametrize(("threads", "cores"), [(3, 3), (None, FOUND)])
+@pytest.mark.parametrize(("threads", "cores"), [(3, 3), (None, TORCH_THREADS)])
 def test_threads_beside_the_models_keep_to_one_core(folders: Path, threads: int | None, cores: int) -> None:
     with serving(settings_for(folders, threads=threads)) as client:
         assert client.post("/predict", json={"inputs": "the sky"}).status_code == 200
-        service = client.app.state.service  # type: ignore[attr-defined]  # starlette's type of an application
-        executors = (service._model_thread, service._prompt_thread, service._answer_threads)
+        server = client.app.state.lifetime  # type: ignore[attr-defined]  # starlette's type of an application
+        executors = (server._model_thread, server._prompt_thread, server._answer_threads)
         assert [executor.submit(torch.get_num_threads).result() for executor in executors] == [cores, 1, 1]
 
 
@@ -48,14 +49,15 @@ def test_so_does_the_event_loop_which_computes_small_answers(folders: Path) -> N
 
 
 def test_only_an_answer_of_few_samples_and_one_input_is_small() -> None:
-    one = torch.zeros(8, 10)
-    assert is_small([one])
-    assert not is_small([one, one])
-    assert not is_small([torch.zeros(64, 100)])
-    assert not is_small([Controlled(one, cast(Linearization, None))])
+    sampled, few = SampledJob(draw(0, 8, 3), 10), Result(torch.zeros(8, 10))
+    assert is_small([sampled], [few])
+    assert not is_small([sampled] * 2, [few] * 2)
+    assert not is_small([sampled], [Result(torch.zeros(64, 100))])
+    linearized: list[Job] = [LinearizedJob(10, 10), ControlVariateJob(sampled.draws, 10, 10)]
+    assert not any(is_small([job], [few]) for job in linearized)
 
 
-@pytest.mark.skipif(PAUSE is None or FOUND < 2, reason="needs an OpenMP library that can pause, and two cores")
+@pytest.mark.skipif(PAUSE is None or TORCH_THREADS < 2, reason="needs an OpenMP library that can pause, and two cores")
 def test_a_thread_that_rests_ends_its_helpers_and_computes_as_before() -> None:
     big = torch.randn(512, 512)
 
@@ -99,7 +101,7 @@ def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_short"),
+    ("changes", "short"),
     [
         ({}, True),
         ({"inputs": "x" * 3000}, False),
@@ -111,8 +113,8 @@ def test_what_must_not_run_twice_at_once_is_called_here_only_while_the_thread_is
     ],
 )
 def test_one_short_text_with_the_usual_draws_is_tokenised_at_once(
-    folders: Path, changes: dict[str, Any], is_short: bool
+    folders: Path, changes: dict[str, Any], short: bool
 ) -> None:
     settings, config = settings_for(folders), read_config(folders / "colours")
     request = PredictRequest.model_validate({"inputs": "the sky"} | changes)
-    assert read_request(request, config, settings, 5000).is_short(settings) == is_short
+    assert is_short(read_request(request, config, settings, 5000), settings) == short

@@ -345,7 +345,7 @@ def test_a_database_that_is_away_is_a_503_until_it_is_back(serve: Serve, tmp_pat
 
 @pytest.fixture
 def file(client: TestClient, labelled: tuple[Answers, list[str]]) -> Path:
-    return Path(str(client.app.state.service.settings.data_dir)) / "outcomes.db"  # type: ignore[attr-defined]  # a FastAPI app
+    return Path(str(client.app.state.lifetime.settings.data_dir)) / "outcomes.db"  # type: ignore[attr-defined]  # a FastAPI app
 
 
 def test_the_lists_end_at_a_number_and_at_a_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from scalabl_server.engines.transformers_engine import LocalAdapter
 
 from tests import tiny
 from tests.server.conftest import settings_for
-from tests.server.web.test_limits import service_of
+from tests.server.web.test_limits import lifetime_of
 
 INSTRUCTION = "Say which colour this makes one think of: "  # 42 tokens, two blocks
 OBJECTS = ["grass", "a rose", "the sea", "blood", "the sky at noon", "a forest"]
@@ -109,7 +109,7 @@ def test_a_pass_that_does_not_fit_in_memory_runs_again_without_what_is_kept(serv
     texts = [INSTRUCTION + name for name in OBJECTS]
     _ask(client, inputs=texts)
     assert _metrics(client)["bytes"] > 0
-    served = service_of(client).adapter(None)
+    served = lifetime_of(client).serving().engine.adapter(None)
     assert isinstance(served, LocalAdapter)
 
     def fail(*_: object) -> None:

@@ -91,7 +91,7 @@ def test_refusals_are_logged_too_and_probes_only_when_they_fail(
         assert client.get(path).status_code == 200
     predict(client, "")
     client.get("/no/where")
-    client.app.state.service.drain()  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
+    client.app.state.lifetime.drain()  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
     client.get("/health/ready")
     seen = [(line["route"], line["status"], line.get("path")) for line in lines.requests()]
     assert seen == [("/predict", 422, None), ("unmatched", 404, "/no/where"), ("/health/ready", 503, None)]

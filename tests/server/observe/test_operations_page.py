@@ -9,8 +9,9 @@ import pytest
 from pydantic_core import PydanticUndefined
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED
-from scalabl_server.problems import TITLES
+from scalabl_server.problems import Kind
 from scalabl_server.settings import ServeSettings
+from scalabl_server.web.errors import STATUSES
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -35,9 +36,9 @@ def test_no_flag_stands_there_that_is_not_one() -> None:
     assert set(re.findall(r"`--([a-z-]+)", PAGE)) <= flags
 
 
-@pytest.mark.parametrize("slug", TITLES)
-def test_every_error_stands_there_with_its_status(slug: str) -> None:
-    assert re.findall(rf"^\| (\d+) \| `{slug}` \|", PAGE, flags=re.MULTILINE) == [str(TITLES[slug][0])]
+@pytest.mark.parametrize("kind", STATUSES)
+def test_every_error_stands_there_with_its_status(kind: Kind) -> None:
+    assert re.findall(rf"^\| (\d+) \| `{kind}` \|", PAGE, flags=re.MULTILINE) == [str(STATUSES[kind][0])]
 
 
 def test_every_metric_stands_there_and_no_other() -> None:

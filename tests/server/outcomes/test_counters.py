@@ -21,6 +21,8 @@ from scalabl_server.outcomes.totals import TotalsCollector
 from scalabl_server.outcomes.writer import Feedback, Limits, LookUp, Record, Writer
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from scalabl.evaluation.scoring import bins_of
+
 CHOICES = ["red", "green", "blue"]
 
 
@@ -150,10 +152,17 @@ def test_ece_brier_and_log_loss_are_the_evaluations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("confidence", "edge"), [(0.0, "0.067"), (0.34, "0.400"), (1 / 15, "0.133"), (0.999, "1.000"), (1.0, "1.000")]
+    ("confidence", "edge"),
+    [(0.0, "0.067"), (0.34, "0.400"), (1 / 15, "0.067"), (0.0667, "0.133"), (0.999, "1.000"), (1.0, "1.000")],
 )
 def test_a_confidence_has_one_bin(confidence: float, edge: str) -> None:
     assert scoring.bin_of(confidence) == edge
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1e-9, 0.2, 1 / 3, 0.4, 0.5, 7 / 15, 14 / 15, 1.0, *np.linspace(0, 1, 61)])
+def test_the_bins_are_those_of_evaluate(confidence: float) -> None:
+    index = int(bins_of(torch.tensor([confidence], dtype=torch.float64)))
+    assert scoring.bin_of(float(confidence)) == scoring.UPPER_EDGES[index]
 
 
 def test_a_sure_and_wrong_answer_has_a_finite_loss() -> None:

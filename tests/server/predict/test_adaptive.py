@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import model_of
-from tests.server.web.test_limits import service_of
+from tests.server.web.test_limits import lifetime_of
 from tests.server.web.test_refusals import refused
 
 TEXTS = ["the grass after rain", "rose", "the sea at night", "blood", "why", "sky blue", "hello there", "a", "zz top"]
@@ -115,7 +115,7 @@ def test_a_pass_must_be_able_to_hold_its_largest_round(serve: Callable[..., Test
 
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
-    model_of(service_of(client)._engine).adapted["lm_head"].lora_B.fill_(float("inf"))
+    model_of(lifetime_of(client).serving().engine).adapted["lm_head"].lora_B.fill_(float("inf"))
     refused(client.post("/predict", json={"inputs": "a", "num_samples": "auto"}), 500, "internal-error", "inputs.0 logits")
 
 

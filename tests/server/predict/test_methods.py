@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from scalabl_server.engines.interface import Engine, load_engine
+from scalabl_server.engines.interface import Engine
+from scalabl_server.engines.load import load_engine
 from scalabl_server.settings import ServeSettings
 
 from scalabl.files.adapter_directory import save_adapter

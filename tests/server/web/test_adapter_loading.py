@@ -20,7 +20,7 @@ from scalabl_server.engines.transformers_engine import TransformersEngine
 from scalabl.model.attachment import Host
 from tests import tiny
 from tests.server.conftest import Gate, wait_until
-from tests.server.web.test_limits import service_of
+from tests.server.web.test_limits import lifetime_of
 from tests.server.web.test_refusals import ask, refused
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -226,9 +226,9 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
     with ThreadPoolExecutor(4) as pool:
         running = pool.submit(answer, client, "colours")
         assert gate.entered.wait(30)
-        wait_until(lambda: service_of(client).admission.inputs == 0)  # the loop knows of the pass
+        wait_until(lambda: lifetime_of(client).admission.inputs == 0)  # the loop knows of the pass
         waiting = pool.submit(answer, client, "colours")
-        wait_until(lambda: service_of(client).admission.inputs == 1)
+        wait_until(lambda: lifetime_of(client).admission.inputs == 1)
         # The change waits for the model's thread; whoever asks after it has happened gets the new adapter.
         replaced = pool.submit(load, client, "colours", "other", replace=True)
         gate.open.set()
@@ -242,9 +242,9 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(answer, client, "colours")
         assert gate.entered.wait(30)
-        wait_until(lambda: service_of(client).admission.inputs == 0)  # the loop knows of the pass
+        wait_until(lambda: lifetime_of(client).admission.inputs == 0)  # the loop knows of the pass
         waiting = pool.submit(answer, client, "colours")
-        wait_until(lambda: service_of(client).admission.inputs == 1)
+        wait_until(lambda: lifetime_of(client).admission.inputs == 1)
         unloaded = pool.submit(unload, client, "colours")
         wait_until(lambda: not names(client))  # a request that still found it would wait at the gate
         refused(ask(client, inputs="a"), 404, "unknown-adapter")
@@ -252,7 +252,7 @@ def test_requests_that_are_running_end_with_the_adapter_they_began_with(
         assert unloaded.result().status_code == 200
         assert running.result() == pytest.approx(after, abs=1e-5)
         assert waiting.result() == pytest.approx(after, abs=1e-5)
-    engine = service_of(client)._engine
+    engine = lifetime_of(client).serving().engine
     assert isinstance(engine, TransformersEngine)
     assert Host.of(engine.pretrained.model).attached is None, "nothing of an unloaded adapter stays"
 

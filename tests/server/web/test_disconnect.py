@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 from scalabl_server.app import create_app
-from scalabl_server.predict.service import Service
+from scalabl_server.lifetime import ServerLifetime
 from scalabl_server.problems import ProblemError
 from scalabl_server.web.disconnect import while_connected
 
@@ -46,18 +46,18 @@ def _send(port: int, **body: Any) -> socket.socket:
 
 def test_a_client_that_leaves_frees_its_place_and_its_work_is_not_done(folders: Path, gate: Gate) -> None:
     app = create_app(settings_for(folders, max_queue=3), load=gate.load)
-    service: Service = app.state.service
+    server: ServerLifetime = app.state.lifetime
     with _listening(app) as port:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
         running = _send(port, inputs="running")
         assert gate.entered.wait(30)
         waiting = _send(port, inputs=["b", "c", "d"])
-        wait_until(lambda: service.admission.inputs == 3)
+        wait_until(lambda: server.admission.inputs == 3)
         waiting.close()
-        wait_until(lambda: service.admission.inputs == 0)
+        wait_until(lambda: server.admission.inputs == 0)
         other = _send(port, inputs=["e", "f", "g"])
-        wait_until(lambda: service.admission.inputs == 3)
+        wait_until(lambda: server.admission.inputs == 3)
         gate.open.set()
         for connection in (running, other):
             assert connection.recv(100).startswith(b"HTTP/1.1 200 ")

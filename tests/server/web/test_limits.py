@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from scalabl_server.predict.service import Service
+from scalabl_server.lifetime import ServerLifetime
 
 from tests.server.conftest import Gate, model_of, wait_until
 from tests.server.web.test_refusals import ask, refused
 
 
-def service_of(client: TestClient) -> Service:
-    service = client.app.state.service  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
-    assert isinstance(service, Service)
-    return service
+def lifetime_of(client: TestClient) -> ServerLifetime:
+    server = client.app.state.lifetime  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
+    assert isinstance(server, ServerLifetime)
+    return server
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_deadline_that_has_passed_frees_the_place(serve: Callable[..., TestCli
     with ThreadPoolExecutor(4) as pool:
         for response in pool.map(lambda _: ask(client, inputs=["a", "b"]), range(4)):
             refused(response, 504, "deadline-exceeded")
-    admission = service_of(client).admission
+    admission = lifetime_of(client).admission
     assert (admission.inputs, admission.tokens) == (0, 0)
 
 
@@ -119,14 +119,14 @@ def test_a_full_queue_answers_at_once_while_every_thread_is_busy(
     serve: Callable[..., TestClient], gate: Gate, settings: dict[str, int], inputs: Any, more: Any, detail: str
 ) -> None:
     client, held = serve(load=gate.load, **settings), threading.Event()
-    service = service_of(client)
+    server = lifetime_of(client)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(ask, client, inputs="a")
         assert gate.entered.wait(30)
-        wait_until(lambda: service.admission.inputs == 0)  # the loop knows of the pass
-        service._prompt_thread.submit(held.wait, 30)
+        wait_until(lambda: server.admission.inputs == 0)  # the loop knows of the pass
+        server._prompt_thread.submit(held.wait, 30)
         waiting = pool.submit(ask, client, inputs=inputs)
-        wait_until(lambda: service.admission.inputs > 0)
+        wait_until(lambda: server.admission.inputs > 0)
         started = time.perf_counter()
         response = ask(client, inputs=more)
         took = time.perf_counter() - started
@@ -143,14 +143,14 @@ def test_a_full_queue_answers_at_once_while_every_thread_is_busy(
 
 def test_a_large_request_does_not_hold_up_the_tokenising_of_others(serve: Callable[..., TestClient]) -> None:
     client = serve(max_input_tokens=500, max_batch_tokens=8000, num_samples=1)
-    service, order = service_of(client), []
-    original = service._prompt_thread.submit
+    server, order = lifetime_of(client), []
+    original = server._prompt_thread.submit
 
     def submit(function: Any, *arguments: Any) -> Any:
         order.append(len(arguments[1].texts))
         return original(function, *arguments)
 
-    service._prompt_thread.submit = submit  # type: ignore[method-assign]
+    server._prompt_thread.submit = submit  # type: ignore[method-assign]
     assert ask(client, inputs=["a" * 400] * 200).status_code == 200
     assert order == [200] * 4, "20,000 characters at a time"
 
@@ -175,19 +175,18 @@ def test_a_priority_outside_the_bound_is_refused(
 
 def test_the_next_pass_is_for_who_has_the_lowest_priority(serve: Callable[..., TestClient], gate: Gate) -> None:
     client = serve(load=gate.load, target_batch_tokens=1)
-    service = service_of(client)
+    server = lifetime_of(client)
     path = "/v2/models/colours/infer"
     infer = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["c"]}], "parameters": {"priority": -1}}
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(ask, client, inputs="a")
         assert gate.entered.wait(30)
-        wait_until(lambda: service.admission.inputs == 0)  # the loop knows of the pass
+        wait_until(lambda: server.admission.inputs == 0)  # the loop knows of the pass
         first = pool.submit(ask, client, inputs="b")
-        wait_until(lambda: service.admission.inputs == 1)
+        wait_until(lambda: server.admission.inputs == 1)
         urgent = pool.submit(client.post, path, json=infer)
-        wait_until(lambda: service.admission.inputs == 2)
-        batcher = service._batcher
-        assert batcher is not None  # while the server is ready
+        wait_until(lambda: server.admission.inputs == 2)
+        batcher = server.serving().batcher
         wait_until(lambda: batcher._slot is not None and batcher._slot.inputs[0].place.priority == -1)
         gate.open.set()
         assert {each.result().status_code for each in (running, first, urgent)} == {200}
@@ -195,5 +194,5 @@ def test_the_next_pass_is_for_who_has_the_lowest_priority(serve: Callable[..., T
 
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
-    model_of(service_of(client)._engine).adapted["lm_head"].lora_B.fill_(float("inf"))
+    model_of(lifetime_of(client).serving().engine).adapted["lm_head"].lora_B.fill_(float("inf"))
     refused(ask(client, inputs="a"), 500, "internal-error", "inputs.0 logits that are not finite")

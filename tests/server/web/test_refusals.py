@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from scalabl_server.app import create_app
-from scalabl_server.engines.interface import Engine, load_engine
+from scalabl_server.engines.interface import Engine
+from scalabl_server.engines.load import load_engine
 from scalabl_server.settings import ServeSettings
 
 from scalabl.errors import AdapterError
@@ -306,7 +307,7 @@ def test_while_draining_running_work_is_answered_and_new_work_refused(serve: Cal
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, client, inputs=["a", "b"])
         assert gate.entered.wait(30)
-        client.app.state.service.drain()  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
+        client.app.state.lifetime.drain()  # type: ignore[attr-defined]  # the TestClient's app is typed as any ASGI app
         refused(ask(client, inputs="c"), 503, "draining", "the server is shutting down; try another replica")
         refused(client.get("/health/ready"), 503, "draining")
         assert client.get("/health/live").status_code == 200

@@ -142,19 +142,21 @@ class VllmClient:
         self, model: str, prompts: Sequence[Sequence[int]], timeout: float | None, **wanted: Any
     ) -> list[dict[int, float]]:
         """What is said of the next token after each prompt: token -> log-probability."""
-        body = {"model": model, "prompt": [list(each) for each in prompts], **PLAIN, **wanted}
+        body = {"model": model, "prompt": [list(prompt) for prompt in prompts], **PLAIN, **wanted}
         answer = self._ask("POST", "/v1/completions", body, timeout)
         try:
             if answer["model"] != model:
                 raise CallError("refused", f"it answered for {answer['model']!r} where {model!r} was asked")
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             tops = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
-            found = [{int(key.removeprefix("token_id:")): float(value) for key, value in top.items()} for top in tops]
+            log_probabilities = [
+                {int(key.removeprefix("token_id:")): float(value) for key, value in top.items()} for top in tops
+            ]
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             raise CallError("refused", "its answer has no log-probabilities by token id, as vLLM's would") from None
-        if len(found) != len(prompts):
-            raise CallError("broken", f"it answered {len(found)} of {len(prompts)} prompts")
-        return found
+        if len(log_probabilities) != len(prompts):
+            raise CallError("broken", f"it answered {len(log_probabilities)} of {len(prompts)} prompts")
+        return log_probabilities
 
     def _ask(self, method: str, path: str, body: object = None, timeout: float | None = None) -> Any:
         """The answer's JSON; None where it is text."""

@@ -24,14 +24,15 @@ from scalabl.files.sample_loras import SampleLoras
 from scalabl.model.posterior import Draws
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import spread_of
-from scalabl_server.batching.jobs import Job, Result, joined, sample_jobs
+from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.engines.rounds import sample_in_rounds
 from scalabl_server.engines.vllm.client import VllmClient
 from scalabl_server.engines.vllm.examination import Examined
 from scalabl_server.engines.vllm.pool import Call, EngineError, VllmPool
+from scalabl_server.methods import Method
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas import PredictRequest
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
@@ -39,10 +40,10 @@ logger = logging.getLogger("scalabl")
 
 @dataclass(eq=False)
 class RemoteAdapter(Served):
-    """An adapter whose samples are LoRAs of the servers. `rows`: each draw's bytes -> the LoRA of that sample."""
+    """An adapter whose samples are LoRAs of the servers. `lora_of`: a draw's bytes -> the LoRA of that sample."""
 
     examined: Examined
-    rows: dict[bytes, str]
+    lora_of: dict[bytes, str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,23 +59,24 @@ class VllmEngine(Engine):
         assert isinstance(served, RemoteAdapter)  # `read` makes no other
 
         def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
-            names_of = {id(each): _names(served, each) for each in draws}  # few: inputs share their draws
+            names_of = {table.key: _names(served, table) for table in draws}  # few: inputs share their draws
             wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
-            for position, each in enumerate(draws):
-                for row, name in enumerate(names_of[id(each)]):
+            for position, table in enumerate(draws):
+                for row, name in enumerate(names_of[table.key]):
                     wanted.setdefault(name, []).append((position, row))
             calls = [
                 Call(served.examined, name, [sequences[indices[position]] for position, _ in places])
                 for name, places in wanted.items()
             ]
             answers = self.pool.score(calls, self.settings.request_timeout)
-            found = [torch.empty(each.num_samples, len(served.examined.tokens)) for each in draws]
+            logits_of = [torch.empty(table.num_samples, len(served.examined.tokens)) for table in draws]
             for places, answer in zip(wanted.values(), answers, strict=True):
                 for (position, row), logits in zip(places, answer, strict=True):
-                    found[position][row] = logits
-            return found
+                    logits_of[position][row] = logits
+            return logits_of
 
-        return joined(sample_jobs(run, jobs, served.config.temperature), {}, len(jobs))
+        logits_of = sample_in_rounds(run, jobs, served.config.temperature)
+        return [Result(logits_of.get(index)) for index in range(len(jobs))]
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         settings = self.settings
@@ -102,7 +104,7 @@ class VllmEngine(Engine):
             additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
             relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
             examined=Examined(loras),
-            rows={row.numpy().tobytes(): each for row, each in zip(samples.draws.epsilon, loras.names, strict=True)},
+            lora_of={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
         served.pads = False  # each prompt is a sequence of its own there
         return served
@@ -120,18 +122,20 @@ class VllmEngine(Engine):
         assert isinstance(served, RemoteAdapter)
         self.pool.remove(served.examined)
 
-    def check_request(self, request: PredictRequest) -> None:
+    def check_request(self, method: Method, seed: int | None) -> None:
         """Refuse what takes gradients, or samples that the servers do not have."""
-        if request.method != "monte_carlo":
+        if method != "monte_carlo":
             raise ProblemError(
                 "invalid-field",
-                f"method: {request.method} takes gradients, which this server's engine (vLLM) does not give; "
+                f"{method} takes gradients, which this server's engine (vLLM) does not give; "
                 "send monte_carlo, or ask a server with --engine transformers",
+                field="method",
             )
-        if request.seed is not None and request.seed != self.settings.seed:
+        if seed is not None and seed != self.settings.seed:
             raise ProblemError(
                 "invalid-field",
-                f"seed: this server's engine (vLLM) has the samples of seed {self.settings.seed} only; leave the field out",
+                f"this server's engine (vLLM) has the samples of seed {self.settings.seed} only; leave the field out",
+                field="seed",
             )
 
     def check_ready(self) -> None:
@@ -146,7 +150,7 @@ class VllmEngine(Engine):
 
 def _names(served: RemoteAdapter, draws: Draws) -> list[str]:
     """The LoRA of each sample, found by the numbers that it was made of."""
-    return [served.rows[row.numpy().tobytes()] for row in draws.epsilon]
+    return [served.lora_of[row.numpy().tobytes()] for row in draws.epsilon]
 
 
 def load(settings: ServeSettings) -> Engine:
@@ -185,9 +189,10 @@ def load(settings: ServeSettings) -> Engine:
         base=base,
         tokenizer=tokenizer,
     )
-    adapters = {each: reader.read(each, folder)() for each, folder in folders.items()}
+    adapters = {adapter: reader.read(adapter, folder)() for adapter, folder in folders.items()}
     pool.start(
-        [each.examined for each in adapters.values() if isinstance(each, RemoteAdapter)], settings.engine_start_timeout
+        [served.examined for served in adapters.values() if isinstance(served, RemoteAdapter)],
+        settings.engine_start_timeout,
     )
     if pool.max_tokens is not None:
         longest = min(longest, pool.max_tokens - 1)  # vLLM counts the token that it adds

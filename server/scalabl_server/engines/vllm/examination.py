@@ -60,11 +60,11 @@ def examine(client: VllmClient, models: Models, adapter: Examined, folder: Path)
         raise CallError("refused", "its log-probabilities of named tokens are not those of its most likely tokens")
     answers = []
     for name in loras.all_names:
-        found = client.score(name, probes, adapter.tokens)
-        if torch.equal(found, plain) and name in loras.parts:
+        log_probabilities = client.score(name, probes, adapter.tokens)
+        if torch.equal(log_probabilities, plain) and name in loras.parts:
             raise CallError("refused", f"it leaves out what the adapter does to {loras.parts[name]}")
-        answers.append(torch.softmax(found, -1))
-    if all(torch.equal(each, torch.softmax(plain, -1)) for each in answers):
+        answers.append(torch.softmax(log_probabilities, -1))
+    if all(torch.equal(probabilities, torch.softmax(plain, -1)) for probabilities in answers):
         raise CallError("refused", "the adapter changes nothing there")
     told = torch.stack(answers)
     with adapter.lock:

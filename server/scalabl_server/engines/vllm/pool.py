@@ -130,7 +130,7 @@ class VllmPool:
                 failed[replica] = error
         if len(failed) == len(ready):
             raise EngineError(
-                "; ".join(f"{each.client.name}: {error.cause}" for each, error in failed.items()) or "none is up"
+                "; ".join(f"{replica.client.name}: {error.cause}" for replica, error in failed.items()) or "none is up"
             )
         with self._lock:
             self._adapters.append(adapter)
@@ -143,11 +143,11 @@ class VllmPool:
             if adapter not in self._adapters:
                 return
             self._adapters.remove(adapter)
-            kept = {name for each in self._adapters for name in each.loras.all_names}
+            still_needed = {name for other in self._adapters for name in other.loras.all_names}
             ready = [replica for replica in self.replicas if replica.ready]
         for replica in ready:
             for name in adapter.loras.all_names:
-                if name in kept:  # the same files under another name
+                if name in still_needed:  # the same files under another name
                     continue
                 try:
                     replica.client.unload(name)
@@ -242,7 +242,7 @@ class VllmPool:
         except CallError as error:
             outcome = error.outcome
             if outcome == "absent" and call.adapter not in self._adapters:
-                raise ProblemError("unknown-adapter", "adapter: it was unloaded while the request waited") from None
+                raise ProblemError("unknown-adapter", "it was unloaded while the request waited", field="adapter") from None
             if outcome != "rejected":
                 self._failed(replica, error)
             raise
@@ -278,7 +278,7 @@ class VllmPool:
                 models = replica.client.models()
                 with self._lock:
                     adapters, ready = list(self._adapters), replica.ready
-                if not ready or not models.adapters.issuperset(n for each in adapters for n in each.loras.all_names):
+                if not ready or not models.adapters.issuperset(n for adapter in adapters for n in adapter.loras.all_names):
                     for adapter in adapters:
                         examine(replica.client, models, adapter, self._folder)
                 self._passed(replica, models)
@@ -321,7 +321,9 @@ class VllmPool:
         return min(limits, default=None)
 
     def _causes(self) -> str:
-        return "; ".join(f"{each.client.name}: {each.cause}" for each in sorted(self.replicas, key=lambda r: r.client.name))
+        return "; ".join(
+            f"{replica.client.name}: {replica.cause}" for replica in sorted(self.replicas, key=lambda r: r.client.name)
+        )
 
     def _unavailable(self) -> ProblemError:
         return ProblemError("engine-unavailable", f"no server of the engine can answer: {self._causes()}", retry_after=2)

@@ -1,22 +1,18 @@
-"""The JSON that goes in and comes out. Field names are the field's terms (design.md, section 1)."""
+"""The JSON of `/predict`: what is asked and what is answered."""
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
-from scalabl.config import Calibration, SetMethod
-from scalabl.evaluation.precision_change import QuantizationChange
+from scalabl.config import SetMethod
 from scalabl.uncertainty.adaptive import Target
+from scalabl_server.methods import Method
 
 # A list ends at its first wrong element, so that a large one cannot make a large answer.
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
-
-
-Method = Literal["monte_carlo", "linearized", "control_variate"]
 
 
 class PredictRequest(BaseModel):
@@ -127,7 +123,7 @@ class Prediction(BaseModel):
 
 
 class Usage(BaseModel):
-    """What the request cost: prompt tokens, rows (inputs x samples) and whether any text was cut."""
+    """What the request cost: tokens of its prompts, and rows of the passes (its samples, and its linearised choices)."""
 
     tokens: int
     rows: int
@@ -142,134 +138,3 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction]
     warnings: list[str] | None = Field(default=None, description="What to know of these answers; left out when nothing.")
     usage: Usage
-
-
-class Outcome(BaseModel):
-    """The true answer to one prediction."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str = Field(description="The prediction's id, as /predict gave it.")
-    label: str = Field(description="The true choice, one of those that the prediction had.")
-
-
-# One outcome or a list of them; told apart by kind, so that an error names the field of the one that was sent.
-FeedbackRequest = Annotated[
-    Annotated[Outcome, Tag("object[Outcome]")] | Annotated[list[Outcome], Field(min_length=1), Tag("list[Outcome]")],
-    Discriminator(lambda body: "list[Outcome]" if isinstance(body, list) else "object[Outcome]"),
-]
-
-
-class OutcomeStatus(BaseModel):
-    """What became of one label: stored first, already so, or stored in place of another."""
-
-    id: str
-    label: str
-    status: Literal["recorded", "unchanged", "corrected"]
-
-
-class FeedbackResponse(BaseModel):
-    """Every label of the request is on disk."""
-
-    results: list[OutcomeStatus]
-
-
-class LabelAt(BaseModel):
-    """A label and when it came."""
-
-    label: str
-    labelled_at: datetime
-
-
-class StoredPrediction(BaseModel):
-    """A prediction as it was answered, with its labels; all but the last were corrected."""
-
-    id: str
-    model: str
-    adapter: str
-    created_at: datetime
-    prediction: dict[str, Any] = Field(description="The prediction as /predict answered it, without samples.")
-    input_hash: str = Field(description="SHA-256 of the input's UTF-8, keyed when the server has a key for it.")
-    input: str | None = Field(description="The input itself, where the server stores it.")
-    label: str | None = Field(description="The latest label.")
-    labels: list[LabelAt]
-
-
-class Problem(BaseModel):
-    """An error as RFC 9457 problem details."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-
-
-class Health(BaseModel):
-    """`status` is ok, starting, draining or failed."""
-
-    status: str
-
-
-class ModelInfo(BaseModel):
-    """The base model."""
-
-    name: str
-    architecture: str
-    dtype: str
-    device: str
-    quantization: str | None = Field(description="Of its linear layers; null when they are in the dtype.")
-
-
-class AdapterInfo(BaseModel):
-    """The adapter and its task."""
-
-    name: str
-    r: int
-    lora_alpha: float
-    adapted_layers: int
-    stochastic_parameters: int
-    additional_parameters: int
-    posterior_scale: float
-    relative_spread: float = Field(description="Median of scale * sigma / |mu|; above 0.5 linearized answers are biased.")
-    temperature: float
-    task: str
-    choices: list[str]
-    calibration: Calibration | None = Field(description="What `scalabl calibrate` found, and with which draws.")
-    quantization_change: QuantizationChange | None = Field(
-        description="What the base model's quantization changed at the start; null without, or when loaded later."
-    )
-
-
-class Info(BaseModel):
-    """What is loaded, what a request gets when it names nothing, and what it may ask for."""
-
-    version: str
-    model: ModelInfo
-    adapter: AdapterInfo | None = Field(description="The default adapter; null when it was unloaded.")
-    adapters: list[AdapterInfo] = Field(description="Every adapter that is loaded, by name.")
-    defaults: dict[str, int | str]
-    limits: dict[str, int | float]
-
-
-class LoadAdapter(BaseModel):
-    """An adapter to load. The names of the fields are vLLM's."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    lora_name: str = Field(description="Its name in the API.")
-    lora_path: str = Field(min_length=1, max_length=4096, description="Its folder, below the server's adapter root.")
-    replace: bool = Field(default=False, description="Take the place of a loaded adapter of that name.")
-
-
-class UnloadAdapter(BaseModel):
-    """An adapter to take away."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    lora_name: str
-
-
-class AdapterNames(BaseModel):
-    """The adapters that are loaded now."""
-
-    adapters: list[str]

@@ -1,0 +1,106 @@
+"""`scalabl calibrate`: scale, temperature and thresholds from held-out labels, written into the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalabl.config import SetMethod
+from scalabl.errors import ScalaBLError
+from scalabl_server.cli.labelled_data import (
+    Adapter,
+    Device,
+    Model,
+    NumSamples,
+    Precision,
+    Seed,
+    data_name,
+    load,
+    plots_module,
+)
+from scalabl_server.cli.options import errors_as_messages, split
+
+PLOT_FILES = (".png", ".svg", ".pdf")
+
+
+def calibrate(
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL, that took no part in training.")],
+    model: Model = None,
+    num_samples: NumSamples = 16,
+    seed: Seed = 0,
+    levels: Annotated[str, typer.Option(help="Comma-separated coverages of prediction sets.")] = "0.8,0.9,0.95",
+    method: Annotated[SetMethod, typer.Option(help="Kind of the prediction sets that are served.")] = "lac",
+    target_risk: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Largest share of wrong answers among those that are not abstained from.")
+    ] = 0.05,
+    risk_confidence: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Probability with which the target risk is to hold.")
+    ] = 0.9,
+    abstain: Annotated[bool, typer.Option(help="Find an abstention threshold.")] = True,
+    split_seed: Annotated[int, typer.Option(min=0, help="Seed of the split into fit and threshold rows.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the fit into this file (.png, .svg, .pdf).")] = None,
+    device: Device = "auto",
+    quantization: Precision = None,
+) -> None:
+    """Fit posterior scale and temperature on held-out labels, find thresholds for prediction sets and abstention, and write
+    them into the adapter.
+
+    Half of the rows, chosen at random, fit scale and temperature; the other half gives the thresholds and the numbers
+    before and after. Calibrate with the --num-samples and the --quantization that are served.
+    """
+    parsed = _levels(levels)
+    if plot is not None and (plot.suffix not in PLOT_FILES or not plot.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"a file in an existing folder that ends in {', '.join(PLOT_FILES)}", param_hint="--plot")
+    with errors_as_messages():
+        from tqdm import tqdm
+
+        from scalabl.evaluation.calibration import Options
+        from scalabl.evaluation.calibration import calibrate as run
+        from scalabl.evaluation.dataset import read_examples
+        from scalabl.files.adapter_directory import save_config
+
+        plots = plots_module() if plot is not None else None
+        rows = read_examples(data)
+        loaded = load(adapter, model, device, quantization)
+        config = loaded.model.config
+        loaded.model.config = config.model_copy(update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None})
+        options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
+        with tqdm(desc=data.name, unit="input") as bar:
+            outcome = run(
+                loaded.model,
+                loaded.encode(rows),
+                loaded.model.draws(num_samples, seed),
+                options,
+                name=data_name(data),
+                sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+                on_progress=bar.update,
+            )
+        fitted = {
+            "posterior_scale": outcome.posterior_scale,
+            "temperature": outcome.temperature,
+            "calibration": outcome.calibration,
+        }
+        save_config(adapter, config.model_copy(update=fitted))
+        if plots is not None:
+            plots.save_fit(outcome, plot)
+        report = {**fitted, "calibration": outcome.calibration.model_dump(mode="json")}
+        report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
+        typer.echo(json.dumps(report, indent=2))
+        if outcome.refusal is not None:
+            raise ScalaBLError(f"{outcome.refusal}. Everything else was written into the adapter, which never abstains now")
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(part) for part in split(text))
+    except ValueError:
+        levels = ()
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise typer.BadParameter(f"comma-separated numbers between 0 and 1 are needed (got {text!r})", param_hint="--levels")
+    return tuple(dict.fromkeys(levels))

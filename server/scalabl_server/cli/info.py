@@ -1,0 +1,27 @@
+"""`scalabl info`: what an adapter directory holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalabl_server.cli.options import errors_as_messages
+
+
+def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
+    """Print an adapter's configuration and size, without its base model."""
+    with errors_as_messages():
+        from scalabl.files.adapter_directory import read_config, read_weights
+
+        config, weights = read_config(adapter), read_weights(adapter)
+        stochastic = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".s_mean"))
+        summary = {
+            **config.model_dump(mode="json"),
+            "adapted_layers": sum(name.endswith(".s_mean") for name in weights),
+            "stochastic_parameters": stochastic,
+            "additional_parameters": sum(tensor.numel() for tensor in weights.values()),
+        }
+        typer.echo(json.dumps(summary, indent=2))

@@ -1,0 +1,26 @@
+"""`scalabl serve`: the server of the other packages, as a process."""
+
+from __future__ import annotations
+
+import typer
+
+from scalabl.errors import ScalaBLError
+from scalabl_server.cli.options import command_for, errors_as_messages
+from scalabl_server.settings import ServeSettings
+
+
+def _serve(settings: ServeSettings) -> None:
+    """Serve an adapter over HTTP. Each option can also be set by the environment variable it names."""
+    from scalabl_server import listen
+    from scalabl_server.observe import logs
+
+    logs.configure(settings.log_level, settings.log_format)
+    with errors_as_messages():
+        failure = listen.run(settings)
+        if isinstance(failure, ScalaBLError):
+            raise failure
+    if failure is not None:
+        raise typer.Exit(1)  # already logged with its traceback
+
+
+serve = command_for(ServeSettings, _serve, env_prefix="SCALABL_")

@@ -1,0 +1,93 @@
+"""`scalabl train`: an adapter from labelled rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalabl.config import TaskKind
+from scalabl.training.recipe import TrainingConfig
+from scalabl_server.cli.options import command_for, errors_as_messages, split, task_of, usage_errors
+
+
+def _train(
+    recipe: TrainingConfig,
+    model: Annotated[str, typer.Option(help="Base model: a hub id or a folder.")],
+    train: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
+    validation: Annotated[Path, typer.Option(help="Validation rows, JSONL.")],
+    output: Annotated[Path, typer.Option(help="The adapter directory to write; a run that was cut short resumes.")],
+    kind: Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")] = "classification",
+    template: Annotated[str | None, typer.Option(help="Prompt with {input} and, for multiple choice, {choices}.")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    choice_prefix: Annotated[
+        str | None, typer.Option(help="Text between prompt and choice (a space; none in a chat).")
+    ] = None,
+    r: Annotated[int | None, typer.Option(help="Rank: stochastic scalars per adapted layer.  \\[default: 8]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha; the scaling is alpha / r.  \\[default: 16]")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated module names.  \\[default: q_proj,v_proj,lm_head]")
+    ] = None,
+    layers_to_transform: Annotated[str | None, typer.Option(help="Comma-separated layer indices (default: all).")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Start from a finished PEFT LoRA directory; sigma starts at up to --std-init times each mu."),
+    ] = None,
+    prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior p(s).")] = 1.0,
+    base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
+) -> None:
+    """Train an adapter with stochastic variational inference."""
+    for name, given in (
+        ("--r", r),
+        ("--lora-alpha", lora_alpha),
+        ("--target-modules", target_modules),
+        ("--layers-to-transform", layers_to_transform),
+    ):
+        if init_from is not None and given is not None:
+            raise typer.BadParameter("the LoRA of --init-from decides this; leave it out", param_hint=name)
+    with errors_as_messages():
+        from scalabl.base.pretrained import load_pretrained, load_skeleton
+        from scalabl.config import AdapterConfig
+        from scalabl.evaluation.dataset import read_examples
+        from scalabl.evaluation.encoded import encode_examples
+        from scalabl.files.peft_import import adapter_of, read_peft
+        from scalabl.prompt import Prompter
+        from scalabl.training.trainer import train_adapter
+
+        training_rows, validation_rows = read_examples(train), read_examples(validation)
+        choices = training_rows[0].choices
+        if kind == "multiple_choice":
+            choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in training_rows)])
+        lora = read_peft(init_from) if init_from is not None else None
+        with usage_errors():
+            config = AdapterConfig(
+                base_model_name_or_path=base_model_name or model,
+                r=8 if r is None else r,
+                lora_alpha=16.0 if lora_alpha is None else lora_alpha,
+                target_modules=split(target_modules or "q_proj,v_proj,lm_head"),
+                layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
+                prior_std=prior_std,
+                task=task_of(kind, template, chat, choice_prefix, choices),
+            )
+        pretrained = load_pretrained(model, device=device, dtype="float32")
+        prompter = Prompter(config.task, pretrained.tokenizer)
+        config, start = config.model_copy(update={"task": prompter.resolved_task}), None
+        if lora is not None:
+            recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
+            config, start = adapter_of(lora, load_skeleton(model)[0], config.task, **recorded)
+        metrics = train_adapter(
+            pretrained.model,
+            config,
+            recipe,
+            encode_examples(prompter, training_rows, pretrained.max_tokens),
+            encode_examples(prompter, validation_rows, pretrained.max_tokens),
+            output,
+            start,
+        )
+        typer.echo(json.dumps(metrics))
+
+
+train = command_for(TrainingConfig, _train)

@@ -1,0 +1,30 @@
+"""Running jobs that draw samples: one pass for all of them, then one for each round of those that have too few.
+
+For any engine: the pass itself is a function that it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scalabl.model.posterior import Draws
+from scalabl_server.batching.jobs import Job
+
+# (indices of inputs, the draws of each) -> their logits [K, C] on the CPU, from one pass
+RunSamples = Callable[[Sequence[int], Sequence[Draws]], Sequence[Tensor]]
+
+
+def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperature: float) -> dict[int, Tensor]:
+    """Logits [K, C] of every job that draws samples, by its index."""
+    draws_of = {index: draws for index, job in enumerate(jobs) if (draws := job.first_draws()) is not None}
+    logits_of: dict[int, Tensor] = {}
+    while draws_of:
+        for index, logits in zip(draws_of, run(list(draws_of), list(draws_of.values())), strict=True):
+            logits_of[index] = torch.cat([logits_of[index], logits]) if index in logits_of else logits
+        draws_of = {
+            index: more for index in draws_of if (more := jobs[index].next_draws(logits_of[index], temperature)) is not None
+        }
+    return logits_of

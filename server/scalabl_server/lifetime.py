@@ -1,0 +1,199 @@
+"""The life of one server: start, load, ready, drain, stop. The path of a request is in `predict`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from scalabl.errors import ScalaBLError
+from scalabl_server.batching.admission import Admission
+from scalabl_server.batching.batcher import Batcher
+from scalabl_server.batching.threads import OneAtATime, leave_cores, rest
+from scalabl_server.engines.adapter_loader import AdapterLoader
+from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.outcomes.store import OutcomeStore
+from scalabl_server.predict.predictor import Predictor
+from scalabl_server.problems import ProblemError
+from scalabl_server.settings import ServeSettings
+
+logger = logging.getLogger("scalabl")
+
+State = Literal["starting", "ready", "draining", "failed"]
+
+UNAVAILABLE = {
+    "starting": "the model is being loaded; wait for /health/ready",
+    "draining": "the server is shutting down; try another replica",
+    "failed": "the model could not be loaded; the server's log says why",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What there is once the engine is loaded."""
+
+    engine: Engine
+    batcher: Batcher[Served]
+    predictor: Predictor
+    loader: AdapterLoader
+
+
+class ServerLifetime:
+    """Owns the threads, the engine and all that works with it, and the state that the health routes report.
+
+    Args:
+        settings: see `ServeSettings`.
+        load: makes the engine; called once, on the model's thread.
+        on_failure: told the error when loading fails, so that the process can end with it.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        load: Callable[[ServeSettings], Engine],
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.settings, self._load, self._on_failure = settings, load, on_failure
+        self.metrics = Metrics()
+        self.outcomes = OutcomeStore(settings, self.metrics)
+        self.admission = Admission(settings.max_queue, settings.queue_tokens, self.metrics)
+        self.state: State = "starting"
+        self.metrics.ready.set_function(lambda: float(self._is_ready()))
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        # Tokenizers are not safe to share between threads, so theirs is one too.
+        self._prompt_thread = OneAtATime("prompt")
+        self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer", initializer=leave_cores)
+        self._is_loading = False
+        self._loading: asyncio.Task[None] | None = None
+        self._loaded: Loaded | None = None
+
+    async def start(self) -> None:
+        """Begin loading; the health routes answer meanwhile."""
+        leave_cores()  # small answers are computed on the loop
+        self._loading = asyncio.create_task(self._start(), name="load")
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await self.outcomes.start()
+            engine = await loop.run_in_executor(self._model_thread, self._load_engine)
+        except Exception as error:
+            self.state = "failed"
+            if not isinstance(error, ScalaBLError):
+                logger.exception("loading failed")
+            if self._on_failure is not None:
+                self._on_failure(error)
+            return
+        self._loaded = self._work_with(engine)
+        self._loaded.batcher.start()
+        if self.state == "starting":
+            self.state = "ready"
+
+    def _load_engine(self) -> Engine:
+        self._is_loading = True
+        try:
+            return self._load(self.settings)
+        finally:
+            self._is_loading = False
+
+    def _work_with(self, engine: Engine) -> Loaded:
+        """All that works with the engine, and the metrics that count it."""
+        for name in engine.adapters:
+            self.outcomes.show(name)
+        self.metrics.adapters.set(len(engine.adapters))
+        self.metrics.prefixes.store = engine.prefixes
+        engine.watch(self.metrics)
+        batcher: Batcher[Served] = Batcher(
+            engine.run,
+            self._model_thread,
+            self.admission,
+            self.metrics,
+            target_tokens=engine.target_batch_tokens,
+            max_tokens=self.settings.max_batch_tokens,
+            pads=lambda served: served.pads,
+            rest=rest,
+        )
+        predictor = Predictor(
+            engine, batcher, self.admission, self.outcomes, self.metrics, self._prompt_thread, self._answer_threads
+        )
+        loader = AdapterLoader(
+            engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self.outcomes.show
+        )
+        return Loaded(engine, batcher, predictor, loader)
+
+    def serving(self) -> Loaded:
+        """What answers requests.
+
+        Raises:
+            ProblemError: `starting`, `draining` or `failed`, when nothing does.
+        """
+        if self.state != "ready":
+            raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
+        assert self._loaded is not None  # it is set before the state is
+        return self._loaded
+
+    def check_alive(self) -> None:
+        """Whether a restart would not help.
+
+        Raises:
+            ProblemError: `failed` or `stuck`.
+        """
+        if self.state == "failed":
+            raise ProblemError("failed", UNAVAILABLE["failed"])
+        fault = self._loaded.batcher.fault(self.settings.worker_timeout) if self._loaded is not None else None
+        if fault is not None:
+            raise ProblemError("stuck", fault)
+
+    def check_ready(self) -> None:
+        """Whether requests should come here.
+
+        Raises:
+            ProblemError: `starting`, `draining`, `failed`, `stuck` or `engine-unavailable`.
+        """
+        loaded = self.serving()
+        self.check_alive()
+        loaded.engine.check_ready()
+
+    def _is_ready(self) -> bool:
+        try:
+            self.check_ready()
+        except ProblemError:
+            return False
+        return True
+
+    def drain(self) -> None:
+        """Take no new requests; those already taken are answered. A signal handler may call it: it takes no lock."""
+        if self.state != "failed":
+            self.state = "draining"
+
+    @property
+    def in_flight(self) -> int:
+        """Requests between admission and answer."""
+        return self._loaded.predictor.in_flight if self._loaded is not None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the model's thread is loading or in a pass, waited for or not."""
+        return self._is_loading or (self._loaded is not None and self._loaded.batcher.busy)
+
+    async def give_up(self) -> None:
+        """Answer everything that is still waiting with a 503."""
+        if self._loaded is not None:
+            await self._loaded.batcher.stop()
+
+    async def stop(self) -> None:
+        """End the batcher and the threads."""
+        self.drain()
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        if self._loaded is not None:
+            await self._loaded.batcher.stop()
+            self._loaded.engine.close()
+        await self.outcomes.stop()
+        for executor in (self._model_thread, self._prompt_thread, self._answer_threads):
+            executor.shutdown(wait=False, cancel_futures=True)

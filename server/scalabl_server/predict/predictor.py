@@ -1,0 +1,206 @@
+"""The path of one `/predict` request: checks, a place in the queue, token ids, results, answer, storage.
+
+What each step does is in a module of its own; here is their order. The server's life is in `lifetime`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from scalabl.uncertainty.predictive import Predictive
+from scalabl_server.batching.admission import Admission, Place
+from scalabl_server.batching.batcher import Batcher
+from scalabl_server.batching.jobs import Job
+from scalabl_server.batching.threads import OneAtATime
+from scalabl_server.engines.interface import Engine, Served
+from scalabl_server.observe import trace
+from scalabl_server.observe.metrics import Metrics
+from scalabl_server.outcomes.store import OutcomeStore
+from scalabl_server.predict.answers import answers_of, is_small, warnings_of
+from scalabl_server.predict.preparation import encode, is_short, jobs_for, slices
+from scalabl_server.predict.request import Asked, read_request
+from scalabl_server.problems import ProblemError
+from scalabl_server.schemas.prediction import Prediction, PredictRequest, PredictResponse, Usage
+
+logger = logging.getLogger("scalabl")
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a request's inputs came to, in their order, what to know of that, and the rows that they took together."""
+
+    outcomes: list[Predictive]
+    predictions: list[Prediction]
+    warnings: list[str]
+    rows: int
+
+
+class Predictor:
+    """Answers requests with a loaded engine.
+
+    Args:
+        prompt_thread: where tokenizers may be used; they are not safe to share between threads.
+        answer_threads: where large answers are computed.
+
+    Attributes:
+        in_flight: requests between admission and answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batcher: Batcher[Served],
+        admission: Admission,
+        outcomes: OutcomeStore,
+        metrics: Metrics,
+        prompt_thread: OneAtATime,
+        answer_threads: Executor,
+    ) -> None:
+        self._engine, self._batcher, self._admission = engine, batcher, admission
+        self._outcomes, self._metrics = outcomes, metrics
+        self._prompt_thread, self._answer_threads = prompt_thread, answer_threads
+        self.in_flight = 0
+
+    async def predict(
+        self, request: PredictRequest, timeout: float | None, form: Callable[[PredictResponse], Answer]
+    ) -> Answer:
+        """Answer one request.
+
+        Args:
+            timeout: seconds until its deadline; the setting is the most.
+            form: makes of the answer what is sent, as a rule while the disk is waited for.
+
+        Raises:
+            ProblemError: everything that the client can be told.
+        """
+        engine, started = self._engine, time.perf_counter()
+        served = engine.adapter(request.adapter)
+        engine.check_request(request.method, request.seed)
+        asked = read_request(request, served.config, engine.settings, engine.max_input_tokens)
+        engine.check_ready()
+        seconds = min(engine.settings.request_timeout, timeout or engine.settings.request_timeout)
+        self._note(served, asked)
+        rows = self._admission.expected_rows(asked.demand)
+        places = self._admission.enter(asked.estimated_tokens(rows, engine.max_input_tokens), seconds, asked.priority)
+        self.in_flight += 1
+        try:
+            async with asyncio.timeout(seconds):
+                computed = await self._compute(served, asked, places, started + seconds)
+            formed: list[Answer] = []
+
+            def form_answer(predictions: Sequence[Prediction]) -> None:
+                formed.append(form(self._response(served.name, predictions, computed)))
+
+            texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+            stored = await self._outcomes.record(
+                served.name,
+                engine.model_name,
+                texts,
+                computed.predictions,
+                max(0.0, started + seconds - time.perf_counter()),
+                partial(form_answer, computed.predictions),
+            )
+            if stored is not computed.predictions or not formed:
+                form_answer(stored)
+        except TimeoutError:
+            raise ProblemError(
+                "deadline-exceeded",
+                f"no answer within {seconds:g} s; send fewer inputs or samples, or try again later",
+            ) from None
+        except ProblemError as problem:
+            if problem.__cause__ is not None:
+                logger.error("a pass failed on this request alone", exc_info=problem.__cause__)
+            raise
+        finally:
+            self.in_flight -= 1
+            for place in places:
+                place.free()
+        asyncio.get_running_loop().call_soon(  # once the answer is sent
+            self._observe, served.name, computed.outcomes, time.perf_counter() - started
+        )
+        return formed[-1]
+
+    def _note(self, served: Served, asked: Asked) -> None:
+        """Say in the request's trace what it is."""
+        request_trace = trace.current()
+        request_trace.adapter, request_trace.inputs = served.name, len(asked.texts)
+        request_trace.characters = sum(map(len, asked.texts))
+        request_trace.compute_type = self._engine.device.partition(":")[0]
+
+    async def _compute(self, served: Served, asked: Asked, places: Sequence[Place], until: float) -> _Computed:
+        """Token ids, passes and answers.
+
+        Args:
+            until: the request's deadline, by `time.perf_counter`.
+        """
+        request_trace, started = trace.current(), time.perf_counter()
+        sequences, jobs = await self._prepare(served, asked)
+        self._metrics.stage("tokenise", time.perf_counter() - started)
+        request_trace.tokens = sum(map(len, sequences))
+        request_trace.stages.tokenized_in(started)
+        pending = self._batcher.submit(served, sequences, jobs, places, request_trace.stages, until)
+        try:
+            results = [await pending[0]] if len(pending) == 1 else await asyncio.gather(*pending)
+        finally:
+            for future in pending:
+                future.cancel()
+        if is_small(jobs, results):
+            outcomes, predictions = answers_of(jobs, results, asked, served.config)
+        else:
+            outcomes, predictions = await asyncio.get_running_loop().run_in_executor(
+                self._answer_threads, answers_of, jobs, results, asked, served.config
+            )
+        rows = sum(job.rows_taken(result) for job, result in zip(jobs, results, strict=True))
+        return _Computed(outcomes, predictions, warnings_of(served, asked), rows)
+
+    async def _prepare(self, served: Served, asked: Asked) -> tuple[list[list[int]], list[Job]]:
+        """Each input's token ids and job.
+
+        On the prompts' thread a slice at a time, so that requests take turns and one that is given up goes no further; for a
+        short request at once, on this thread.
+        """
+        loop, max_tokens = asyncio.get_running_loop(), self._engine.max_input_tokens
+        *earlier, last = slices(asked)
+        if is_short(asked, self._engine.settings):
+            prepared = self._prompt_thread.call(_prepare_last, served, asked, last, max_tokens)
+            if prepared is not None:
+                return prepared
+        sequences: list[list[int]] = []
+        for positions in earlier:
+            sequences += await loop.run_in_executor(
+                self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
+            )
+        ids, jobs = await loop.run_in_executor(self._prompt_thread, _prepare_last, served, asked, last, max_tokens)
+        return sequences + ids, jobs
+
+    def _response(self, adapter: str, predictions: Sequence[Prediction], computed: _Computed) -> PredictResponse:
+        # Without warnings the field is left out of the JSON.
+        optional: dict[str, Any] = {"warnings": computed.warnings} if computed.warnings else {}
+        request_trace = trace.current()
+        return PredictResponse(
+            id=request_trace.request_id,
+            model=self._engine.model_name,
+            adapter=adapter,
+            predictions=list(predictions),
+            **optional,
+            usage=Usage(tokens=request_trace.tokens, rows=computed.rows),
+        )
+
+    def _observe(self, adapter: str, outcomes: Sequence[Predictive], seconds: float) -> None:
+        self._metrics.stage("total", seconds)
+        for outcome in outcomes:
+            self._metrics.observe_prediction(adapter, outcome)
+
+
+def _prepare_last(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
+    """The last inputs' token ids, and the jobs of all inputs."""
+    return encode(served.prompter, asked, positions, max_tokens), jobs_for(served, asked)
