@@ -142,10 +142,8 @@ def test_it_works_next_to_hugging_faces_kernels(
     run(sys.executable, "-m", "venv", "--without-pip", both, cwd=tmp_path)
     elsewhere.mkdir()
     (site_packages(both) / "dependencies.pth").write_text(f"{site_packages(environment)}\n", encoding="utf-8")
-    steps = [
-        ("--force-reinstall", "--no-deps", wheel),
-        (kernels_wheels[version],),
-    ]  # the first is there already, by the path
+    # pip sees the other environment's copy of the wheel by that path, and would be content with it.
+    steps = [("--force-reinstall", "--no-deps", wheel), (kernels_wheels[version],)]
     for step in steps if first == "scalabl" else reversed(steps):
         install(both, *step)
     for folder in (elsewhere, ROOT):
