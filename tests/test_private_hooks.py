@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_modules_that_use_a_hook_are_where_these_tests_say() -> None:
+    named = re.findall(r"\b\w+/[\w/]+\.py\b", Path(__file__).read_text(encoding="utf-8"))
+    named += re.findall(r"#.*?(\w+/[\w/]+\.py)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = ("kernels", "scalabl", "server/scalabl_server", "")
+    assert len(named) > 10
+    assert [name for name in named if not any((ROOT / folder / name).is_file() for folder in folders)] == []
 
 
 async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
@@ -248,7 +259,7 @@ def test_sqlalchemy_names_the_parameters_of_many_rows_m0_m1(dialect: Any) -> Non
 def test_transformers_config_attn_implementation_chooses_the_registered_attention_and_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """model/packing.py runs a packed pass under such a name; without it every pass on a CPU is padded."""
+    """model/packed_attention.py runs a packed pass under such a name; without it every pass on a CPU is padded."""
     seen: list[tuple[int, Any, tuple[int, ...]]] = []
     masks: list[tuple[int, int, int]] = []
 
@@ -280,7 +291,7 @@ def test_transformers_config_attn_implementation_chooses_the_registered_attentio
 
 
 def test_transformers_cache_asks_a_layer_for_these_methods_only() -> None:
-    """model/past.py has each of them and no other; without them no prefix is reused."""
+    """model/pass_cache.py has each of them and no other; without them no prefix is reused."""
     assert CacheLayerMixin.__abstractmethods__ == {
         "lazy_initialization", "update", "get_seq_length", "get_mask_sizes", "get_max_length",
     }  # fmt: skip
@@ -468,7 +479,7 @@ def test_triton_astsource_and_gputarget() -> None:
 
 
 def test_peft_layer_active_adapter() -> None:
-    """benchmarks/peers.py exchanges LoRAs by it, which costs less than `set_adapter`."""
+    """benchmarks/serving/peers.py exchanges LoRAs by it, which costs less than `set_adapter`."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]), adapter_name="one")
     model.add_adapter("two", peft.LoraConfig(target_modules=["0"]))
