@@ -170,7 +170,7 @@ def test_uvicorn_h11protocol_internals() -> None:
 
 
 def test_fastapi_reads_a_body_by_request_json_and_chains_its_error() -> None:
-    """web/guard.py reads JSON strictly by its own `Request.json`; the server's handlers find the refusal in `__cause__`."""
+    """web/guard.py reads JSON strictly by its own `Request.json`, and web/errors.py finds the refusal in `__cause__`."""
 
     class RefusalError(Exception):
         pass
@@ -199,7 +199,7 @@ def test_fastapi_reads_a_body_by_request_json_and_chains_its_error() -> None:
     @app.exception_handler(HTTPException)
     async def handle(request: Request, error: HTTPException) -> Response:
         causes.append(type(error.__cause__))
-        routes.append(request.scope["route"].path)  # web/middleware.py labels metrics with it
+        routes.append(request.scope["route"].path)  # web/observation.py labels metrics with it
         return Response(status_code=error.status_code)
 
     headers = [(b"content-type", b"application/json")]
@@ -216,7 +216,7 @@ def test_fastapi_reads_a_body_by_request_json_and_chains_its_error() -> None:
 
 
 def test_pydantic_names_the_branches_of_a_union_in_loc() -> None:
-    """The server's and the command line's messages leave these names out, and the words before a validator's own."""
+    """web/errors.py leaves these names out of its messages, and cli/options.py the words before a validator's own."""
 
     class Body(BaseModel):
         inputs: str | list[str]
