@@ -31,6 +31,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Twice: as it runs on a CPU, and the Triton kernel in Triton's interpreter, which must be set before it is imported.
 test: lint
