@@ -14,6 +14,8 @@ from scalabl_server.settings import ServeSettings
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")])
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+ARCHITECTURE = TEXTS[ROOT / "docs" / "architecture.md"]
+SERVER = ROOT / "server" / "scalabl_server"
 RUNNING = TEXTS[ROOT / "docs" / "running.md"]
 
 
@@ -61,6 +63,28 @@ def test_make_targets_and_python_commands_exist(page: Path) -> None:
     for module in re.findall(r"python -m ((?:benchmarks|deploy|examples|kernels|scalabl\w*)[\w.]*\w)", TEXTS[page]):
         relative = module.replace(".", "/")
         assert any((folder / f"{relative}{end}").is_file() for folder in folders for end in (".py", "/__main__.py")), module
+
+
+MODULES = sorted(
+    path
+    for folder in ("kernels/scalabl_kernels", "scalabl", "server/scalabl_server")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def test_every_module_that_the_architecture_page_names_exists() -> None:
+    paths = [path.as_posix() for path in MODULES]
+    for name in set(re.findall(r"[\w/]+\.py", ARCHITECTURE)):
+        assert any(path.endswith(f"/{name}") for path in paths), name
+
+
+def test_the_map_has_every_module_of_kernels_and_core_and_every_part_of_the_server() -> None:
+    for path in MODULES:
+        if path.is_relative_to(SERVER) and path.parent != SERVER:
+            assert f"`{path.relative_to(SERVER).parts[0]}`" in ARCHITECTURE, path
+        else:
+            assert f"`{path.name}`" in ARCHITECTURE, path
 
 
 def test_running_names_flags_and_metrics_that_exist() -> None:
