@@ -1,0 +1,1 @@
+"""docs/reference.md: every flag, error and metric of the server. `python -m deploy.reference` writes it."""
