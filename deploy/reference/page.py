@@ -14,20 +14,19 @@ from typing import Any, get_args
 from prometheus_client import Metric
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic_core import PydanticUndefined
-from scalabl_server.batching.faults import Kind
 from scalabl_server.engines.vllm.client import Outcome
-from scalabl_server.observe.metrics import Metrics, Reason, Stage
+from scalabl_server.observe.metrics import Metrics, PassFailure, Reason, Stage
 from scalabl_server.outcomes.operations import Status
 from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED
-from scalabl_server.problems import TITLES
 from scalabl_server.settings import ServeSettings
+from scalabl_server.web.errors import STATUSES
 
 WORDS = Path(__file__).with_name("words.toml")
 
 LABEL_VALUES: dict[str, tuple[str, ...]] = {
     "stage": get_args(Stage),
     "reason": get_args(Reason),
-    "kind": get_args(Kind),
+    "kind": get_args(PassFailure),
     "outcome": get_args(Outcome),
     "status": get_args(Status),
 }
@@ -76,8 +75,8 @@ def shown_default(default: object) -> str:
 
 
 def _errors(advice: Mapping[str, list[str]]) -> str:
-    _compare("errors", list(advice), TITLES)
-    rows = [(str(status), f"`{slug}`", title, *advice[slug]) for slug, (status, title) in TITLES.items()]
+    _compare("errors", list(advice), STATUSES)
+    rows = [(str(status), f"`{slug}`", title, *advice[slug]) for slug, (status, title) in STATUSES.items()]
     return _table(("status", "kind", "title", "when it is sent", "what to do"), rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_the_map_has_every_module_of_kernels_and_core_and_every_part_of_the_serv
             assert f"`{path.relative_to(SERVER).parts[0]}`" in ARCHITECTURE, path
         else:
             assert f"`{path.name}`" in ARCHITECTURE, path
+
+
+@pytest.mark.parametrize(("column", "package"), [(0, "scalabl_kernels"), (1, "scalabl"), (2, "scalabl_server")])
+def test_the_layers_are_those_that_import_linter_checks(column: int, package: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract.get("containers") == [package]]
+    section = ARCHITECTURE.partition("## What may import what\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [set(re.findall(r"`(\w+)`", row[column])) for row in rows]
+    assert [cell for cell in cells if cell] == [set(re.findall(r"\w+", layer)) for layer in layers]
 
 
 def test_running_names_flags_and_metrics_that_exist() -> None:

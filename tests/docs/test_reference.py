@@ -9,8 +9,8 @@ from prometheus_client import Counter
 from pydantic_core import PydanticUndefined
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED
-from scalabl_server.problems import TITLES
 from scalabl_server.settings import ServeSettings
+from scalabl_server.web.errors import STATUSES
 
 from deploy.reference import page
 from deploy.reference.__main__ import PAGE as FILE
@@ -43,9 +43,9 @@ def test_no_flag_is_named_that_does_not_exist() -> None:
     assert set(re.findall(r"`--([a-z][a-z-]*)[ `]", PAGE)) <= flags
 
 
-@pytest.mark.parametrize("slug", TITLES)
+@pytest.mark.parametrize("slug", STATUSES)
 def test_every_error_has_one_row_with_its_status_and_title(slug: str) -> None:
-    status, title = TITLES[slug]
+    status, title = STATUSES[slug]
     assert re.findall(rf"^\| (\d+) \| `{slug}` \| (.*?) \|", PAGE, flags=re.MULTILINE) == [(str(status), title)]
 
 
