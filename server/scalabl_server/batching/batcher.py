@@ -76,6 +76,7 @@ class Batcher(Generic[Target]):
         self._turns = 0  # of the executor, queued or running
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = self._broken = self._device_failed = False
+        self._has_run = False  # whether there was a pass since the last rest; the worker's own
         self._pass_began: float | None = None
         self._pass_ended: float | None = None
 
@@ -228,7 +229,8 @@ class Batcher(Generic[Target]):
                 part = [queued for queued in parts.pop() if not queued.result.done()]
                 if part:
                     parts += self._answer(part)
-            if self._slot is None:
+            if self._slot is None and self._has_run:
+                self._has_run = False
                 self._rest()
         except BaseException:
             self._broken = True
@@ -261,6 +263,7 @@ class Batcher(Generic[Target]):
     def _answer(self, part: list[QueuedInput[Target]]) -> list[list[QueuedInput[Target]]]:
         """Run one pass and have its inputs answered; after a failure, the parts to try again, the last one first."""
         started = self._pass_began = time.perf_counter()
+        self._has_run = True
         try:
             results = self._run(part[0].target, [q.token_ids for q in part], [q.job for q in part])
         except Exception as error:
