@@ -12,8 +12,10 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.results.execute import execute, save_ensemble
+from benchmarks.results.plan import Run, our_runs, peer_runs, sweep_runs
 from benchmarks.results.precision import SCALES, Precision
-from benchmarks.results.runs import Run, execute, keep_ensemble, our_runs, peer_runs, scores_of, sweep_runs
+from benchmarks.results.saved import scores_of
 from benchmarks.results.study import Study
 
 PARTS = ("peers", "sweep", "ours", "precision", "times", "page")
@@ -22,7 +24,7 @@ MAIN = "train-scalabl-0"
 
 def main() -> None:
     """Run the parts that are asked for, in their order."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the base model's folder (examples.intent_router.base_model)")
     parser.add_argument("--data", type=Path, required=True, help="the folder with clinc10/ and clinc_oos/")
     parser.add_argument("--folder", type=Path, required=True, help="what has finished is kept here")
@@ -44,7 +46,7 @@ def main() -> None:
                     _run(study, run)
     if "peers" in parts:
         for rows in ("train", "few"):
-            keep_ensemble(study, rows)
+            save_ensemble(study, rows)
     for scale in SCALES:
         if "precision" in parts:
             Precision(study, MAIN, scale).measure()

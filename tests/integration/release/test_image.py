@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.processes.port import free_port
 from scalabl import __version__
 from tests.integration.support import container
 from tests.integration.support.checkout import ROOT, copy_of_checkout
 from tests.integration.support.container import Container
-from tests.integration.support.process import free_port
 
 pytestmark = pytest.mark.integration
 

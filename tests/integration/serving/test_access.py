@@ -21,7 +21,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.integration.support.process import Served, free_port, served, write_models
+from benchmarks.processes.port import free_port
+from tests.integration.support.process import Served, served, write_models
 
 pytestmark = pytest.mark.integration
 

@@ -16,9 +16,10 @@ import httpx
 import pytest
 from transformers import LlamaConfig
 
+from benchmarks.processes.vllm import Vllm
 from tests import tiny
 from tests.integration.support.process import Served, served
-from tests.integration.support.vllm_process import Vllm, python
+from tests.integration.support.vllm_environment import python
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm]
 
@@ -43,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vllm(models: Path) -> Iterator[Vllm]:
-    with Vllm(models / "base", models / "vllm.log", max_loras=NUM_SAMPLES).up() as server:
+    with Vllm(models / "base", models / "vllm.log", python(), max_loras=NUM_SAMPLES).up() as server:
         yield server
 
 
@@ -100,7 +101,7 @@ def test_the_same_queries_through_both_engines(shared: Path, tmp_path: Path) -> 
     with served(tmp_path, adapter, seconds=900, threads=2, warmup="quick", **common) as server:
         expected, seconds = all_of(server)
     with (
-        Vllm(Path(base), tmp_path / "vllm.log").up() as vllm,
+        Vllm(Path(base), tmp_path / "vllm.log", python()).up() as vllm,
         served(tmp_path, adapter, seconds=900, **settings(vllm, tmp_path, **common, engine_timeout=1800)) as server,
     ):
         found, theirs = all_of(server)
@@ -163,7 +164,7 @@ def test_a_server_without_one_of_the_loras_is_refused(models: Path, tmp_path: Pa
     export += ["--output", tmp_path / "loras", "--num-samples", NUM_SAMPLES]
     printed = subprocess.run(map(str, export), capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     assert len(printed) == NUM_SAMPLES + 3
-    vllm = Vllm(models / "base", tmp_path / "vllm.log", loras=printed, max_loras=NUM_SAMPLES)
+    vllm = Vllm(models / "base", tmp_path / "vllm.log", python(), loras=printed, max_loras=NUM_SAMPLES)
     with vllm.up():
         wanted = settings(vllm, tmp_path, engine_adapter_dir=tmp_path / "none")
         with served(models, **wanted) as server:
