@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.deploy.boards import BOARDS, GRAFANA, PANELS, resolved
-from tests.deploy.test_rules import RULES, RUNBOOK, promtool, rules_of
+from tests.deploy.rules import RULES, RUNBOOK, promtool, rules_of
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 

@@ -10,14 +10,14 @@ import pytest
 from scalabl_server.settings import ServeSettings
 
 from scalabl.files.adapter_directory import read_config
+from tests.deploy import dockerfile
 from tests.deploy.manifests import ROOT, Object, container_of, environment_of, loose, one, pod_of, rendered
-from tests.deploy.test_ties import in_a_container
 
 OVERLAY = "overlays/gateway-vllm"
 
 
 def settings() -> ServeSettings:
-    return in_a_container(environment_of(rendered(OVERLAY)))
+    return dockerfile.settings_in_container(environment_of(rendered(OVERLAY)))
 
 
 def servers() -> dict[str, Object]:

@@ -32,20 +32,6 @@ COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text(encoding="
 SERVER = COMPOSE["services"]["server"]
 
 
-def settings_of(variables: dict[str, str]) -> ServeSettings:
-    """What a server makes of these variables; those that the cluster fills in have some value."""
-    values = {
-        name.removeprefix("SCALABL_").lower(): value for name, value in variables.items() if name.startswith("SCALABL_")
-    }
-    filled_in = {"outcomes_url": "postgresql://user@host/name", "threads": "4"}
-    values |= {name: filled_in.get(name, "filled-in") for name, value in values.items() if value.startswith("{'")}
-    return ServeSettings(**values)  # type: ignore[arg-type]  # text, as the environment has it
-
-
-def in_a_container(variables: dict[str, str]) -> ServeSettings:
-    return settings_of(dockerfile.environment() | variables)
-
-
 @functools.cache
 def paths(admin_port: int | None) -> dict[str, set[str]]:
     """What each port answers."""
@@ -67,7 +53,7 @@ def test_every_variable_is_a_flag_of_the_server() -> None:
         assert ours <= flags, place
     for place, variables in places.items():
         if place != "image":
-            in_a_container(variables)  # every value can be read
+            dockerfile.settings_in_container(variables)  # every value can be read
 
 
 def test_a_cluster_sets_no_variable_by_itself() -> None:
@@ -78,7 +64,7 @@ def test_a_cluster_sets_no_variable_by_itself() -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_ports_are_those_that_the_server_listens_on(name: str) -> None:
-    settings = in_a_container(environment_of(rendered(name)))
+    settings = dockerfile.settings_in_container(environment_of(rendered(name)))
     ports = {port["name"]: port["containerPort"] for port in container_of(rendered(name))["ports"]}
     if name == "kserve":
         assert ports == {"http1": settings.port}
@@ -97,7 +83,7 @@ def test_ports_are_those_that_the_server_listens_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_probes_ask_what_the_server_answers(name: str) -> None:
-    container, settings = container_of(rendered(name)), in_a_container(environment_of(rendered(name)))
+    container, settings = container_of(rendered(name)), dockerfile.settings_in_container(environment_of(rendered(name)))
     answers = paths(settings.admin_port)
     by_port = answers | {settings.port: answers["http"]}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -121,7 +107,7 @@ def test_probes_ask_what_the_server_answers(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
-    settings, container = in_a_container(environment_of(rendered(name))), container_of(rendered(name))
+    settings, container = dockerfile.settings_in_container(environment_of(rendered(name))), container_of(rendered(name))
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     readiness = container["readinessProbe"]
     assert sleep >= 5
@@ -132,7 +118,7 @@ def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
 
 
 def test_compose_waits_for_the_drain_too() -> None:
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert seconds(SERVER["stop_grace_period"]) >= settings.shutdown_timeout + LAST_WORDS_SECONDS + 5
     assert dockerfile.final("STOPSIGNAL") == ["SIGTERM"]
 
@@ -151,7 +137,7 @@ def test_whoever_runs_it_is_the_images_user() -> None:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_what_the_server_reads_and_writes_is_mounted(name: str) -> None:
-    settings, objects = in_a_container(environment_of(rendered(name))), rendered(name)
+    settings, objects = dockerfile.settings_in_container(environment_of(rendered(name))), rendered(name)
     mounts = {mount["mountPath"]: mount for mount in container_of(objects)["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod_of(objects)["volumes"]}
     assert set(volumes) == {mount["name"] for mount in mounts.values()}
@@ -246,7 +232,7 @@ def test_images_carry_the_packages_version() -> None:
 def test_the_health_check_asks_the_port_that_the_image_exposes() -> None:
     command, options = dockerfile.health_check()
     assert command == ["python", "-m", healthcheck.__name__]
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert dockerfile.final("EXPOSE") == [str(settings.port)]
     url = healthcheck.address(dockerfile.environment())
     assert url == f"http://127.0.0.1:{settings.port}/health/ready"
@@ -255,7 +241,7 @@ def test_the_health_check_asks_the_port_that_the_image_exposes() -> None:
 
 
 def test_the_compose_file_runs_it_as_the_dockerfile_means_it() -> None:
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert SERVER["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
     assert SERVER["read_only"] is True
     targets = [volume.removesuffix(":ro").rpartition(":")[2] for volume in SERVER["volumes"]]
@@ -280,7 +266,7 @@ def test_prometheus_and_grafana_find_what_the_compose_file_mounts() -> None:
     configuration = inside("prometheus", "/etc/prometheus/prometheus.yml")
     prometheus = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     (scraped,) = prometheus["scrape_configs"]
-    port = in_a_container(SERVER["environment"]).port
+    port = dockerfile.settings_in_container(SERVER["environment"]).port
     assert scraped["static_configs"] == [{"targets": [f"server:{port}"]}]
     assert scraped.get("metrics_path", "/metrics") in paths(None)["http"]
     (pattern,) = prometheus["rule_files"]

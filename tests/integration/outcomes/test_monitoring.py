@@ -21,8 +21,8 @@ import yaml
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit
 from tests import tiny
 from tests.deploy.boards import PANELS, resolved
-from tests.deploy.test_rules import PROMETHEUS, RULES, rules_of
-from tests.integration.outcomes.test_counters_against_truth import _offline
+from tests.deploy.rules import PROMETHEUS, RULES, rules_of
+from tests.integration.support.offline_scores import offline_scores
 from tests.integration.support.prometheus import alertmanager, prometheus, query
 from tests.integration.support.replicas import Replica, postgres, running, wait_until
 
@@ -170,7 +170,7 @@ def test_the_recorded_numbers_are_those_of_an_offline_computation(stack: Stack) 
         return {name: stack.value(f'adapter:scalabl_{name}:recent{{adapter="{adapter}"}}') for name in names}
 
     for adapter in ("colours", "sure"):
-        truth = _offline(stack.answers[adapter], stack.labels[adapter])
+        truth = offline_scores(stack.answers[adapter], stack.labels[adapter])
         expected = {name: pytest.approx(truth[other], rel=0.03, abs=0.003) for name, other in names.items()}
         left = " - ".join(f'sum(scalabl_outcomes{what}_total{{adapter="{adapter}"}})' for what in ("", "_retracted"))
         wait_until(lambda: stack.value(left) == truth["labelled"], 30, 0.2)  # noqa: B023  (called at once)
