@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.load.figure import load_figure
 from benchmarks.load.measure import PARTS, add_arguments, measure_load
+from benchmarks.parts import add_only, chosen_parts
 from benchmarks.report import Report
 
 
@@ -28,13 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="base model: a folder (examples.intent_router.base_model)")
     parser.add_argument("--adapter", type=Path, help="a folder (default: the example's)")
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    add_only(parser, PARTS)
     parser.add_argument("--output", type=Path, help="a folder for load.txt, load.json and figures")
     add_arguments(parser)
     options = parser.parse_args()
-    parts = options.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    parts = chosen_parts(parser, options.only, PARTS)
     report = Report("load", options.output)
     report.results["load"] = measure_load(options, report.line, parts)
     report.save()

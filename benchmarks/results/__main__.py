@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.parts import add_only, chosen_parts
 from benchmarks.results.execute import execute, save_ensemble
 from benchmarks.results.plan import Run, our_runs, peer_runs, sweep_runs
 from benchmarks.results.precision import SCALES, Precision
@@ -31,11 +32,9 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="only runs of these, so that processes can share a study (default: all)"
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    add_only(parser, PARTS)
     options = parser.parse_args()
-    parts = options.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    parts = chosen_parts(parser, options.only, PARTS)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     study = Study.of(options.model, options.data, options.folder)

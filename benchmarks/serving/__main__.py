@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.load.measure import add_arguments, measure_load
+from benchmarks.parts import add_only, chosen_parts
 from benchmarks.report import Report
 from benchmarks.serving.brute import brute
 from benchmarks.serving.figures import save_figures
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="base model: a folder (examples.intent_router.base_model)")
     parser.add_argument("--adapter", type=Path, help="a folder (default: a fresh one)")
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    add_only(parser, PARTS)
     parser.add_argument("--prompts", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--inputs", type=int, default=4, help="of a batch")
@@ -58,9 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a folder for serving.txt and serving.json")
     add_arguments(parser)
     options = parser.parse_args()
-    parts = options.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    parts = chosen_parts(parser, options.only, PARTS)
     report = Report("serving", options.output)
     model = Path(options.model).name
     report.results |= {"model": model, "inputs": options.inputs, "rounds": options.rounds}

@@ -152,7 +152,7 @@ def test_what_the_server_reads_and_writes_is_mounted(name: str) -> None:
     assert str(settings.adapter).startswith("/models/")
     assert str(settings.model).startswith("/models/")
     assert ("/models" in mounts) == (name != "baked")
-    claims = {each["metadata"]["name"] for each in objects if each["kind"] == "PersistentVolumeClaim"}
+    claims = {item["metadata"]["name"] for item in objects if item["kind"] == "PersistentVolumeClaim"}
     used = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
     assert used == claims
 
@@ -179,7 +179,7 @@ def test_replicas_share_a_database_and_nothing_else() -> None:
 def test_both_autoscalers_look_at_the_queue_alike() -> None:
     gauges = {family.name for family in Metrics().registry.collect() if family.type == "gauge"}
     autoscaler = one(rendered("overlays/high-availability"), "HorizontalPodAutoscaler")["spec"]
-    (metric,) = [each["pods"] for each in autoscaler["metrics"]]
+    (metric,) = [item["pods"] for item in autoscaler["metrics"]]
     assert metric["metric"]["name"] in gauges
     scaled = one(rendered("overlays/keda"), "ScaledObject")["spec"]
     (trigger,) = scaled["triggers"]
@@ -187,9 +187,9 @@ def test_both_autoscalers_look_at_the_queue_alike() -> None:
     assert trigger["metadata"]["threshold"] == metric["target"]["averageValue"]
     assert trigger["metricType"] == metric["target"]["type"]
     assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (autoscaler["minReplicas"], autoscaler["maxReplicas"])
-    assert all(each["kind"] != "HorizontalPodAutoscaler" for each in rendered("overlays/keda"))
-    for each in (autoscaler, scaled):
-        assert each["scaleTargetRef"]["name"] == one(rendered("overlays/keda"), "Deployment")["metadata"]["name"]
+    assert all(item["kind"] != "HorizontalPodAutoscaler" for item in rendered("overlays/keda"))
+    for item in (autoscaler, scaled):
+        assert item["scaleTargetRef"]["name"] == one(rendered("overlays/keda"), "Deployment")["metadata"]["name"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -203,7 +203,7 @@ def test_resources_fit_the_server(name: str) -> None:
     if gpu:
         assert environment_of(rendered(name))["SCALABL_DEVICE"] == "cuda"
         volumes = {volume["name"]: volume for volume in pod_of(rendered(name))["volumes"]}
-        (shared,) = [each for each in container["volumeMounts"] if each["mountPath"] == "/dev/shm"]
+        (shared,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
         assert volumes[shared["name"]]["emptyDir"]["medium"] == "Memory"
 
 
@@ -215,7 +215,9 @@ def test_selectors_select_the_pods() -> None:
         kinds = ("Deployment", "PodDisruptionBudget")
         selectors += [one(objects, kind)["spec"]["selector"]["matchLabels"] for kind in kinds]
         selectors.append(one(objects, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"])
-        selectors += [each["labelSelector"]["matchLabels"] for each in pod_of(objects)["topologySpreadConstraints"]]
+        selectors += [
+            constraint["labelSelector"]["matchLabels"] for constraint in pod_of(objects)["topologySpreadConstraints"]
+        ]
         assert all(selector.items() <= labels.items() for selector in selectors)
         monitored = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
         assert monitored.items() <= one(objects, "Service")["metadata"]["labels"].items()
@@ -246,7 +248,7 @@ def test_the_compose_file_runs_it_as_the_dockerfile_means_it() -> None:
     assert SERVER["read_only"] is True
     targets = [volume.removesuffix(":ro").rpartition(":")[2] for volume in SERVER["volumes"]]
     assert targets == ["/models", str(settings.data_dir)]
-    assert [each.partition(":")[0] for each in SERVER["tmpfs"]] == ["/tmp"]
+    assert [mount.partition(":")[0] for mount in SERVER["tmpfs"]] == ["/tmp"]
     assert dockerfile.words("VOLUME") == [str(settings.data_dir)]
     assert settings.threads == SERVER["cpus"]
     assert SERVER["build"]["args"] == {"VARIANT": "${VARIANT:-cpu}"}

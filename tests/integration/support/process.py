@@ -62,11 +62,11 @@ def served(
             env=environment | {"HF_HUB_OFFLINE": "1"},
         )
     admin = settings.get("admin_port")
-    made = Served(process, port, log, int(str(admin)) if admin is not None else None, settings=dict(options))
-    made.scheme = "https" if "ssl_certfile" in settings else "http"
+    server = Served(process, port, log, int(str(admin)) if admin is not None else None, settings=dict(options))
+    server.scheme = "https" if "ssl_certfile" in settings else "http"
     try:
-        wait_until_ready(made, seconds)
-        yield made
+        wait_until_ready(server, seconds)
+        yield server
     finally:
         process.kill()
         process.wait(60)
