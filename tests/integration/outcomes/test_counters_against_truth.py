@@ -45,13 +45,13 @@ QUERIES = {
 
 def _query(client: httpx.Client, expression: str) -> dict[str, float]:
     """Adapter -> value; empty while there is no data."""
-    return {each["metric"]["adapter"]: float(each["value"][1]) for each in query(client, expression)}
+    return {series["metric"]["adapter"]: float(series["value"][1]) for series in query(client, expression)}
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Postgres]:
-    with postgres() as made:
-        yield made
+    with postgres() as database:
+        yield database
 
 
 def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgres, tmp_path: Path) -> None:
@@ -68,18 +68,19 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
             """Predictions from both replicas, each labelled at either, one in four corrected at either, some sent twice."""
             for request in range(0, count, PER_REQUEST):
                 texts = ["".join(dice.choices("abcdefgh ?!", k=dice.randint(1, 30))) + "." for _ in range(PER_REQUEST)]
-                made = replicas[request // PER_REQUEST % 2].predict(texts)
-                first = [_label(each, dice) for each in made]
-                ids = [each["id"] for each in made]
+                predictions = replicas[request // PER_REQUEST % 2].predict(texts)
+                first = [_label(prediction, dice) for prediction in predictions]
+                ids = [prediction["id"] for prediction in predictions]
                 given = list(zip(ids, first, strict=True))
                 assert dice.choice(replicas).feedback(given).status_code == 200
                 final = [
-                    _label(each, dice) if dice.random() < 0.25 else label for each, label in zip(made, first, strict=True)
+                    _label(prediction, dice) if dice.random() < 0.25 else label
+                    for prediction, label in zip(predictions, first, strict=True)
                 ]
                 changed = [(name, after) for name, after, before in zip(ids, final, first, strict=True) if after != before]
                 for _ in range(2):
                     assert dice.choice(replicas).feedback(changed).status_code == 200
-                answers.extend(made)
+                answers.extend(predictions)
                 labels.extend(final)
 
         serve(PREDICTIONS // 2)
@@ -93,10 +94,10 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
         replicas[1].start()
         replicas[1].wait()
         assert len(answers) == PREDICTIONS
-        found = _compare(client, offline_scores(answers, labels))
+        measured = _compare(client, offline_scores(answers, labels))
         corrections = _query(client, "sum by (adapter) (scalabl_outcomes_retracted_total)")["colours"]
         assert corrections > PREDICTIONS / 10
-        print({name: f"{value:.12f}" for name, value in found.items()}, f"{corrections:.0f} corrections")
+        print({name: f"{value:.12f}" for name, value in measured.items()}, f"{corrections:.0f} corrections")
 
 
 def _label(answer: dict[str, Any], dice: random.Random) -> str:
@@ -107,12 +108,12 @@ def _label(answer: dict[str, Any], dice: random.Random) -> str:
 def _compare(client: httpx.Client, expected: dict[str, float]) -> dict[str, float]:
     """Hold each number against the truth, once the scrapes hold everything: a correction changes no count of labels."""
 
-    def found() -> dict[str, float]:
+    def measured() -> dict[str, float]:
         return {name: _query(client, query).get("colours", math.nan) for name, query in QUERIES.items()}
 
     with contextlib.suppress(AssertionError):  # what never comes true is told below
-        wait_until(lambda: found() == pytest.approx(expected, abs=1e-9), 30, 0.2)
-    last = found()
+        wait_until(lambda: measured() == pytest.approx(expected, abs=1e-9), 30, 0.2)
+    last = measured()
     for name, value in expected.items():
         assert last[name] == pytest.approx(value, abs=1e-9), name
     return last

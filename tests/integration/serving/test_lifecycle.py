@@ -26,12 +26,12 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_models(tmp_path_factory.mktemp("life"))
-    tiny.write_adapter(made / "root" / "good", posterior_scale=0.5)
-    shutil.copytree(made / "root" / "good", made / "root" / "corrupt")
-    weights = made / "root" / "corrupt" / "adapter_model.safetensors"
+    models = write_models(tmp_path_factory.mktemp("life"))
+    tiny.write_adapter(models / "root" / "good", posterior_scale=0.5)
+    shutil.copytree(models / "root" / "good", models / "root" / "corrupt")
+    weights = models / "root" / "corrupt" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    return made
+    return models
 
 
 @pytest.fixture
