@@ -91,7 +91,5 @@ def test_benchmarks_are_imported_by_tests_alone() -> None:
     assert {name.partition(".")[0] for name in users} == {"benchmarks", "tests"}
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "deploy", "examples", "docker", "tests"])
-def test_no_modules_import_one_another(folder: str) -> None:
-    graph = {name: imported for name, imported in IMPORTS.items() if name.partition(".")[0] == folder}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+def test_no_modules_import_one_another() -> None:
+    TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the modules
