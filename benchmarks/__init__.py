@@ -1,1 +1,1 @@
-"""What the README's numbers come from, one command each."""
+"""The measurements behind the numbers in the documentation, one command each. Tests may use it; the server never does."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import describe
+from benchmarks.timing import in_turns, ratio
 from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.dataset import read_examples
 from scalabl.evaluation.encoded import EncodedSet, encode_examples
@@ -83,7 +83,7 @@ def main() -> None:
         f"{'rule':<28}{'mean K':>8}{'settled':>9}{'same choice':>13}{'p: bias':>10}{'p: RMS':>9}"
         f"{'MI: bias':>10}{'MI: RMS':>9}{'accuracy':>10}   K: share of rows"
     )
-    found = []
+    rows = []
     for rule in rules:
         estimates = sample_adaptively(
             lambda going, start, stop: logits[list(going), start:stop],
@@ -92,18 +92,18 @@ def main() -> None:
             temperature=config.temperature,
             scheme=draws.scheme,
         )
-        found.append(_against(full, encoded.answers, f"{rule.target} {rule.allowed:g}", estimates))
-    every = {"mean_num_samples": float(options.most), "settled": None, "num_samples": {options.most: 1.0}}
-    found.append({"rule": f"all {options.most}", **every, **_differences(full, full, encoded.answers)})
+        rows.append(_against(full, encoded.answers, f"{rule.target} {rule.allowed:g}", estimates))
+    all_samples = {"mean_num_samples": float(options.most), "settled": None, "num_samples": {options.most: 1.0}}
+    rows.append({"rule": f"all {options.most}", **all_samples, **_differences(full, full, encoded.answers)})
     if options.other_seed is not None:
         others = _table(model, encoded, model.draws(options.most, options.other_seed, options.scheme), None)
         outcome = predictive(others, config.temperature, draws.scheme)
         name = f"all {options.most}, seed {options.other_seed}"
-        found.append({"rule": name, **every, **_differences(full, outcome, encoded.answers)})
-    for row in found:
+        rows.append({"rule": name, **all_samples, **_differences(full, outcome, encoded.answers)})
+    for row in rows:
         _print(row)
     report = {"machine": describe(), "threads": torch.get_num_threads(), "data": options.data.name, "rows": len(examples)}
-    report |= {"first": options.first, "most": options.most, "scheme": draws.scheme, "seed": draws.seed, "rules": found}
+    report |= {"first": options.first, "most": options.most, "scheme": draws.scheme, "seed": draws.seed, "rules": rows}
     if options.rounds:
         report["time"] = _times(model, encoded, draws, rules, options.timed_rows, options.rounds)
     if options.json:
@@ -115,28 +115,28 @@ def _spaced(rows: Sequence[Any], count: int | None) -> list[Any]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _table(model: ScalaBLModel, encoded: EncodedSet, draws: Draws, kept: Path | None) -> Tensor:
+def _table(model: ScalaBLModel, encoded: EncodedSet, draws: Draws, file: Path | None) -> Tensor:
     """Logits [N, K, C] of all samples."""
-    if kept is not None and kept.is_file():
-        logits = load_file(kept)["logits"]
+    if file is not None and file.is_file():
+        logits = load_file(file)["logits"]
         if logits.shape[:2] != (len(encoded.sequences), draws.num_samples):
-            raise SystemExit(f"--table {kept} has the logits {tuple(logits.shape[:2])} of other rows or samples; remove it")
+            raise SystemExit(f"--table {file} has the logits {tuple(logits.shape[:2])} of other rows or samples; remove it")
     else:
         with tqdm(total=len(encoded.sequences), desc=f"{draws.num_samples} samples, seed {draws.seed}", unit="row") as bar:
             logits = logits_of(model, encoded.sequences, draws, on_progress=bar.update)
-        if kept is not None:
-            save_file({"logits": logits}, kept)
+        if file is not None:
+            save_file({"logits": logits}, file)
     return without_absent(logits, encoded.num_choices)
 
 
 def _against(full: Predictive, answers: Tensor, name: str, estimates: list[Estimate]) -> dict[str, Any]:
-    counts = Counter(each.num_samples for each in estimates)
-    p = torch.stack([each.outcome.probabilities for each in estimates])
-    information = torch.stack([each.outcome.mutual_information for each in estimates])
+    counts = Counter(estimate.num_samples for estimate in estimates)
+    p = torch.stack([estimate.outcome.probabilities for estimate in estimates])
+    information = torch.stack([estimate.outcome.mutual_information for estimate in estimates])
     return {
         "rule": name,
-        "mean_num_samples": statistics.fmean(each.num_samples for each in estimates),
-        "settled": sum(each.settled for each in estimates) / len(estimates),
+        "mean_num_samples": statistics.fmean(estimate.num_samples for estimate in estimates),
+        "settled": sum(estimate.settled for estimate in estimates) / len(estimates),
         "num_samples": {count: counts[count] / len(estimates) for count in sorted(counts)},
         **_compared(full, answers, p, information),
     }
@@ -182,20 +182,15 @@ def _times(
     runs: dict[str, Callable[[], object]] = {"all": lambda: logits_of(model, some.sequences, draws)}
     for rule in rules:
         runs[f"{rule.target} {rule.allowed:g}"] = lambda rule=rule: adaptive_predictive(model, some, draws, rule)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     runs["all"]()  # warm
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+    seconds = in_turns(runs, rounds)
     print(f"time of {len(chosen)} rows over that of all {draws.num_samples} samples, median of {rounds} rounds (range)")
-    found: dict[str, Any] = {"rows": len(chosen), "rounds": rounds, "seconds": seconds}
+    times: dict[str, Any] = {"rows": len(chosen), "rounds": rounds, "seconds": seconds}
     for name in list(runs)[1:]:
-        ratios = [one / whole for one, whole in zip(seconds[name], seconds["all"], strict=True)]
-        found[name] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
-        print(f"{name:<28}{statistics.median(ratios):>8.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
-    return found
+        share = ratio(seconds[name], seconds["all"])
+        times[name] = {"ratio": share["median"], "range": [share["lowest"], share["highest"]]}
+        print(f"{name:<28}{share['median']:>8.3f} ({share['lowest']:.3f} to {share['highest']:.3f})", flush=True)
+    return times
 
 
 if __name__ == "__main__":

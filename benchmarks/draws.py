@@ -54,8 +54,8 @@ def main() -> None:
     print(f"{'scheme':<12}{'RMS error of probabilities':>28}{'of MI (nats)':>16}{'mean error of MI':>20}")
     for scheme in SCHEMES:
         estimates = [outcome(options.num_samples, seed, scheme) for seed in range(options.seeds)]
-        probabilities = torch.stack([each.probabilities for each in estimates]) - reference.probabilities
-        information = torch.stack([each.mutual_information for each in estimates]) - reference.mutual_information
+        probabilities = torch.stack([estimate.probabilities for estimate in estimates]) - reference.probabilities
+        information = torch.stack([estimate.mutual_information for estimate in estimates]) - reference.mutual_information
         print(
             f"{scheme:<12}{_rms(probabilities):>28.5f}{_rms(information):>16.5f}{information.mean().item():>20.5f}",
             flush=True,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from scalabl_kernels import subspace_projection
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.timing import in_turns, ratio
 
 RANK, NUM_SAMPLES, SCALING = 8, 16, 2.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,7 +35,7 @@ def forms(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[s
     base, x, a, b = normal(d, d), normal(rows, d), normal(RANK, d), normal(d, RANK)
     s = normal(NUM_SAMPLES, RANK).float()
     sample = torch.arange(rows, device=device) % NUM_SAMPLES
-    each_a = (a * s.to(dtype).unsqueeze(-1)).contiguous()  # [K, R, d]: PEFT has one LoRA per sample
+    a_of_sample = (a * s.to(dtype).unsqueeze(-1)).contiguous()  # [K, R, d]: PEFT has one LoRA per sample
     groups = [(sample == k).nonzero().squeeze(1) for k in range(NUM_SAMPLES)]
     linear = torch.nn.functional.linear
 
@@ -48,8 +48,8 @@ def forms(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[s
 
     def peft() -> Tensor:  # as LoraLayer's mixed batches do: each adapter's rows, taken out and added back
         y = linear(x, base)
-        for k, mine in enumerate(groups):
-            y[mine] += linear(linear(x[mine], each_a[k]), b) * SCALING
+        for k, own in enumerate(groups):
+            y[own] += linear(linear(x[own], a_of_sample[k]), b) * SCALING
         return y
 
     expected = four_operations().float()
@@ -61,22 +61,17 @@ def forms(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[s
 
 def time_forms(functions: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each form in each round, the forms taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
     if device.type == "cuda":
         from triton.testing import do_bench
 
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(rounds):
             for name, function in functions.items():
                 seconds[name].append(do_bench(function, return_mode="median") / 1e3)
         return seconds
     for function in functions.values():  # warm
         function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+    return in_turns(functions, rounds)
 
 
 @torch.inference_mode()
@@ -105,16 +100,12 @@ def main() -> None:
             functions = forms(rows, d, device, DTYPES[dtype])
             seconds = time_forms(functions, device, options.rounds or (5 if gpu else 101))
             base = statistics.median(seconds["base"])
-            # Ratios within a round, so that a disturbance hits both sides of one.
-            ratios = {
-                name: statistics.median(mine / plain for mine, plain in zip(taken, seconds["base"], strict=True)) - 1
-                for name, taken in seconds.items()
-                if name != "base"
+            overhead = {
+                name: ratio(taken, seconds["base"])["median"] - 1 for name, taken in seconds.items() if name != "base"
             }
-            print(
-                f"{rows:>6}{d:>6}{base * 1e6:>10.0f}" + "".join(f"{ratio:>+18.1%}" for ratio in ratios.values()), flush=True
-            )
-            results.append({"rows": rows, "d": d, "base_seconds": base, "overhead": ratios})
+            cells = "".join(f"{share:>+18.1%}" for share in overhead.values())
+            print(f"{rows:>6}{d:>6}{base * 1e6:>10.0f}{cells}", flush=True)
+            results.append({"rows": rows, "d": d, "base_seconds": base, "overhead": overhead})
     if options.json:
         report = {"machine": describe(), "dtype": dtype, "rank": RANK, "num_samples": NUM_SAMPLES, "results": results}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

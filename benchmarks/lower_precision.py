@@ -7,27 +7,25 @@ adapter to the example's queries, and the time of both, batch by batch in turns.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import example
 from benchmarks.machine import describe
+from benchmarks.timing import in_turns, ratio, ratio_text
 from scalabl.base.int8 import weight_levels
 from scalabl.base.pretrained import load_pretrained
 from scalabl.evaluation.precision_change import QuantizationChange
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.posterior import Draws
-from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.predictive import Predictive, predictive
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "intent_router"
 
 
 class Int8:
@@ -55,32 +53,33 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="base model: a folder (examples.intent_router.base_model)")
-    parser.add_argument("--adapter", type=Path, default=EXAMPLE / "adapter")
+    parser.add_argument("--adapter", type=Path, default=example.ADAPTER)
     parser.add_argument("--inputs", type=int, default=4, help="of a batch")
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
     pretrained = load_pretrained(options.model, device="cpu")
     plain, int8 = load_adapter(pretrained.model, options.adapter), Int8(options.model, options.adapter)
     prompter = Prompter(plain.config.task, pretrained.tokenizer)
-    queries = (EXAMPLE / "queries.txt").read_text(encoding="utf-8").splitlines()
-    sequences = sorted((prompter.encode(query) for query in queries if query.strip()), key=len)
+    queries = [query for query in example.queries() if query.strip()]
+    sequences = sorted((prompter.encode(query) for query in queries), key=len)
     draws = plain.draws(options.samples)
     print(f"{describe()}, {torch.get_num_threads()} threads; 8-bit weights up to {weight_levels()}")
-    logits, ratios = [], []
+    logits, seconds = [], {"float32": list[float](), "int8": list[float]()}
     for first in range(0, len(sequences), options.inputs):
-        batch = sequences[first : first + options.inputs]
-        logits.append(plain.logits(TokenBatch.of(batch), draws))
-        int8.run(batch, draws)
-        ratios.append(_seconds(plain, batch, draws) / _seconds(int8.model, batch, draws))
-    print(f"{len(sequences)} queries, {options.inputs} a batch, K = {options.samples}: int8 {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f}-{max(ratios):.2f}) times as fast as float32")  # fmt: skip
+        batch = TokenBatch.of(sequences[first : first + options.inputs])
+        logits.append(plain.logits(batch, draws))
+        int8.model.logits(batch, draws)  # warm
+        passes = {
+            "float32": partial(plain.logits, batch, draws),
+            "int8": partial(int8.model.logits, batch, draws),
+        }
+        for name, times in in_turns(passes, 1).items():
+            seconds[name] += times
+    print(
+        f"{len(sequences)} queries, {options.inputs} a batch, K = {options.samples}: "
+        f"int8 {ratio_text(ratio(seconds['float32'], seconds['int8']))} times as fast as float32"
+    )
     print(int8.change(torch.cat(logits), sequences, draws))
-
-
-def _seconds(model: ScalaBLModel, batch: Sequence[Sequence[int]], draws: Draws) -> float:
-    began = time.perf_counter()
-    model.logits(TokenBatch.of(batch), draws)
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -184,8 +184,8 @@ def overhead() -> str:
 
 def main() -> None:
     """Print all tables."""
-    for title, made in (("Memory", memory), ("Throughput", throughput), ("Balance", balance), ("LoRAs", overhead)):
-        print(f"**{title}**\n\n{made()}\n")
+    for title, table_of in (("Memory", memory), ("Throughput", throughput), ("Balance", balance), ("LoRAs", overhead)):
+        print(f"**{title}**\n\n{table_of()}\n")
 
 
 if __name__ == "__main__":

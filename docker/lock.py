@@ -41,7 +41,7 @@ def cpu_torch(version: str, page: str) -> str:
     hashes = sorted(set(re.findall(wheel + "#sha256=([0-9a-f]{64})", page)))
     if not hashes:
         raise SystemExit(f"the index has no torch {version}+cpu for {tag} on Linux")
-    return " \\\n    ".join([f"torch=={version}+cpu", *(f"--hash=sha256:{each}" for each in hashes)]) + "\n"
+    return " \\\n    ".join([f"torch=={version}+cpu", *(f"--hash=sha256:{digest}" for digest in hashes)]) + "\n"
 
 
 def main() -> None:

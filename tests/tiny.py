@@ -1,4 +1,4 @@
-"""What the tests are made of: tiny random models, a byte-level tokenizer and adapters with something to say."""
+"""Tiny random models of several architectures, and adapters for them. One architecture's are shared with the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
-    LlamaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -23,30 +20,28 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.random_model import (
+    COLOURS,
+    LLAMA,
+    LLAMA_TARGETS,
+    SMALL,
+    SPECIAL,
+    VOCABULARY,
+    adapter_config,
+    byte_tokenizer,
+    random_adapter,
+    random_base,
+)
+from benchmarks.random_model import (
+    fill as fill,
+)
 from scalabl.config import AdapterConfig, Task
 from scalabl.files.adapter_directory import save_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
-from scalabl.prompt import Prompter
-
-SPECIAL = ["<pad>", "<bos>", "<eos>"]
-VOCABULARY = 256 + len(SPECIAL)
-
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,  # grouped-query attention
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 # name -> (configuration, target modules)
 ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
-    "llama": (LlamaConfig(**SMALL, tie_word_embeddings=True), ("q_proj", "v_proj", "lm_head")),
+    "llama": (LLAMA, LLAMA_TARGETS),
     "mistral": (MistralConfig(**SMALL, sliding_window=6), ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")),
     "qwen2": (Qwen2Config(**SMALL), ("q_proj", "v_proj", "lm_head")),  # biases on q, k and v
     "qwen3": (Qwen3Config(**SMALL, head_dim=8), ("q_proj", "v_proj", "down_proj", "lm_head")),
@@ -67,34 +62,21 @@ ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
 
 def base_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random causal language model of one architecture, float32, frozen."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name][0], dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():  # transformers starts near zero, where every logit is the same
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
-    return model.requires_grad_(False).eval()
+    return random_base(ARCHITECTURES[name][0], seed)
 
 
 def tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, after the special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=512
-    )
+    """The byte tokenizer, if asked for with a chat template."""
+    tokenizer = byte_tokenizer()
     if chat:
-        made.chat_template = (
+        tokenizer.chat_template = (
             "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
             "{% if add_generation_prompt %}[assistant]{% endif %}"
         )
-    return made
+    return tokenizer
 
 
-CLASSIFICATION = Task(kind="classification", template="{input}\nLabel:", choices=("red", "green", "blue"))
+CLASSIFICATION = COLOURS
 MULTIPLE_CHOICE = Task(
     kind="multiple_choice", template="{input}\nChoices:\n{choices}\nAnswer:", choices=("A", "B", "C", "D")
 )
@@ -102,32 +84,12 @@ MULTIPLE_CHOICE = Task(
 
 def config_for(name: str = "llama", task: Task = CLASSIFICATION, **changes: Any) -> AdapterConfig:
     """The configuration of an adapter for `base_model(name)`."""
-    fields: dict[str, Any] = {
-        "base_model_name_or_path": f"tiny-{name}",
-        "r": 4,
-        "lora_alpha": 8.0,
-        "target_modules": ARCHITECTURES[name][1],
-        "task": Prompter(task, tokenizer()).resolved_task,
-    }
-    return AdapterConfig(**fields | changes)
-
-
-def fill(model: ScalaBLModel, seed: int = 0, sigma: float = 0.3) -> None:
-    """Random adapter values, large enough that every posterior sample gives its own answer."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.adapter_parameters().items():
-            if name.endswith("s_log_std"):
-                parameter.copy_(torch.log(sigma * (0.5 + torch.rand(parameter.shape, generator=generator))))
-            else:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapter_config(f"tiny-{name}", ARCHITECTURES[name][1], task, **changes)
 
 
 def adapted(name: str = "llama", task: Task = CLASSIFICATION, seed: int = 0, **changes: Any) -> ScalaBLModel:
     """A tiny base model with a random adapter, ready to run."""
-    model = ScalaBLModel(base_model(name), config_for(name, task, **changes))
-    fill(model, seed)
-    return model.requires_grad_(False).eval()
+    return random_adapter(base_model(name), config_for(name, task, **changes), seed)
 
 
 def prefer(model: ScalaBLModel, choices: Sequence[int], by: float = 30.0) -> None:

@@ -1,1 +1,1 @@
-"""The results page: `python -m benchmarks.results` trains, evaluates and writes docs/results.md with its figures."""
+"""The study behind docs/results.md: it trains, evaluates and writes the page. What serving costs is not measured here."""

@@ -12,8 +12,11 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.parts import add_only, chosen_parts
+from benchmarks.results.execute import execute, save_ensemble
+from benchmarks.results.plan import Run, our_runs, peer_runs, sweep_runs
 from benchmarks.results.precision import SCALES, Precision
-from benchmarks.results.runs import Run, execute, keep_ensemble, our_runs, peer_runs, scores_of, sweep_runs
+from benchmarks.results.saved import scores_of
 from benchmarks.results.study import Study
 
 PARTS = ("peers", "sweep", "ours", "precision", "times", "page")
@@ -22,18 +25,16 @@ MAIN = "train-scalabl-0"
 
 def main() -> None:
     """Run the parts that are asked for, in their order."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the base model's folder (examples.intent_router.base_model)")
     parser.add_argument("--data", type=Path, required=True, help="the folder with clinc10/ and clinc_oos/")
     parser.add_argument("--folder", type=Path, required=True, help="what has finished is kept here")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="only runs of these, so that processes can share a study (default: all)"
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    add_only(parser, PARTS)
     options = parser.parse_args()
-    parts = options.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    parts = chosen_parts(parser, options.only, PARTS)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     study = Study.of(options.model, options.data, options.folder)
@@ -44,7 +45,7 @@ def main() -> None:
                     _run(study, run)
     if "peers" in parts:
         for rows in ("train", "few"):
-            keep_ensemble(study, rows)
+            save_ensemble(study, rows)
     for scale in SCALES:
         if "precision" in parts:
             Precision(study, MAIN, scale).measure()

@@ -54,11 +54,11 @@ class Lora:
         torch.manual_seed(seed)
         self.model.train(dropout)  # nothing but LoRA's dropout differs in training mode
         encoded = self.study.sets[name]
-        found = torch.empty(len(encoded.answers), num_samples, self.head.inner.out_features)
+        logits = torch.empty(len(encoded.answers), num_samples, self.head.inner.out_features)
         for batch in batches([len(ids) for ids in encoded.sequences], num_samples, BATCH_TOKENS):
-            found[batch] = self.logits(name, batch, num_samples)
+            logits[batch] = self.logits(name, batch, num_samples)
         self.model.eval()
-        return found
+        return logits
 
 
 @contextmanager
@@ -90,10 +90,10 @@ def lora(study: Study, dropout: float, seed: int) -> Iterator[Lora]:
         base.lm_head = host.head
 
 
-def fit(made: Lora, rows: str, recipe: TrainingConfig) -> None:
+def fit(peer: Lora, rows: str, recipe: TrainingConfig) -> None:
     """Maximum likelihood by AdamW with ScalaBL's schedule; ends at the weights of the lowest validation NLL."""
-    study, encoded = made.study, made.study.sets[rows]
-    parameters = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
+    study, encoded = peer.study, peer.study.sets[rows]
+    parameters = {name: p for name, p in peer.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warmup = round(recipe.warmup_fraction * recipe.max_steps)
 
@@ -103,13 +103,13 @@ def fit(made: Lora, rows: str, recipe: TrainingConfig) -> None:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.max_steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    best, kept = math.inf, {}
+    best, best_weights = math.inf, {}
     order = _order(LengthGroupedSampler([len(ids) for ids in encoded.sequences], recipe.batch_size, recipe.seed))
     torch.manual_seed(recipe.seed)
     for step in range(1, recipe.max_steps + 1):
-        made.model.train()
+        peer.model.train()
         batch = [next(order) for _ in range(recipe.batch_size)]
-        loss = nn.functional.cross_entropy(made.logits(rows, batch)[:, 0], encoded.answers[batch])
+        loss = nn.functional.cross_entropy(peer.logits(rows, batch)[:, 0], encoded.answers[batch])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
@@ -117,15 +117,15 @@ def fit(made: Lora, rows: str, recipe: TrainingConfig) -> None:
         schedule.step()
         if step % recipe.eval_steps == 0 or step == recipe.max_steps:
             state = torch.get_rng_state()
-            logits = made.logits_of("validation")[:, 0]
+            logits = peer.logits_of("validation")[:, 0]
             torch.set_rng_state(state)
             nll = float(nn.functional.cross_entropy(logits, study.sets["validation"].answers))
             if nll < best:
-                best, kept = nll, {name: p.detach().clone() for name, p in parameters.items()}
+                best, best_weights = nll, {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
-    made.model.eval()
+            parameter.copy_(best_weights[name])
+    peer.model.eval()
 
 
 def _order(sampler: LengthGroupedSampler) -> Iterator[int]:

@@ -1,4 +1,7 @@
-"""docs/results.md and its figures, from the scores of the runs; what has not run is said to be missing."""
+"""docs/results.md and its figures, from the scores of the runs; what has not run is said to be missing.
+
+Nothing is measured here.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.results.plan import SEEDS, STEPS, sweep_runs
 from benchmarks.results.precision import SCALES
-from benchmarks.results.runs import SEEDS, STEPS, scores_of, sweep_runs
+from benchmarks.results.saved import scores_of
 from benchmarks.results.study import ADAPTED_LAYERS, FEW, NUM_SAMPLES, RANK
 
 ROOT = Path(__file__).parents[2] / "docs"
@@ -81,14 +85,14 @@ def _table(rows: str) -> str:
         "|---|---|" + "---|" * (len(COLUMNS) + 2),
     ]
     for label, run, variant in METHODS:
-        found = _found(run.format(rows=rows))
-        if not found:
+        runs = _runs(run.format(rows=rows))
+        if not runs:
             lines.append(f"| {label} | not run yet |" + " |" * (len(COLUMNS) + 2))
             continue
-        cells = [_mean_sd([one["scores"][variant].get(name, math.nan) for one in found], name) for name in COLUMNS]
-        first = found[0]
+        cells = [_mean_sd([one["scores"][variant].get(name, math.nan) for one in runs], name) for name in COLUMNS]
+        first = runs[0]
         parameters = f"{first['additional_parameters']:,} ({first['stochastic_parameters']:,})"
-        lines.append(f"| {label} | {len(found)} | " + " | ".join(cells) + f" | {parameters} | {first['passes']} |")
+        lines.append(f"| {label} | {len(runs)} | " + " | ".join(cells) + f" | {parameters} | {first['passes']} |")
     notes = [
         f"seed {seed}: τ = {one['posterior_scale']:.2f}, T = {one['temperature']:.2f}, "
         f"median σ {one['median_sigma']:.3f} beside a median |μ| of {one['median_abs_mu']:.2f}"
@@ -101,12 +105,12 @@ def _table(rows: str) -> str:
 def _against_the_best(rows: str) -> str:
     """What was aimed at, and what came of it: ours, calibrated, beside the best of the other methods."""
     scores = {
-        label: [one["scores"][variant] for one in _found(run.format(rows=rows))]
+        label: [one["scores"][variant] for one in _runs(run.format(rows=rows))]
         for label, run, variant in METHODS
         if "ours" not in label or label == OURS
     }
     ours = scores.pop(OURS)
-    others = {label: found for label, found in scores.items() if found}
+    others = {label: seeds for label, seeds in scores.items() if seeds}
     if not ours or not others:
         return ""
     lines = [f"\n**{OURS}, against what was aimed at.**\n"]
@@ -116,7 +120,7 @@ def _against_the_best(rows: str) -> str:
     ):
         best, gap, error = _lowest(ours, others, name)
         holds = gap <= error and (name == "nll" or _mean(ours, name) <= 0.02)
-        single = {label: found for label, found in others.items() if label != ENSEMBLE}
+        single = {label: seeds for label, seeds in others.items() if label != ENSEMBLE}
         of_one = _lowest(ours, single, name)
         lines.append(
             f"* {COLUMNS[name]} {aim}: **{'holds' if holds else 'missed'}**: {_mean(ours, name):.4f}; the best of the others is "
@@ -128,7 +132,7 @@ def _against_the_best(rows: str) -> str:
     lines.append(
         f"* Accuracy within a point of the best: **{'holds' if gap >= -0.01 else 'missed'}**: {gap:+.4f} to {label}."
     )
-    ood, score = max((_mean(ours, f"auroc_ood_{each}"), each) for each in ("entropy", "mutual_information", "confidence"))
+    ood, score = max((_mean(ours, f"auroc_ood_{name}"), name) for name in ("entropy", "mutual_information", "confidence"))
     holds, doubt = ood >= 0.9, score.replace("_", " ").replace("confidence", "1 − confidence")
     lines.append(
         f"* OOD AUROC of at least 0.90 by the best single score: **{'holds' if holds else 'missed'}**: {ood:.3f} by {doubt}."
@@ -145,16 +149,17 @@ def _lowest(
     return label, _mean(ours, name) - _mean(best, name), error
 
 
-def _mean(found: Sequence[dict[str, float]], name: str) -> float:
-    return statistics.mean(one[name] for one in found)
+def _mean(seeds: Sequence[dict[str, float]], name: str) -> float:
+    return statistics.mean(scores[name] for scores in seeds)
 
 
-def _standard_error(found: Sequence[dict[str, float]], name: str) -> float:
+def _standard_error(seeds: Sequence[dict[str, float]], name: str) -> float:
     """Of the mean over seeds; 0 of a single run, whose spread nobody knows."""
-    return statistics.stdev(one[name] for one in found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    return statistics.stdev(scores[name] for scores in seeds) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
 
 
-def _found(run: str) -> list[dict[str, Any]]:
+def _runs(run: str) -> list[dict[str, Any]]:
+    """The finished runs of a name, one for each seed."""
     if (alone := scores_of(run)) is not None:
         return [alone]
     return [one for seed in SEEDS if (one := scores_of(f"{run}-{seed}")) is not None]
@@ -180,8 +185,8 @@ def _conformal() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in ("train", "few"):
-        found = [one["scores"]["conformal"] for one in _found(f"{rows}-scalabl")]
-        for cells in zip(*found, strict=True):
+        by_seed = [one["scores"]["conformal"] for one in _runs(f"{rows}-scalabl")]
+        for cells in zip(*by_seed, strict=True):
             first = cells[0]
             values = [
                 _mean_sd([cell[name] for cell in cells], "accuracy")
@@ -224,10 +229,10 @@ def _sweep() -> str:
 
 def _of_the_sweep() -> str:
     """Which cells were best, and that the defaults follow."""
-    found = {run.name.removeprefix("sweep "): one for run in sweep_runs() if (one := scores_of(run.name))}
-    if not found:
+    cells = {run.name.removeprefix("sweep "): one for run in sweep_runs() if (one := scores_of(run.name))}
+    if not cells:
         return ""
-    best = {name: min(found, key=lambda cell: found[cell]["scores"]["plain"][name]) for name in ("nll", "ece")}
+    best = {name: min(cells, key=lambda cell: cells[cell]["scores"]["plain"][name]) for name in ("nll", "ece")}
     return (
         f'\nThe lowest NLL is that of "{best["nll"]}", the lowest ECE that of "{best["ece"]}"; `q_p, β = 1` is what '
         "`scalabl train` does unless told otherwise.\n"
@@ -242,18 +247,18 @@ def _precision() -> str:
         "outside the choices. Samples come from one sequence of 256 in blocks of K.\n",
     ]
     for scale in SCALES:
-        found = scores_of(f"precision x{scale:g}")
+        measured = scores_of(f"precision x{scale:g}")
         title = "sigma as trained" if scale == 1 else f"sigma times {scale:g}"
-        if found is None:
+        if measured is None:
             text.append(f"With {title}: not run yet.\n")
             continue
         text += [
-            f"### With {title} (median τσ/|μ| = {found['relative_spread']:.2f}), {SCALES[scale][0]} inputs, {SCALES[scale][1]:,} samples as reference\n",
+            f"### With {title} (median τσ/|μ| = {measured['relative_spread']:.2f}), {SCALES[scale][0]} inputs, {SCALES[scale][1]:,} samples as reference\n",
             "| method | K | error of probabilities | error of MI | bias of MI | seconds per input |",
             "|---|---|---|---|---|---|",
         ]
         points: dict[str, list[tuple[float, float, int]]] = {}
-        for row in found["rows"]:
+        for row in measured["rows"]:
             seconds = _seconds(times, row["method"], row["num_samples"])
             text.append(
                 f"| {row['method']} | {row['num_samples'] or '–'} | {row['probabilities']:.5f} | {row['mutual_information']:.5f} "
@@ -283,9 +288,9 @@ def _seconds(times: dict[str, Any] | None, method: str, count: int) -> float | N
 def _pareto(points: dict[str, list[tuple[float, float, int]]], path: Path, title: str) -> None:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, found in points.items():
+    for method, pairs in points.items():
         style = "*" if method == "linearised" else "o-"
-        axes.plot([p[0] for p in found], [p[1] for p in found], style, label=method, markersize=12 if style == "*" else 4)
+        axes.plot([p[0] for p in pairs], [p[1] for p in pairs], style, label=method, markersize=12 if style == "*" else 4)
     axes.set(xscale="log", yscale="log", xlabel="seconds per input", ylabel="RMS error of probabilities", title=title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")

@@ -1,10 +1,12 @@
-"""Precision for cost: how far K samples, the linearisation and both together are from a large reference, and their time."""
+"""Precision for cost: how far K samples, the linearisation and both together are from a large reference, and their time.
+
+For one adapter that the study has trained.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.results.runs import keep, scores_of
+from benchmarks.results.saved import save_scores, scores_of
 from benchmarks.results.study import Study, subset
+from benchmarks.timing import in_turns
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of
 from scalabl.files.adapter_directory import load_adapter
@@ -66,17 +69,17 @@ class Precision:
     def linearization(self) -> list[tuple[list[int], Linearization]]:
         """Of all inputs, in batches, as (indices, their linearisation)."""
         lengths = [len(ids) for ids in self.inputs.sequences]
-        found = []
+        linearizations = []
         for batch in batches(lengths, self.model.num_choices, 4096):
             tokens = TokenBatch.of([self.inputs.sequences[i] for i in batch])
-            found.append((batch, linearize(self.model, tokens, negligible=NEGLIGIBLE)))
-        return found
+            linearizations.append((batch, linearize(self.model, tokens, negligible=NEGLIGIBLE)))
+        return linearizations
 
     def measure(self) -> dict[str, Any]:
-        """RMS errors against the reference; kept."""
-        kept = scores_of(f"precision x{self.scale:g}")
-        if kept is not None:
-            return kept
+        """RMS errors against the reference, saved."""
+        saved = scores_of(f"precision x{self.scale:g}")
+        if saved is not None:
+            return saved
         dimension = self.model.num_stochastic_parameters
         truth = predictive(self.logits("reference", draw(10**9, self.reference, dimension, "antithetic")), 1.0, "antithetic")
         rows: list[dict[str, Any]] = []
@@ -108,7 +111,7 @@ class Precision:
                 ]
                 rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
         result = {"scale": self.scale, "relative_spread": relative_spread(self.model), "rows": rows}
-        keep(f"precision x{self.scale:g}", result)
+        save_scores(f"precision x{self.scale:g}", result)
         return result
 
     def time(self, rounds: int = 5) -> dict[str, Any]:
@@ -125,16 +128,17 @@ class Precision:
             f"MC {count}": lambda draws=draws: logits_of(self.model, some, draws) for count, draws in sampling.items()
         }
         methods["linearised"] = linearised
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(rounds + 1):  # the first warms up
-            for name, run in methods.items():
-                began = time.perf_counter()
-                run()
-                seconds[name].append((time.perf_counter() - began) / len(some))
-        found = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-        spread = {name: (min(each[1:]), max(each[1:])) for name, each in seconds.items()}
-        result = {"machine": describe(), "threads": torch.get_num_threads(), "seconds": found, "range": spread}
-        keep("precision times", result)
+        seconds = {
+            name: [taken / len(some) for taken in times[1:]]  # the first round warms up
+            for name, times in in_turns(methods, rounds + 1).items()
+        }
+        result = {
+            "machine": describe(),
+            "threads": torch.get_num_threads(),
+            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+            "range": {name: (min(times), max(times)) for name, times in seconds.items()},
+        }
+        save_scores("precision times", result)
         return result
 
 
@@ -145,8 +149,8 @@ def _spread(count: int, wanted: int) -> Tensor:
 def _gathered(
     linear: list[tuple[list[int], Linearization]], of: Callable[[Linearization, list[int]], Predictive]
 ) -> Predictive:
-    found = {i: outcome for batch, each in linear for i, outcome in _by_input(batch, of(each, batch))}
-    return Predictive.stack([found[i] for i in range(len(found))])
+    outcomes = {i: outcome for batch, one in linear for i, outcome in _by_input(batch, of(one, batch))}
+    return Predictive.stack([outcomes[i] for i in range(len(outcomes))])
 
 
 def _by_input(batch: list[int], outcome: Predictive) -> list[tuple[int, Predictive]]:
@@ -155,12 +159,12 @@ def _by_input(batch: list[int], outcome: Predictive) -> list[tuple[int, Predicti
 
 def _controlled(linear: list[tuple[list[int], Linearization]], logits: Tensor, draws: Draws, block: slice) -> Predictive:
     part = dataclasses.replace(draws, epsilon=draws.epsilon[block])
-    return _gathered(linear, lambda each, batch: controlled(logits[batch][:, block], each, part))
+    return _gathered(linear, lambda one, batch: controlled(logits[batch][:, block], one, part))
 
 
 def _errors(outcomes: list[Predictive], truth: Predictive) -> dict[str, float]:
-    probabilities = torch.stack([each.probabilities - truth.probabilities for each in outcomes])
-    information = torch.stack([each.mutual_information - truth.mutual_information for each in outcomes])
+    probabilities = torch.stack([outcome.probabilities - truth.probabilities for outcome in outcomes])
+    information = torch.stack([outcome.mutual_information - truth.mutual_information for outcome in outcomes])
     return {
         "probabilities": float(probabilities.square().mean().sqrt()),
         "mutual_information": float(information.square().mean().sqrt()),

@@ -1,4 +1,7 @@
-"""What every run of the study shares: the base model, the data sets as prompts, and the trunk's states of each."""
+"""What every run of the study shares: the base model, the data sets as prompts, and the trunk's states of each.
+
+Which trainings there are is in `plan`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def subset(encoded: EncodedSet, rows: torch.Tensor) -> EncodedSet:
 
 @dataclass
 class Study:
-    """The base model and the sets; `folder` keeps what runs have finished, so that a study that was cut short goes on."""
+    """The base model and the sets; `folder` has what runs have finished, so that a study that was cut short goes on."""
 
     pretrained: Pretrained
     config: AdapterConfig
@@ -83,10 +86,10 @@ class Study:
         """The trunk's states of every set."""
         model = self.model()
         try:
-            made = {name: trunk_cache(model, encoded.sequences, 4.0) for name, encoded in self.sets.items()}
+            caches = {name: trunk_cache(model, encoded.sequences, 4.0) for name, encoded in self.sets.items()}
         finally:
             model.detach()
-        return {name: cache for name, cache in made.items() if cache is not None}
+        return {name: cache for name, cache in caches.items() if cache is not None}
 
     @functools.cached_property
     def fit_rows(self) -> torch.Tensor:

@@ -15,13 +15,13 @@ FOLDER = Path(__file__).with_name("dashboards")
 
 def rendered() -> dict[str, str]:
     """File name -> JSON."""
-    found = {}
+    texts = {}
     for name, make in (("calibration.json", calibration.build), ("service.json", service.build)):
-        made: dict[str, Any] = json.loads(json.dumps(make().build(), cls=JSONEncoder))
-        for number, panel in enumerate(made["panels"], 1):
+        board: dict[str, Any] = json.loads(json.dumps(make().build(), cls=JSONEncoder))
+        for number, panel in enumerate(board["panels"], 1):
             panel["id"] = number
-        found[name] = json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    return found
+        texts[name] = json.dumps(board, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return texts
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from scalabl_server.outcomes.scoring import UPPER_EDGES
 
-from deploy.grafana.panels import Look, Query, board, buckets, choice, clouds, curve, lines, number, rows
+from deploy.grafana.panels import Look, Query, buckets, choice, clouds, curve, lines, new_board, number, rows
 
 # As in every query: one adapter, all of its replicas.
 ONE = '{namespace=~"$namespace", job=~"$job", adapter="$adapter"}'
@@ -45,7 +45,7 @@ ANSWERED_RIGHT = from_bin_up(f"adapter_bin:scalabl_outcomes_correct:recent{ONE}"
 
 def build() -> dashboard.Dashboard:
     """The whole dashboard."""
-    made = board(
+    board = new_board(
         "ScalaBL: calibration",
         "scalabl-calibration",
         "Accuracy, calibration, prediction sets and uncertainty of one adapter, over all replicas. Its alerts and what to "
@@ -53,14 +53,14 @@ def build() -> dashboard.Dashboard:
         "7d",
     )
     adapters = 'label_values(scalabl_outcomes_total{namespace=~"$namespace", job=~"$job"}, adapter)'
-    made.with_variable(choice("adapter", "Adapter", adapters, every=False))
+    board.with_variable(choice("adapter", "Adapter", adapters, every=False))
     for panel in (_labelled_numbers, _calibration, _selection, _uncertainty, _labels):
-        panel(made)
-    return made
+        panel(board)
+    return board
 
 
-def _labelled_numbers(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Of the last day's labels"))
+def _labelled_numbers(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Of the last day's labels"))
     for title, name, unit, decimals, text in (
         ("ECE", "ece", "none", 3, "Expected calibration error, 15 bins. That of a calibrated adapter is not 0: see below."),
         ("Accuracy", "accuracy", "percentunit", 1, "Labels that were the prediction."),
@@ -75,15 +75,15 @@ def _labelled_numbers(made: dashboard.Dashboard) -> None:
         ("Abstained", "abstention", "percentunit", 1, "Of all predictions, labelled or not. 0 too without a calibration."),
     ):
         query = Query(f"adapter:scalabl_{name}:recent{ONE}", title)
-        made.with_panel(number(title, f"{text} {LABELS}", query, unit, decimals=decimals))
+        board.with_panel(number(title, f"{text} {LABELS}", query, unit, decimals=decimals))
     coverage = Query(f"adapter_level:scalabl_coverage:recent{ONE}", "{{level}}")
     text = f"Prediction sets that held the label, by the coverage that they name. {LABELS}"
-    made.with_panel(number("Coverage of sets", text, coverage, "percentunit", decimals=1))
+    board.with_panel(number("Coverage of sets", text, coverage, "percentunit", decimals=1))
 
 
-def _calibration(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Calibration"))
-    made.with_panel(
+def _calibration(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Calibration"))
+    board.with_panel(
         curve(
             "Reliability diagram",
             "Accuracy over mean confidence, a point for each bin with labels. Points below the diagonal are over-confident; "
@@ -101,11 +101,11 @@ def _calibration(made: dashboard.Dashboard) -> None:
         )
     )
     text = f"The reliability diagram in numbers; bin is the upper edge of the confidence. {LABELS}"
-    made.with_panel(
+    board.with_panel(
         rows("Calibration by confidence", text, BY_CONFIDENCE, "percentunit", sort="Confidence", counts=["Labels"])
     )
     floor, deviation = f"adapter:scalabl_ece_floor:recent{ONE}", f"adapter:scalabl_ece_deviation:recent{ONE}"
-    made.with_panel(
+    board.with_panel(
         lines(
             "ECE with its confidence band",
             "The band is where a calibrated adapter would be with as many labels in the same bins (mean and two standard "
@@ -131,18 +131,18 @@ def _calibration(made: dashboard.Dashboard) -> None:
         Query(f"adapter:scalabl_confidence:recent{ONE}", "Mean confidence"),
     ]
     text = f"Mean confidence above accuracy: over-confident. {LABELS}"
-    made.with_panel(lines("Accuracy and mean confidence", text, queries, "percentunit", high=1, width=6))
+    board.with_panel(lines("Accuracy and mean confidence", text, queries, "percentunit", high=1, width=6))
     queries = [
         Query(f"adapter:scalabl_brier:recent{ONE}", "Brier score"),
         Query(f"adapter:scalabl_log_loss_nats:recent{ONE}", "Log loss (nats)"),
     ]
     text = f"Proper scores: lower is better, and both calibration and accuracy count. {LABELS}"
-    made.with_panel(lines("Brier score and log loss", text, queries, "none", low=0, width=6))
+    board.with_panel(lines("Brier score and log loss", text, queries, "none", low=0, width=6))
 
 
-def _selection(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Prediction sets and abstention"))
-    made.with_panel(
+def _selection(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Prediction sets and abstention"))
+    board.with_panel(
         curve(
             "Risk and coverage by confidence",
             "If only answers of more than some confidence were given (a point for each bin): which share of "
@@ -158,7 +158,7 @@ def _selection(made: dashboard.Dashboard) -> None:
     )
     level = f"adapter_level:scalabl_coverage_nominal:recent{ONE}"
     chance = f"2 * adapter_level:scalabl_coverage_deviation:recent{ONE}"
-    made.with_panel(
+    board.with_panel(
         lines(
             "Coverage of prediction sets",
             "Labels in the prediction set, by the level that it names. Between the dashed lines (two standard deviations) "
@@ -178,24 +178,26 @@ def _selection(made: dashboard.Dashboard) -> None:
         Query(f"1 - adapter:scalabl_accuracy:recent{ONE}", "Wrong, had all been answered"),
     ]
     text = f"What abstaining costs and what it is good for. {LABELS}"
-    made.with_panel(lines("Abstention", text, queries, "percentunit", low=0))
+    board.with_panel(lines("Abstention", text, queries, "percentunit", low=0))
     query = Query(f"adapter_level:scalabl_set_choices:recent{ONE}", "{{level}}")
     text = f"Choices in a prediction set, by the level that it names: fewer say more. {LABELS}"
-    made.with_panel(lines("Mean size of prediction sets", text, [query], "none", low=0))
+    board.with_panel(lines("Mean size of prediction sets", text, [query], "none", low=0))
 
 
-def _uncertainty(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Uncertainty, of all predictions"))
+def _uncertainty(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Uncertainty, of all predictions"))
     kinds = (
         ("Mutual information", "mutual_information", "Epistemic: high for inputs unlike the training data."),
         ("Entropy", "entropy", "Total uncertainty, of the question and of the adapter."),
     )
     for title, name, text in kinds:
         expr = f"sum by (le) (increase(scalabl_prediction_{name}_nats_bucket{ONE}[$__rate_interval]))"
-        made.with_panel(clouds(title, f"{text} In nats.", expr, "none"))
+        board.with_panel(clouds(title, f"{text} In nats.", expr, "none"))
     for title, name, text in kinds:
         query = Query(f"adapter_quantile:scalabl_{name}_nats:now{ONE}", "p{{quantile}}")
-        made.with_panel(lines(f"Quantiles of {title.lower()}", f"{text} In nats, of the last hour.", [query], "none", low=0))
+        board.with_panel(
+            lines(f"Quantiles of {title.lower()}", f"{text} In nats, of the last hour.", [query], "none", low=0)
+        )
     metric = "adapter_le:scalabl_prediction_mutual_information_nats_bucket"
     for title, when, text in (
         ("Mutual information, last hour", "now", "Shares of the last hour's predictions."),
@@ -206,7 +208,7 @@ def _uncertainty(made: dashboard.Dashboard) -> None:
         ),
     ):
         share = f"{metric}:{when}{ONE} / ignoring (le) group_left () (adapter:scalabl_predictions:{when}{ONE} > 0.5)"
-        made.with_panel(buckets(title, f"{text} In nats.", share, "percentunit"))
+        board.with_panel(buckets(title, f"{text} In nats.", share, "percentunit"))
     queries = [
         Query(f"adapter:scalabl_mutual_information_distance:now{ONE}", "Distance"),
         Query(f"adapter:scalabl_mutual_information_distance_noise:now{ONE}", "Chance"),
@@ -215,26 +217,26 @@ def _uncertainty(made: dashboard.Dashboard) -> None:
         "Kolmogorov-Smirnov distance of the two distributions; above 0.2 and above chance (1 in 1,000) the alert fires. "
         "Empty until there is a reference, a day after the first prediction."
     )
-    made.with_panel(
+    board.with_panel(
         lines("Drift of mutual information", text, queries, "none", low=0, looks=[Look("Chance", dashed=True, color="red")])
     )
 
 
-def _labels(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Labels"))
+def _labels(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Labels"))
     delay = f"sum by (le) (increase(scalabl_label_delay_seconds_bucket{ONE}[1d]))"
     queries = [Query(f"histogram_quantile({q}, {delay})", f"p{q}") for q in (0.5, 0.9, 0.99)]
     text = "From a prediction to its first label, of labels of the last day. Ids expire with --outcomes-retention-days."
-    made.with_panel(lines("Label delay", text, queries, "s", low=0, width=8))
+    board.with_panel(lines("Label delay", text, queries, "s", low=0, width=8))
     queries = [
         Query(f"adapter:scalabl_recorded_predictions:recent{ONE}", "Predictions"),
         Query(f"adapter:scalabl_outcomes:recent{ONE}", "Labels"),
     ]
-    made.with_panel(lines("Predictions and labels in a day", LABELS, queries, "short", low=0, width=8))
+    board.with_panel(lines("Predictions and labels in a day", LABELS, queries, "short", low=0, width=8))
     count = "increase(scalabl_outcomes{what}_total{one}[$__rate_interval])"
     queries = [
         Query(f"sum({count.format(what='', one=ONE)})", "Labels, corrections included"),
         Query(f"sum({count.format(what='_retracted', one=ONE)})", "Taken back by corrections"),
     ]
     text = "Many corrections: labels that cannot be believed, or are sent too early."
-    made.with_panel(lines("Labels and corrections", text, queries, "short", low=0, width=8))
+    board.with_panel(lines("Labels and corrections", text, queries, "short", low=0, width=8))

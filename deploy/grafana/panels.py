@@ -50,21 +50,26 @@ class Look:
     width: int = 1
 
     def properties(self) -> list[DynamicConfigValue]:
-        found: dict[str, Any] = {"custom.lineWidth": self.width}
+        properties: dict[str, Any] = {"custom.lineWidth": self.width}
         if self.dashed:
-            found["custom.lineStyle"] = {"fill": "dash", "dash": [8, 6]}
+            properties["custom.lineStyle"] = {"fill": "dash", "dash": [8, 6]}
         if self.below is not None:
-            found |= {"custom.fillBelowTo": self.below, "custom.fillOpacity": 15}
+            properties |= {"custom.fillBelowTo": self.below, "custom.fillOpacity": 15}
         if self.points:
-            found |= {"custom.showPoints": "always", "custom.pointSize": 7}
+            properties |= {"custom.showPoints": "always", "custom.pointSize": 7}
         if self.bars:
-            found |= {"custom.drawStyle": "bars", "custom.fillOpacity": 20, "custom.axisPlacement": "right", "unit": "short"}
+            properties |= {
+                "custom.drawStyle": "bars",
+                "custom.fillOpacity": 20,
+                "custom.axisPlacement": "right",
+                "unit": "short",
+            }
         if self.color is not None:
-            found["color"] = {"mode": "fixed", "fixedColor": self.color}
-        return [DynamicConfigValue(id_val=name, value=value) for name, value in found.items()]
+            properties["color"] = {"mode": "fixed", "fixedColor": self.color}
+        return [DynamicConfigValue(id_val=name, value=value) for name, value in properties.items()]
 
 
-def board(title: str, uid: str, text: str, period: str) -> dashboard.Dashboard:
+def new_board(title: str, uid: str, text: str, period: str) -> dashboard.Dashboard:
     """An empty dashboard with its data source, the variables that every query uses, and the alerts that fire as marks."""
     marks = (
         dashboard.AnnotationQuery()
@@ -95,7 +100,7 @@ def board(title: str, uid: str, text: str, period: str) -> dashboard.Dashboard:
 
 def choice(name: str, label: str, query: str, *, every: bool = True, multi: bool = False) -> dashboard.QueryVariable:
     """A variable whose values Prometheus knows. `every`: all of them to begin with, also series without this label."""
-    made = (
+    variable = (
         dashboard.QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
@@ -106,8 +111,8 @@ def choice(name: str, label: str, query: str, *, every: bool = True, multi: bool
         .include_all(every)
     )
     if every:
-        made.all_value(".*").current(VariableOption(text="All", value="$__all", selected=True))
-    return made
+        variable.all_value(".*").current(VariableOption(text="All", value="$__all", selected=True))
+    return variable
 
 
 def lines(
@@ -219,10 +224,10 @@ def _panel(
     panel.title(title).description(text).datasource(SOURCE).unit(unit).span(width).height(height)
     for letter, query in _lettered(queries):
         if at_once:  # + 0 drops the metric's name, by which the rows that are to be merged would differ
-            made = _target(letter, Query(f"({query.expr}) + 0", query.name)).format(PromQueryFormat.TABLE).instant()
+            target = _target(letter, Query(f"({query.expr}) + 0", query.name)).format(PromQueryFormat.TABLE).instant()
         else:
-            made = _target(letter, query).range()
-        panel.with_target(made)
+            target = _target(letter, query).range()
+        panel.with_target(target)
     return panel
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from deploy.grafana.panels import Look, Query, board, choice, lines, number
+from deploy.grafana.panels import Look, Query, choice, lines, new_board, number
 
 SOME = '{namespace=~"$namespace", job=~"$job", instance=~"$replica"}'
 JOB = '{namespace=~"$namespace", job=~"$job"}'
@@ -34,21 +34,21 @@ def quantiles(metric: str, selector: str = SOME) -> list[Query]:
 
 def build() -> dashboard.Dashboard:
     """The whole dashboard."""
-    made = board(
+    board = new_board(
         "ScalaBL: service",
         "scalabl-service",
         "Requests, errors, latency, the queue, passes, the outcomes database and the processes, of all replicas or some. "
         "Its alerts and what to do: docs/runbook.md.",
         "6h",
     )
-    made.with_variable(choice("replica", "Replica", f"label_values(scalabl_ready{JOB}, instance)", multi=True))
+    board.with_variable(choice("replica", "Replica", f"label_values(scalabl_ready{JOB}, instance)", multi=True))
     for part in (_numbers, _requests, _queue, _passes, _answers, _outcomes, _process):
-        part(made)
-    return made
+        part(board)
+    return board
 
 
-def _numbers(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Now"))
+def _numbers(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Now"))
     for title, text, expr, unit in (
         ("Replicas ready", "Replicas that take requests.", f"sum(scalabl_ready{SOME})", "short"),
         ("Requests", "For predictions and feedback.", f"sum({rate('scalabl_requests_total', SERVING)})", "reqps"),
@@ -67,56 +67,56 @@ def _numbers(made: dashboard.Dashboard) -> None:
         ),
         ("Inputs answered", "By all adapters.", f"sum({rate('scalabl_predictions_total')})", "cps"),
     ):
-        made.with_panel(number(title, text, Query(expr, title), unit))
+        board.with_panel(number(title, text, Query(expr, title), unit))
 
 
-def _requests(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Requests"))
+def _requests(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Requests"))
     query = Query(f"sum by (code) ({rate('scalabl_requests_total', SERVING)})", "{{code}}")
     text = (
         "Requests for predictions and feedback. 429: the queue is full; 499: the client left; 503 and 504: see the runbook."
     )
-    made.with_panel(lines("Requests by status", text, [query], "reqps", stacked=True, low=0))
+    board.with_panel(lines("Requests by status", text, [query], "reqps", stacked=True, low=0))
     selector = where(SOME, 'route=~"/predict|/v2/models/.*/infer"')
     text = "From request to answer, predictions only."
-    made.with_panel(lines("Latency", text, quantiles("scalabl_request_duration_seconds", selector), "s", low=0))
+    board.with_panel(lines("Latency", text, quantiles("scalabl_request_duration_seconds", selector), "s", low=0))
     budget = "job:scalabl_request_errors:increase{w}{job} / job:scalabl_requests:increase{w}{job} / 0.001"
     queries = [Query(budget.format(w=window, job=JOB), f"{window}, {{{{job}}}}") for window in ("1h", "6h", "3d")]
     text = "Speed at which the error budget (0.1% in 30 days) is spent; 1 lasts for the 30 days. All replicas."
-    made.with_panel(lines("Error budget burn", text, queries, "none", low=0, width=8))
+    board.with_panel(lines("Error budget burn", text, queries, "none", low=0, width=8))
     query = Query(f"sum by (route) ({rate('scalabl_requests_total')})", "{{route}}")
-    made.with_panel(lines("Requests by route", "All of them, probes too.", [query], "reqps", stacked=True, low=0, width=8))
+    board.with_panel(lines("Requests by route", "All of them, probes too.", [query], "reqps", stacked=True, low=0, width=8))
     query = Query(f"sum by (key) ({rate('scalabl_key_requests_total')})", "{{key}}")
     text = "By the name of their API key; empty without keys."
-    made.with_panel(lines("Requests by key", text, [query], "reqps", stacked=True, low=0, width=8))
+    board.with_panel(lines("Requests by key", text, [query], "reqps", stacked=True, low=0, width=8))
 
 
-def _queue(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Queue"))
+def _queue(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Queue"))
     queries = [
         Query(f"scalabl_queue_inputs{SOME}", "{{instance}}"),
         Query(f"min(scalabl_queue_limit_inputs{SOME})", "Limit"),
     ]
     text = "Inputs that wait for a pass. Scale on it."
-    made.with_panel(
+    board.with_panel(
         lines("Inputs in the queue", text, queries, "short", low=0, width=8, looks=[Look("Limit", dashed=True, color="red")])
     )
     query = Query(f"instance:scalabl_queue_fill:now{SOME}", "{{instance}}")
     text = "By inputs or by tokens, whichever is more. Above 80% for five minutes the alert fires."
-    made.with_panel(lines("Fill of the queue", text, [query], "percentunit", low=0, width=8))
+    board.with_panel(lines("Fill of the queue", text, [query], "percentunit", low=0, width=8))
     query = Query(f"sum by (reason) ({rate('scalabl_rejected_requests_total')})", "{{reason}}")
     text = "429s: too many inputs or tokens wait, or the deadline would pass."
-    made.with_panel(lines("Refused requests", text, [query], "reqps", stacked=True, low=0, width=8))
+    board.with_panel(lines("Refused requests", text, [query], "reqps", stacked=True, low=0, width=8))
 
 
-def _passes(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Passes of the model"))
+def _passes(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Passes of the model"))
     query = Query(mean("scalabl_stage_duration_seconds", "stage"), "{{stage}}")
     text = (
         "Means: to tokenise and in total of a request, in the queue of an input, forward of a pass. Queue above forward: "
         "add replicas."
     )
-    made.with_panel(lines("Time in the queue and in passes", text, [query], "s", low=0, width=8))
+    board.with_panel(lines("Time in the queue and in passes", text, [query], "s", low=0, width=8))
     queries = [
         Query(mean("scalabl_batch_rows", "instance"), "{{instance}}, rows"),
         Query(mean("scalabl_batch_tokens", "instance"), "{{instance}}, tokens"),
@@ -124,55 +124,55 @@ def _passes(made: dashboard.Dashboard) -> None:
     text = (
         "Rows (inputs x samples) and tokens (with padding) of a pass. Always small under load: raise --target-batch-tokens."
     )
-    made.with_panel(lines("Size of passes", text, queries, "short", low=0, width=8))
+    board.with_panel(lines("Size of passes", text, queries, "short", low=0, width=8))
     query = Query(mean("scalabl_pass_gap_seconds", "instance"), "{{instance}}")
     text = "Mean time from one pass to the next that was chosen before. Above a hundredth of forward: the process lacks CPU."
-    made.with_panel(lines("Between two passes", text, [query], "s", low=0, width=8))
+    board.with_panel(lines("Between two passes", text, [query], "s", low=0, width=8))
     queries = [
         Query(f"sum({rate('scalabl_batch_tokens_sum')})", "Computed"),
         Query(f"sum({rate('scalabl_padding_tokens_total')})", "Of them padding"),
     ]
-    made.with_panel(lines("Tokens per second", "Rows x length.", queries, "cps", low=0, width=8))
+    board.with_panel(lines("Tokens per second", "Rows x length.", queries, "cps", low=0, width=8))
     forward = where(SOME, 'stage="forward"')
     query = Query(f"sum by (instance) ({rate('scalabl_stage_duration_seconds_count', forward)})", "{{instance}}")
-    made.with_panel(lines("Passes per second", "By replica.", [query], "cps", low=0, width=8))
+    board.with_panel(lines("Passes per second", "By replica.", [query], "cps", low=0, width=8))
     queries = [
         Query(f"sum by (kind) (increase(scalabl_failed_passes_total{SOME}[$__rate_interval]))", "{{kind}}"),
         Query(f"sum(increase(scalabl_batch_splits_total{SOME}[$__rate_interval]))", "Batches cut in two"),
     ]
-    made.with_panel(lines("Failed passes", "Anything above 0 is worth the log.", queries, "short", low=0, width=8))
+    board.with_panel(lines("Failed passes", "Anything above 0 is worth the log.", queries, "short", low=0, width=8))
     hit = f"sum by (instance) ({rate('scalabl_prefix_cache_hit_tokens_total')})"
     asked = f"sum by (instance) ({rate('scalabl_prefix_cache_queried_tokens_total')})"
     query = Query(f"{hit} / {asked}", "{{instance}}")
     text = "Share of the prompts' tokens that no pass computed, since earlier prompts began alike."
-    made.with_panel(lines("Tokens from the prefix cache", text, [query], "percentunit", low=0, high=1, width=8))
+    board.with_panel(lines("Tokens from the prefix cache", text, [query], "percentunit", low=0, high=1, width=8))
     queries = [
         Query(f"scalabl_prefix_cache_bytes{SOME}", "{{instance}}"),
         Query(f"min(scalabl_prefix_cache_limit_bytes{SOME})", "Limit"),
     ]
     text = "Keys and values of beginnings that are kept."
     limit = [Look("Limit", dashed=True, color="red")]
-    made.with_panel(lines("Prefix cache", text, queries, "bytes", low=0, width=8, looks=limit))
+    board.with_panel(lines("Prefix cache", text, queries, "bytes", low=0, width=8, looks=limit))
     query = Query(f"increase(scalabl_prefix_cache_evictions_total{SOME}[$__rate_interval])", "{{instance}}")
     text = "Beginnings that made room for others. Many while few tokens come from the cache: raise --prefix-cache-bytes."
-    made.with_panel(lines("Dropped from the prefix cache", text, [query], "short", low=0, width=8))
+    board.with_panel(lines("Dropped from the prefix cache", text, [query], "short", low=0, width=8))
 
 
-def _answers(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Answers, and whether replicas are alike"))
+def _answers(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Answers, and whether replicas are alike"))
     query = Query(f"sum by (adapter) ({rate('scalabl_predictions_total')})", "{{adapter}}")
-    made.with_panel(
+    board.with_panel(
         lines("Inputs answered by adapter", "Over the replicas chosen.", [query], "cps", stacked=True, low=0, width=8)
     )
     query = Query(mean("scalabl_prediction_confidence", "instance, adapter"), "{{instance}}, {{adapter}}")
     text = "A replica that stands out has other weights, draws or settings, or other traffic."
-    made.with_panel(lines("Mean confidence by replica", text, [query], "percentunit", high=1, width=8))
+    board.with_panel(lines("Mean confidence by replica", text, [query], "percentunit", high=1, width=8))
     queries = [
         Query(f"scalabl_ready{SOME}", "{{instance}}, ready"),
         Query(f"scalabl_adapters_loaded{SOME}", "{{instance}}, adapters"),
         Query(f"count by (version) (scalabl_build_info{SOME})", "Version {{version}}, replicas"),
     ]
-    made.with_panel(
+    board.with_panel(
         lines(
             "Ready, adapters and versions",
             "Alike on all replicas, but while one starts or drains.",
@@ -184,11 +184,11 @@ def _answers(made: dashboard.Dashboard) -> None:
     )
 
 
-def _outcomes(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Outcomes database"))
+def _outcomes(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Outcomes database"))
     text = "Every answer waits for one, up to --outcomes-timeout."
     queries = quantiles("scalabl_outcomes_commit_duration_seconds")
-    made.with_panel(lines("Commits to the outcomes database", text, queries, "s", low=0, width=8))
+    board.with_panel(lines("Commits to the outcomes database", text, queries, "s", low=0, width=8))
     queries = [
         Query(f"scalabl_outcomes_up{SOME}", "{{instance}}, up"),
         Query(f"increase(scalabl_outcomes_errors_total{SOME}[$__rate_interval])", "{{instance}}, failures"),
@@ -199,16 +199,16 @@ def _outcomes(made: dashboard.Dashboard) -> None:
         Query(f"increase(scalabl_outcomes_deleted_total{SOME}[$__rate_interval])", "{{instance}}, predictions deleted"),
     ]
     text = "1 while the database works; what failed, was not stored, or was deleted by age or number."
-    made.with_panel(lines("State of the outcomes database", text, queries, "short", low=0, width=8))
+    board.with_panel(lines("State of the outcomes database", text, queries, "short", low=0, width=8))
     query = Query(f"sum by (status) ({rate('scalabl_feedback_labels_total')})", "{{status}}")
-    made.with_panel(lines("Labels taken", "By what they changed.", [query], "cps", stacked=True, low=0, width=8))
+    board.with_panel(lines("Labels taken", "By what they changed.", [query], "cps", stacked=True, low=0, width=8))
 
 
-def _process(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Processes"))
+def _process(board: dashboard.Dashboard) -> None:
+    board.with_row(dashboard.Row("Processes"))
     for title, expr, unit, text in (
         ("Memory", f"process_resident_memory_bytes{SOME}", "bytes", "Resident. It should stay where it is after a warm-up."),
         ("CPU", rate("process_cpu_seconds_total"), "none", "Cores in use."),
         ("Open files", f"process_open_fds{SOME}", "short", "Descriptors, connections among them."),
     ):
-        made.with_panel(lines(title, text, [Query(expr, "{{instance}}")], unit, low=0, width=8))
+        board.with_panel(lines(title, text, [Query(expr, "{{instance}}")], unit, low=0, width=8))

@@ -17,4 +17,4 @@ PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["pa
 def resolved(expr: str, interval: str = "1m") -> str:
     """A query as Grafana would send it, for the adapter `colours` and all replicas of the job `scalabl`."""
     values = {"namespace": ".*", "job": "scalabl", "adapter": "colours", "replica": ".*", "__rate_interval": interval}
-    return re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)
+    return re.sub(r"\$(\w+)", lambda variable: values[variable[1]], expr)

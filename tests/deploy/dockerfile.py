@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from scalabl_server.settings import ServeSettings
+
 from tests.deploy.manifests import ROOT
 
 TEXT = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
@@ -21,18 +23,18 @@ def instructions() -> list[tuple[str, str]]:
 
 def stages() -> list[list[tuple[str, str]]]:
     """Each stage's instructions; what stands before the first is left out."""
-    found: list[list[tuple[str, str]]] = []
+    stages: list[list[tuple[str, str]]] = []
     for name, rest in instructions():
         if name == "FROM":
-            found.append([])
-        if found:
-            found[-1].append((name, rest))
-    return found
+            stages.append([])
+        if stages:
+            stages[-1].append((name, rest))
+    return stages
 
 
 def final(name: str) -> list[str]:
     """What the last stage says after an instruction."""
-    return [rest for each, rest in stages()[-1] if each == name]
+    return [rest for instruction, rest in stages()[-1] if instruction == name]
 
 
 def arguments() -> dict[str, str]:
@@ -58,3 +60,15 @@ def words(name: str) -> Any:
     """An instruction in its JSON form."""
     (line,) = final(name)
     return json.loads(line)
+
+
+def settings_in_container(variables: dict[str, str]) -> ServeSettings:
+    """What a server reads from the image's variables and these; those that the cluster fills in have some value."""
+    values = {
+        name.removeprefix("SCALABL_").lower(): value
+        for name, value in (environment() | variables).items()
+        if name.startswith("SCALABL_")
+    }
+    filled_in = {"outcomes_url": "postgresql://user@host/name", "threads": "4"}
+    values |= {name: filled_in.get(name, "filled-in") for name, value in values.items() if value.startswith("{'")}
+    return ServeSettings(**values)  # type: ignore[arg-type]  # text, as the environment has it

@@ -36,10 +36,10 @@ Object = dict[str, Any]
 
 def tool(name: str, hint: str) -> str:
     """The path of a program, from the environment that the tests run in or the machine; skips where there is none."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
+    program = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if program is None:
         pytest.skip(f"{name} is missing; {hint}")
-    return found
+    return program
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def _rendered(name: str) -> str:
 
 def rendered(name: str) -> list[Object]:
     """The objects of an overlay."""
-    return [each for each in yaml.safe_load_all(_rendered(name)) if each]
+    return [document for document in yaml.safe_load_all(_rendered(name)) if document]
 
 
 def loose(name: str) -> list[Object]:
@@ -70,16 +70,16 @@ def loose(name: str) -> list[Object]:
 
 def one(objects: list[Object], kind: str, name: str | None = None) -> Object:
     """The only object of a kind and name; without a name, of several the server's own."""
-    found = [each for each in objects if each["kind"] == kind and name in (None, each["metadata"]["name"])]
-    if len(found) > 1 and name is None:
-        return one(found, kind, "scalabl")
-    (only,) = found
+    matching = [item for item in objects if item["kind"] == kind and name in (None, item["metadata"]["name"])]
+    if len(matching) > 1 and name is None:
+        return one(matching, kind, "scalabl")
+    (only,) = matching
     return only
 
 
 def pod_of(objects: list[Object]) -> Object:
     """The pod's spec of an overlay's Deployment, or the one that KServe makes of its two objects."""
-    if any(each["kind"] == "InferenceService" for each in objects):
+    if any(item["kind"] == "InferenceService" for item in objects):
         runtime, predictor = one(objects, "ServingRuntime")["spec"], one(objects, "InferenceService")["spec"]["predictor"]
         own = {"minReplicas", "maxReplicas", "model"}
         pod = {key: copy.deepcopy(value) for key, value in predictor.items() if key not in own}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.deploy.boards import BOARDS, GRAFANA, PANELS, resolved
-from tests.deploy.test_rules import RULES, RUNBOOK, promtool, rules_of
+from tests.deploy.rules import RULES, RUNBOOK, promtool, rules_of
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
@@ -22,9 +22,9 @@ def test_the_committed_files_are_what_the_code_builds() -> None:
     pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is missing; pip install '.[dashboards]'")
     from deploy.grafana.build import rendered
 
-    made = rendered()
-    assert set(made) == {f"{name}.json" for name in BOARDS} == {"calibration.json", "service.json"}
-    for name, text in made.items():
+    texts = rendered()
+    assert set(texts) == {f"{name}.json" for name in BOARDS} == {"calibration.json", "service.json"}
+    for name, text in texts.items():
         assert (GRAFANA / "dashboards" / name).read_text(encoding="utf-8") == text, "run python -m deploy.grafana.build"
 
 
@@ -87,19 +87,19 @@ def test_what_is_joined_renamed_or_drawn_apart_is_there(name: str, panel: dict[s
             assert set(step["options"]["renameByName"]) == letters
             assert set(step["options"]["renameByName"].values()) == legends
         if step["id"] == "sortBy":
-            assert {each["field"] for each in step["options"]["sort"]} <= legends
+            assert {column["field"] for column in step["options"]["sort"]} <= legends
     for override in panel["fieldConfig"]["overrides"]:
         if override["matcher"]["id"] == "byName":
             assert override["matcher"]["options"] in legends
-        for each in override["properties"]:
-            assert each["id"] != "custom.fillBelowTo" or each["value"] in legends
+        for item in override["properties"]:
+            assert item["id"] != "custom.fillBelowTo" or item["value"] in legends
     assert panel.get("options", {}).get("xField", next(iter(legends))) in legends
 
 
 @pytest.mark.parametrize("name", BOARDS)
 def test_variables_are_asked_of_the_chosen_data_source_and_no_two_panels_overlap(name: str) -> None:
     board = BOARDS[name]
-    variables = {each["name"]: each for each in board["templating"]["list"]}
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert list(variables) == ["datasource", "namespace", "job", {"calibration": "adapter", "service": "replica"}[name]]
     assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", "prometheus")
     for variable in list(variables.values())[1:]:

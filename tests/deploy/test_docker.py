@@ -82,8 +82,10 @@ def test_the_image_has_everything_that_the_package_asks_for() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + [each for extra in lock.EXTRAS for each in project["optional-dependencies"][extra]]
-    names = {re.split(r"[^\w-]", each, maxsplit=1)[0].lower().replace("_", "-") for each in wanted}
+    wanted = project["dependencies"] + [
+        requirement for extra in lock.EXTRAS for requirement in project["optional-dependencies"][extra]
+    ]
+    names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0].lower().replace("_", "-") for requirement in wanted}
     has = set(requirements("requirements.txt")) | {"torch"}
     assert names - has == {"triton"}  # which only a GPU uses
     assert "triton" in requirements("requirements-cuda.txt")
@@ -130,8 +132,8 @@ def test_triton_gets_its_driver_from_the_stand_in_compiler_and_nothing_else(tmp_
     source.write_text("int unused;")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CC", str(script))
-        made = build._build("cuda_utils", str(source), str(tmp_path), ["/nowhere"], [], ["libcuda.so.1"], [])
-        assert Path(made).read_bytes() == b"compiled"
+        library = build._build("cuda_utils", str(source), str(tmp_path), ["/nowhere"], [], ["libcuda.so.1"], [])
+        assert Path(library).read_bytes() == b"compiled"
         with pytest.raises(subprocess.CalledProcessError):
             build._build("another", str(source), str(tmp_path), [], [], [], [])
     refused = subprocess.run([script, "x.c", "-o", "x"], capture_output=True, text=True)
@@ -235,7 +237,10 @@ def test_compose_files_are_valid(name: str) -> None:
 def test_named_volumes_are_declared_and_folders_are_where_they_should_be() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
     sources = [
-        volume.split(":")[0] for each in compose["services"].values() for volume in each["volumes"] if "$" not in volume
+        volume.split(":")[0]
+        for service in compose["services"].values()
+        for volume in service["volumes"]
+        if "$" not in volume
     ]
     named = {source for source in sources if not source.startswith(".")}
     assert named == set(compose["volumes"])

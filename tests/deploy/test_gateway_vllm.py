@@ -10,14 +10,14 @@ import pytest
 from scalabl_server.settings import ServeSettings
 
 from scalabl.files.adapter_directory import read_config
+from tests.deploy import dockerfile
 from tests.deploy.manifests import ROOT, Object, container_of, environment_of, loose, one, pod_of, rendered
-from tests.deploy.test_ties import in_a_container
 
 OVERLAY = "overlays/gateway-vllm"
 
 
 def settings() -> ServeSettings:
-    return in_a_container(environment_of(rendered(OVERLAY)))
+    return dockerfile.settings_in_container(environment_of(rendered(OVERLAY)))
 
 
 def servers() -> dict[str, Object]:
@@ -33,13 +33,13 @@ def flags(pod: Object) -> dict[str, list[str]]:
     """vLLM's flags with their values, from a list of arguments or a shell script."""
     (container,) = pod["containers"]
     words = " ".join(container["args"]).replace("\\\n", " ").replace("=", " ").split()
-    found: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
-            values = found.setdefault(word[2:], [])
-        elif found:
+            values = flags.setdefault(word[2:], [])
+        elif flags:
             values.append(word)
-    return found
+    return flags
 
 
 def test_every_server_that_may_come_up_is_one_entry() -> None:
@@ -63,7 +63,7 @@ def test_a_server_holds_what_the_gateway_asks_of_it(kind: str) -> None:
     assert int(given["max-loras"][0]) == ours.num_samples
     assert int(given["max-cpu-loras"][0]) >= ours.num_samples + len(config.target_modules)
     (container,) = servers()[kind]["containers"]
-    variables = {each["name"]: each for each in container["env"]}
+    variables = {variable["name"]: variable for variable in container["env"]}
     assert variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]["value"] == "1"
     assert str(ours.model) in " ".join(container["args"])
     assert given["port"] == [str(container["ports"][0]["containerPort"])]
@@ -73,15 +73,15 @@ def test_a_server_holds_what_the_gateway_asks_of_it(kind: str) -> None:
 def test_both_sides_have_the_key_and_the_loras(kind: str) -> None:
     (container,) = servers()[kind]["containers"]
     secret = loose("secrets.example.yaml")[2]
-    variables = {each["name"]: each for each in container["env"]}
+    variables = {variable["name"]: variable for variable in container["env"]}
     reference: dict[str, Any] = variables["VLLM_API_KEY"]["valueFrom"]["secretKeyRef"]
     assert reference["name"] == secret["metadata"]["name"]
     assert reference["key"] in secret["stringData"]
     assert ast.literal_eval(environment_of(rendered(OVERLAY))["SCALABL_ENGINE_API_KEY"]) == {"secretKeyRef": reference}
     pods = {"gateway": (pod_of(rendered(OVERLAY)), container_of(rendered(OVERLAY))), "vllm": (servers()[kind], container)}
     claims = {}
-    for side, (pod, each) in pods.items():
-        (mount,) = [m for m in each["volumeMounts"] if m["mountPath"] == str(settings().engine_adapter_dir)]
+    for side, (pod, container) in pods.items():
+        (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == str(settings().engine_adapter_dir)]
         (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
         claims[side] = volume["persistentVolumeClaim"]["claimName"]
         assert mount.get("readOnly", False) == (side == "vllm")

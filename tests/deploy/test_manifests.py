@@ -23,8 +23,8 @@ KSERVE_KINDS = {("serving.kserve.io/v1alpha1", "ServingRuntime"), ("serving.kser
 RAY_KINDS = {("ray.io/v1", "RayCluster")}  # of whose fields nothing here has a schema; its pods are checked
 
 
-def kind_of(each: Object) -> tuple[str, str]:
-    return each["apiVersion"], each["kind"]
+def kind_of(item: Object) -> tuple[str, str]:
+    return item["apiVersion"], item["kind"]
 
 
 def everything() -> dict[str, list[Object]]:
@@ -59,14 +59,14 @@ def ray_pods() -> list[Object]:
 
 @pytest.mark.parametrize("minor", MINORS)
 def test_every_object_is_valid_to_the_field(minor: str) -> None:
-    objects = [each for objects in everything().values() for each in objects]
+    objects = [item for objects in everything().values() for item in objects]
     objects += [as_pod(rendered("kserve")), *ray_pods()]
-    known = [each for each in objects if kind_of(each) not in NODE_KINDS | KSERVE_KINDS | RAY_KINDS]
-    different = {json.dumps(each): each for each in known}.values()  # overlays have most of them in common
-    for each in different:
-        assert validator.validate(each, minor, strict=True) == minor
+    known = [item for item in objects if kind_of(item) not in NODE_KINDS | KSERVE_KINDS | RAY_KINDS]
+    different = {json.dumps(item): item for item in known}.values()  # overlays have most of them in common
+    for item in different:
+        assert validator.validate(item, minor, strict=True) == minor
     assert len(known) > 40
-    assert {each["kind"] for each in different} >= {
+    assert {item["kind"] for item in different} >= {
         "Deployment",
         "Pod",
         "HorizontalPodAutoscaler",
@@ -101,8 +101,8 @@ def _npm() -> Path:
 
 
 def test_objects_of_operators_are_valid_too() -> None:
-    objects = [each for name in OVERLAYS for each in rendered(name) if kind_of(each) in NODE_KINDS]
-    assert {kind_of(each) for each in objects} == NODE_KINDS
+    objects = [item for name in OVERLAYS for item in rendered(name) if kind_of(item) in NODE_KINDS]
+    assert {kind_of(item) for item in objects} == NODE_KINDS
     done = run_node(objects)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": valid") == len(objects)
@@ -124,7 +124,7 @@ def test_the_kserve_objects_fit_together() -> None:
     assert set(model) == MODEL
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
-    assert model["modelFormat"]["name"] in [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
+    assert model["modelFormat"]["name"] in [item["name"] for item in runtime["spec"]["supportedModelFormats"]]
     (container,) = runtime["spec"]["containers"]
     assert container["name"] == "kserve-container"  # the one that KServe sends requests to
     claim = one(rendered("base"), "PersistentVolumeClaim", "scalabl-models")
@@ -139,9 +139,9 @@ def findings(folder: Path, *arguments: str) -> list[tuple[str, str, str]]:
     assert done.returncode == 0, done.stderr
     results: list[dict[str, Any]] = json.loads(done.stdout)["Results"]
     return [
-        (result["Target"], found["ID"], found["Message"])
+        (result["Target"], finding["ID"], finding["Message"])
         for result in results
-        for found in result.get("Misconfigurations", [])
+        for finding in result.get("Misconfigurations", [])
     ]
 
 
@@ -175,8 +175,8 @@ def test_the_policies_would_find_a_breach(tmp_path: Path) -> None:
         (tmp_path / f"{check}.yaml").write_text(yaml.safe_dump(pod), encoding="utf-8")
     old = one(rendered("base"), "PodDisruptionBudget") | {"apiVersion": "policy/v1beta1"}
     (tmp_path / "KSV-0107.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
-    found = {(file, check) for file, check, _ in findings(tmp_path, "--k8s-version", f"{MINORS[-1]}.0")}
-    assert {(f"{check}.yaml", check) for check in [*BREACHES, "KSV-0107"]} <= found
+    breaches = {(file, check) for file, check, _ in findings(tmp_path, "--k8s-version", f"{MINORS[-1]}.0")}
+    assert {(f"{check}.yaml", check) for check in [*BREACHES, "KSV-0107"]} <= breaches
 
 
 def test_the_namespace_enforces_the_restricted_profile() -> None:
@@ -191,6 +191,6 @@ def test_every_file_is_part_of_something() -> None:
     named = {KUBERNETES / name for name in LOOSE}
     for path in KUBERNETES.rglob("kustomization.yaml"):
         lists = yaml.safe_load(path.read_text(encoding="utf-8"))
-        named |= {path.parent / each for each in lists.get("resources", [])}
-        named |= {path.parent / each["path"] for each in lists.get("patches", []) if "path" in each}
+        named |= {path.parent / entry for entry in lists.get("resources", [])}
+        named |= {path.parent / entry["path"] for entry in lists.get("patches", []) if "path" in entry}
     assert files <= named

@@ -23,7 +23,9 @@ SHAPES: dict[str, Callable[[Dice, int], np.ndarray]] = {
 def _numbers(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float, float]:
     """ECE, its floor and its deviation, as the recording rules of deploy/prometheus/rules/outcomes.yml have them."""
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    labels, summed, right = (np.bincount(which, each, BINS) for each in (np.ones_like(confidence), confidence, correct))
+    labels, summed, right = (
+        np.bincount(which, weights, BINS) for weights in (np.ones_like(confidence), confidence, correct)
+    )
     mean = summed / np.maximum(labels, 1)
     variance = np.maximum(labels * mean * (1 - mean), 0)
     count = labels.sum()
@@ -34,11 +36,11 @@ def _numbers(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float,
 def _windows(shape: str, count: int, distort: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """[WINDOWS, 3]: the numbers of windows of labels; `distort` turns what is true into the confidence that is told."""
     dice = np.random.default_rng(0)
-    found = []
+    numbers = []
     for _ in range(WINDOWS):
         truth = SHAPES[shape](dice, count)
-        found.append(_numbers(distort(truth), (dice.uniform(size=count) < truth).astype(float)))
-    return np.array(found)
+        numbers.append(_numbers(distort(truth), (dice.uniform(size=count) < truth).astype(float)))
+    return np.array(numbers)
 
 
 def _alerts(windows: np.ndarray) -> float:

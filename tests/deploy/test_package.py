@@ -58,7 +58,7 @@ def test_its_name_says_the_version_of_the_code(wheel: zipfile.ZipFile) -> None:
     assert (
         "scalabl = scalabl_server.cli.main:app" in wheel.read(f"scalabl-{__version__}.dist-info/entry_points.txt").decode()
     )
-    assert any(each.name == "scalabl" for each in entry_points(group="console_scripts"))
+    assert any(script.name == "scalabl" for script in entry_points(group="console_scripts"))
 
 
 def test_extras_are_the_designs() -> None:

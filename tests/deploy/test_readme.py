@@ -35,9 +35,9 @@ def after(words: list[str], *options: str) -> list[str]:
 
 
 def of(*start: str) -> list[list[str]]:
-    found = [words for words in COMMANDS if words[: len(start)] == list(start)]
-    assert found, start
-    return found
+    commands = [words for words in COMMANDS if words[: len(start)] == list(start)]
+    assert commands, start
+    return commands
 
 
 def test_no_command_is_of_another_kind() -> None:
@@ -75,19 +75,19 @@ def test_images_are_built_as_the_manifests_name_them() -> None:
     for words in of("docker", "build"):
         assert after(words, "-f") == ["docker/Dockerfile"]
         assert words[-1] == "."
-        assert {each.partition("=")[0] for each in after(words, "--build-arg")} <= set(dockerfile.arguments())
+        assert {option.partition("=")[0] for option in after(words, "--build-arg")} <= set(dockerfile.arguments())
         tags |= set(after(words, "-t"))
     assert tags == {f"scalabl:{__version__}-cpu", f"scalabl:{__version__}-cuda"}
     shown = set(re.findall(r"^\| (`[A-Z_`, ]+`) \|", PAGE, flags=re.MULTILINE))
-    assert {name for each in shown for name in re.findall(r"[A-Z_]+", each)} == set(dockerfile.arguments())
+    assert {name for option in shown for name in re.findall(r"[A-Z_]+", option)} == set(dockerfile.arguments())
 
 
 def test_the_container_is_run_with_what_the_image_needs() -> None:
     (words,) = of("docker", "run")
     assert words[-1] == f"scalabl:{__version__}-cpu"
     assert "--read-only" in words
-    assert [each.split(":")[1] for each in after(words, "-v")] == ["/models", *dockerfile.words("VOLUME")]
-    assert {each.partition("=")[0] for each in after(words, "-e")} == {"SCALABL_MODEL", "SCALABL_ADAPTER"}
+    assert [option.split(":")[1] for option in after(words, "-v")] == ["/models", *dockerfile.words("VOLUME")]
+    assert {option.partition("=")[0] for option in after(words, "-e")} == {"SCALABL_MODEL", "SCALABL_ADAPTER"}
     assert after(words, "-p") == [f"127.0.0.1:{(port := dockerfile.final('EXPOSE')[0])}:{port}"]
 
 
@@ -107,11 +107,11 @@ def test_overlays_and_files_that_are_applied_exist() -> None:
 def test_what_is_applied_first_is_what_the_loading_pod_needs(name: str) -> None:
     (label,) = {selector for words in of("kubectl", "apply") for selector in after(words, "-l")}
     key, _, value = label.partition("=")
-    first = [each for each in rendered(name) if each["metadata"].get("labels", {}).get(key) == value]
-    others = [each for each in rendered(name) if each not in first]
+    first = [item for item in rendered(name) if item["metadata"].get("labels", {}).get(key) == value]
+    others = [item for item in rendered(name) if item not in first]
     assert one(first, "Namespace")
-    assert {each["kind"] for each in first} <= {"Namespace", "PersistentVolumeClaim"}
-    assert not any(each["kind"] in ("Namespace", "PersistentVolumeClaim") for each in others)
+    assert {item["kind"] for item in first} <= {"Namespace", "PersistentVolumeClaim"}
+    assert not any(item["kind"] in ("Namespace", "PersistentVolumeClaim") for item in others)
 
 
 def test_models_are_copied_to_where_the_server_looks() -> None:
@@ -128,9 +128,9 @@ def test_models_are_copied_to_where_the_server_looks() -> None:
 
 
 def test_secrets_are_made_as_the_manifests_ask_for_them() -> None:
-    made = {}
+    keys = {}
     for words in of("kubectl", "-n", "scalabl", "create", "secret", "generic"):
         (literal,) = after(words, "--from-literal") or [words[-1].removeprefix("--from-literal=")]
-        made[words[6]] = {literal.partition("=")[0]}
-    assert made == {each["metadata"]["name"]: set(each["stringData"]) for each in loose("secrets.example.yaml")}
+        keys[words[6]] = {literal.partition("=")[0]}
+    assert keys == {secret["metadata"]["name"]: set(secret["stringData"]) for secret in loose("secrets.example.yaml")}
     assert "scalabl-api-keys" in SECTION

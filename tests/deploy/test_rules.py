@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-PROMETHEUS = ROOT / "deploy" / "prometheus"
-RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
+from tests.deploy.rules import PROMETHEUS, RULES, RUNBOOK, promtool, rules_of
+
 TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
-RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-
-
-def rules_of(path: Path) -> list[dict[str, Any]]:
-    groups = yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
-    return [rule for group in groups for rule in group["rules"]]
-
-
 ALERTS = [rule for path in RULES for rule in rules_of(path) if "alert" in rule]
 NAMES = sorted({rule["alert"] for rule in ALERTS})
-
-
-def promtool(*arguments: str | Path) -> str:
-    program = shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is missing; apt-get install prometheus")
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_promtool_accepts_the_configuration_and_every_rule() -> None:
@@ -69,8 +49,8 @@ def test_every_alert_fires_in_one_unit_test_and_stays_silent_for_another_series_
 
 
 def _objects(group: dict[str, Any]) -> int:
-    found = [re.findall(r'(?:adapter|job|instance|level)="[^"]+"', each["series"]) for each in group["input_series"]]
-    return len({tuple(labels) for labels in found})
+    labels = [re.findall(r'(?:adapter|job|instance|level)="[^"]+"', series["series"]) for series in group["input_series"]]
+    return len({tuple(pairs) for pairs in labels})
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: f"{rule['alert']}-{rule['labels']['severity']}")

@@ -32,20 +32,6 @@ COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text(encoding="
 SERVER = COMPOSE["services"]["server"]
 
 
-def settings_of(variables: dict[str, str]) -> ServeSettings:
-    """What a server makes of these variables; those that the cluster fills in have some value."""
-    values = {
-        name.removeprefix("SCALABL_").lower(): value for name, value in variables.items() if name.startswith("SCALABL_")
-    }
-    filled_in = {"outcomes_url": "postgresql://user@host/name", "threads": "4"}
-    values |= {name: filled_in.get(name, "filled-in") for name, value in values.items() if value.startswith("{'")}
-    return ServeSettings(**values)  # type: ignore[arg-type]  # text, as the environment has it
-
-
-def in_a_container(variables: dict[str, str]) -> ServeSettings:
-    return settings_of(dockerfile.environment() | variables)
-
-
 @functools.cache
 def paths(admin_port: int | None) -> dict[str, set[str]]:
     """What each port answers."""
@@ -67,7 +53,7 @@ def test_every_variable_is_a_flag_of_the_server() -> None:
         assert ours <= flags, place
     for place, variables in places.items():
         if place != "image":
-            in_a_container(variables)  # every value can be read
+            dockerfile.settings_in_container(variables)  # every value can be read
 
 
 def test_a_cluster_sets_no_variable_by_itself() -> None:
@@ -78,7 +64,7 @@ def test_a_cluster_sets_no_variable_by_itself() -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_ports_are_those_that_the_server_listens_on(name: str) -> None:
-    settings = in_a_container(environment_of(rendered(name)))
+    settings = dockerfile.settings_in_container(environment_of(rendered(name)))
     ports = {port["name"]: port["containerPort"] for port in container_of(rendered(name))["ports"]}
     if name == "kserve":
         assert ports == {"http1": settings.port}
@@ -97,7 +83,7 @@ def test_ports_are_those_that_the_server_listens_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_probes_ask_what_the_server_answers(name: str) -> None:
-    container, settings = container_of(rendered(name)), in_a_container(environment_of(rendered(name)))
+    container, settings = container_of(rendered(name)), dockerfile.settings_in_container(environment_of(rendered(name)))
     answers = paths(settings.admin_port)
     by_port = answers | {settings.port: answers["http"]}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -121,7 +107,7 @@ def test_probes_ask_what_the_server_answers(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
-    settings, container = in_a_container(environment_of(rendered(name))), container_of(rendered(name))
+    settings, container = dockerfile.settings_in_container(environment_of(rendered(name))), container_of(rendered(name))
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     readiness = container["readinessProbe"]
     assert sleep >= 5
@@ -132,7 +118,7 @@ def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
 
 
 def test_compose_waits_for_the_drain_too() -> None:
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert seconds(SERVER["stop_grace_period"]) >= settings.shutdown_timeout + LAST_WORDS_SECONDS + 5
     assert dockerfile.final("STOPSIGNAL") == ["SIGTERM"]
 
@@ -151,7 +137,7 @@ def test_whoever_runs_it_is_the_images_user() -> None:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_what_the_server_reads_and_writes_is_mounted(name: str) -> None:
-    settings, objects = in_a_container(environment_of(rendered(name))), rendered(name)
+    settings, objects = dockerfile.settings_in_container(environment_of(rendered(name))), rendered(name)
     mounts = {mount["mountPath"]: mount for mount in container_of(objects)["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod_of(objects)["volumes"]}
     assert set(volumes) == {mount["name"] for mount in mounts.values()}
@@ -166,7 +152,7 @@ def test_what_the_server_reads_and_writes_is_mounted(name: str) -> None:
     assert str(settings.adapter).startswith("/models/")
     assert str(settings.model).startswith("/models/")
     assert ("/models" in mounts) == (name != "baked")
-    claims = {each["metadata"]["name"] for each in objects if each["kind"] == "PersistentVolumeClaim"}
+    claims = {item["metadata"]["name"] for item in objects if item["kind"] == "PersistentVolumeClaim"}
     used = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
     assert used == claims
 
@@ -193,7 +179,7 @@ def test_replicas_share_a_database_and_nothing_else() -> None:
 def test_both_autoscalers_look_at_the_queue_alike() -> None:
     gauges = {family.name for family in Metrics().registry.collect() if family.type == "gauge"}
     autoscaler = one(rendered("overlays/high-availability"), "HorizontalPodAutoscaler")["spec"]
-    (metric,) = [each["pods"] for each in autoscaler["metrics"]]
+    (metric,) = [item["pods"] for item in autoscaler["metrics"]]
     assert metric["metric"]["name"] in gauges
     scaled = one(rendered("overlays/keda"), "ScaledObject")["spec"]
     (trigger,) = scaled["triggers"]
@@ -201,9 +187,9 @@ def test_both_autoscalers_look_at_the_queue_alike() -> None:
     assert trigger["metadata"]["threshold"] == metric["target"]["averageValue"]
     assert trigger["metricType"] == metric["target"]["type"]
     assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (autoscaler["minReplicas"], autoscaler["maxReplicas"])
-    assert all(each["kind"] != "HorizontalPodAutoscaler" for each in rendered("overlays/keda"))
-    for each in (autoscaler, scaled):
-        assert each["scaleTargetRef"]["name"] == one(rendered("overlays/keda"), "Deployment")["metadata"]["name"]
+    assert all(item["kind"] != "HorizontalPodAutoscaler" for item in rendered("overlays/keda"))
+    for item in (autoscaler, scaled):
+        assert item["scaleTargetRef"]["name"] == one(rendered("overlays/keda"), "Deployment")["metadata"]["name"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -217,7 +203,7 @@ def test_resources_fit_the_server(name: str) -> None:
     if gpu:
         assert environment_of(rendered(name))["SCALABL_DEVICE"] == "cuda"
         volumes = {volume["name"]: volume for volume in pod_of(rendered(name))["volumes"]}
-        (shared,) = [each for each in container["volumeMounts"] if each["mountPath"] == "/dev/shm"]
+        (shared,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
         assert volumes[shared["name"]]["emptyDir"]["medium"] == "Memory"
 
 
@@ -229,7 +215,9 @@ def test_selectors_select_the_pods() -> None:
         kinds = ("Deployment", "PodDisruptionBudget")
         selectors += [one(objects, kind)["spec"]["selector"]["matchLabels"] for kind in kinds]
         selectors.append(one(objects, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"])
-        selectors += [each["labelSelector"]["matchLabels"] for each in pod_of(objects)["topologySpreadConstraints"]]
+        selectors += [
+            constraint["labelSelector"]["matchLabels"] for constraint in pod_of(objects)["topologySpreadConstraints"]
+        ]
         assert all(selector.items() <= labels.items() for selector in selectors)
         monitored = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
         assert monitored.items() <= one(objects, "Service")["metadata"]["labels"].items()
@@ -246,7 +234,7 @@ def test_images_carry_the_packages_version() -> None:
 def test_the_health_check_asks_the_port_that_the_image_exposes() -> None:
     command, options = dockerfile.health_check()
     assert command == ["python", "-m", healthcheck.__name__]
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert dockerfile.final("EXPOSE") == [str(settings.port)]
     url = healthcheck.address(dockerfile.environment())
     assert url == f"http://127.0.0.1:{settings.port}/health/ready"
@@ -255,12 +243,12 @@ def test_the_health_check_asks_the_port_that_the_image_exposes() -> None:
 
 
 def test_the_compose_file_runs_it_as_the_dockerfile_means_it() -> None:
-    settings = in_a_container(SERVER["environment"])
+    settings = dockerfile.settings_in_container(SERVER["environment"])
     assert SERVER["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
     assert SERVER["read_only"] is True
     targets = [volume.removesuffix(":ro").rpartition(":")[2] for volume in SERVER["volumes"]]
     assert targets == ["/models", str(settings.data_dir)]
-    assert [each.partition(":")[0] for each in SERVER["tmpfs"]] == ["/tmp"]
+    assert [mount.partition(":")[0] for mount in SERVER["tmpfs"]] == ["/tmp"]
     assert dockerfile.words("VOLUME") == [str(settings.data_dir)]
     assert settings.threads == SERVER["cpus"]
     assert SERVER["build"]["args"] == {"VARIANT": "${VARIANT:-cpu}"}
@@ -280,7 +268,7 @@ def test_prometheus_and_grafana_find_what_the_compose_file_mounts() -> None:
     configuration = inside("prometheus", "/etc/prometheus/prometheus.yml")
     prometheus = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     (scraped,) = prometheus["scrape_configs"]
-    port = in_a_container(SERVER["environment"]).port
+    port = dockerfile.settings_in_container(SERVER["environment"]).port
     assert scraped["static_configs"] == [{"targets": [f"server:{port}"]}]
     assert scraped.get("metrics_path", "/metrics") in paths(None)["http"]
     (pattern,) = prometheus["rule_files"]

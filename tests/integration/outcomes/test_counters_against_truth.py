@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import random
 import shutil
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
+from tests.integration.support.offline_scores import offline_scores
 from tests.integration.support.process import write_models
 from tests.integration.support.prometheus import prometheus, query
 from tests.integration.support.replicas import Postgres, Replica, postgres, running, wait_until
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.integration
 
 PREDICTIONS = 2000
 PER_REQUEST = 100
-BINS = 15
 
 # What is left of a sum after its corrections, over all replicas.
 LEFT = "sum by ({by}) (scalabl_outcomes{what}_total - scalabl_outcomes{what}_retracted_total)"
@@ -47,33 +45,13 @@ QUERIES = {
 
 def _query(client: httpx.Client, expression: str) -> dict[str, float]:
     """Adapter -> value; empty while there is no data."""
-    return {each["metric"]["adapter"]: float(each["value"][1]) for each in query(client, expression)}
-
-
-def _offline(answers: list[dict[str, Any]], labels: list[str]) -> dict[str, float]:
-    """The same from the answers that the client got and the labels that it sent last, by numpy."""
-    choices = list(answers[0]["probabilities"])
-    probabilities = np.array([[answer["probabilities"][choice] for choice in choices] for answer in answers])
-    truth = np.array([choices.index(label) for label in labels])
-    confidence, correct = probabilities.max(1), probabilities.argmax(1) == truth
-    edges = np.linspace(0, 1, BINS + 1)
-    members = [(low <= confidence) & ((confidence < high) | (high == 1)) for low, high in itertools.pairwise(edges)]
-    gaps = [abs(correct[each].mean() - confidence[each].mean()) * each.mean() for each in members if each.any()]
-    return {
-        "labelled": len(answers),
-        "accuracy": float(correct.mean()),
-        "ece": float(sum(gaps)),
-        "brier": float(((probabilities - np.eye(len(choices))[truth]) ** 2).sum(1).mean()),
-        "log_loss": float(-np.log(probabilities[np.arange(len(truth)), truth]).mean()),
-        "predictions": len(answers),
-        "mean_confidence": float(confidence.mean()),
-    }
+    return {series["metric"]["adapter"]: float(series["value"][1]) for series in query(client, expression)}
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Postgres]:
-    with postgres() as made:
-        yield made
+    with postgres() as database:
+        yield database
 
 
 def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgres, tmp_path: Path) -> None:
@@ -90,22 +68,23 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
             """Predictions from both replicas, each labelled at either, one in four corrected at either, some sent twice."""
             for request in range(0, count, PER_REQUEST):
                 texts = ["".join(dice.choices("abcdefgh ?!", k=dice.randint(1, 30))) + "." for _ in range(PER_REQUEST)]
-                made = replicas[request // PER_REQUEST % 2].predict(texts)
-                first = [_label(each, dice) for each in made]
-                ids = [each["id"] for each in made]
+                predictions = replicas[request // PER_REQUEST % 2].predict(texts)
+                first = [_label(prediction, dice) for prediction in predictions]
+                ids = [prediction["id"] for prediction in predictions]
                 given = list(zip(ids, first, strict=True))
                 assert dice.choice(replicas).feedback(given).status_code == 200
                 final = [
-                    _label(each, dice) if dice.random() < 0.25 else label for each, label in zip(made, first, strict=True)
+                    _label(prediction, dice) if dice.random() < 0.25 else label
+                    for prediction, label in zip(predictions, first, strict=True)
                 ]
                 changed = [(name, after) for name, after, before in zip(ids, final, first, strict=True) if after != before]
                 for _ in range(2):
                     assert dice.choice(replicas).feedback(changed).status_code == 200
-                answers.extend(made)
+                answers.extend(predictions)
                 labels.extend(final)
 
         serve(PREDICTIONS // 2)
-        half = _offline(answers, labels)
+        half = offline_scores(answers, labels)
         _compare(client, half)  # before the restart as well: the counters that it must not lose
         replicas[0].kill()
         replicas[0].start()
@@ -115,10 +94,10 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
         replicas[1].start()
         replicas[1].wait()
         assert len(answers) == PREDICTIONS
-        found = _compare(client, _offline(answers, labels))
+        measured = _compare(client, offline_scores(answers, labels))
         corrections = _query(client, "sum by (adapter) (scalabl_outcomes_retracted_total)")["colours"]
         assert corrections > PREDICTIONS / 10
-        print({name: f"{value:.12f}" for name, value in found.items()}, f"{corrections:.0f} corrections")
+        print({name: f"{value:.12f}" for name, value in measured.items()}, f"{corrections:.0f} corrections")
 
 
 def _label(answer: dict[str, Any], dice: random.Random) -> str:
@@ -129,12 +108,12 @@ def _label(answer: dict[str, Any], dice: random.Random) -> str:
 def _compare(client: httpx.Client, expected: dict[str, float]) -> dict[str, float]:
     """Hold each number against the truth, once the scrapes hold everything: a correction changes no count of labels."""
 
-    def found() -> dict[str, float]:
+    def measured() -> dict[str, float]:
         return {name: _query(client, query).get("colours", math.nan) for name, query in QUERIES.items()}
 
     with contextlib.suppress(AssertionError):  # what never comes true is told below
-        wait_until(lambda: found() == pytest.approx(expected, abs=1e-9), 30, 0.2)
-    last = found()
+        wait_until(lambda: measured() == pytest.approx(expected, abs=1e-9), 30, 0.2)
+    last = measured()
     for name, value in expected.items():
         assert last[name] == pytest.approx(value, abs=1e-9), name
     return last

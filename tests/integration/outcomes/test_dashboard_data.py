@@ -27,18 +27,18 @@ def test_both_replicas_tell_the_sum_and_an_old_database_gets_its_indexes(tmp_pat
     with postgres() as database:
         replicas = [Replica(models, name, database.url) for name in "ab"]
         with running(*replicas):
-            made = [replica.predict([f"rose {n}" for n in range(60)]) for replica in replicas]
-            labels = [(answer["id"], "red") for answers in made for answer in answers[:40]]
+            answers_by_replica = [replica.predict([f"rose {n}" for n in range(60)]) for replica in replicas]
+            labels = [(answer["id"], "red") for answers in answers_by_replica for answer in answers[:40]]
             assert replicas[0].feedback(labels).status_code == 200
-            right = sum(answer["prediction"] == "red" for answers in made for answer in answers[:40])
-            found = [_data(replica) for replica in replicas]
-            assert found[0] == found[1]
-            totals = found[0]["totals"]
+            right = sum(answer["prediction"] == "red" for answers in answers_by_replica for answer in answers[:40])
+            data = [_data(replica) for replica in replicas]
+            assert data[0] == data[1]
+            totals = data[0]["totals"]
             assert totals["predictions"] == 120
-            for reliability in (totals["reliability"], found[0]["recent"]):
+            for reliability in (totals["reliability"], data[0]["recent"]):
                 assert (reliability["accuracy"]["count"], reliability["accuracy"]["total"]) == (right, 80)
-            assert found[0]["risk_coverage"]["count"] == 80
-            assert found[0]["mutual_information"]["count"] == 120
+            assert data[0]["risk_coverage"]["count"] == 80
+            assert data[0]["mutual_information"]["count"] == 120
             replicas[0].kill()
             with psycopg.connect(database.url, autocommit=True) as connection:
                 for index in INDEXES:
@@ -46,6 +46,6 @@ def test_both_replicas_tell_the_sum_and_an_old_database_gets_its_indexes(tmp_pat
                 connection.execute("UPDATE scalabl_version SET version_num = '0001'")
                 replicas[0].start()  # beside the other one, which goes on
                 replicas[0].wait()
-                assert _data(replicas[0]) == _data(replicas[1]) == found[0]
+                assert _data(replicas[0]) == _data(replicas[1]) == data[0]
                 names = {name for (name,) in connection.execute("SELECT indexname FROM pg_indexes")}
                 assert set(INDEXES) <= names

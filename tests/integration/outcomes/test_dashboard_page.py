@@ -48,9 +48,9 @@ def browser() -> Iterator[Browser]:
     if program is None:
         pytest.skip("chromium is missing; apt-get install chromium")
     with sync.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield made
-        made.close()
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +88,17 @@ def start(models: Path, name: str, **more: object) -> Any:
 @pytest.fixture(scope="module")
 def server(models: Path) -> Iterator[Served]:
     """With 600 predictions, 480 of them labelled."""
-    with start(models, "seen", store_inputs=True) as made:
+    with start(models, "seen", store_inputs=True) as server:
         dice = random.Random(1)
         for _ in range(6):
-            asked = httpx.post(f"{made.url}/predict", json={"inputs": [text(dice) for _ in range(100)]}, timeout=120)
+            asked = httpx.post(f"{server.url}/predict", json={"inputs": [text(dice) for _ in range(100)]}, timeout=120)
             answers = asked.json()["predictions"]
             labels = [
                 {"id": answer["id"], "label": answer["prediction"] if dice.random() < 0.6 else dice.choice(COLOURS)}
                 for answer in answers[:80]
             ]
-            assert httpx.post(f"{made.url}/feedback", json=labels, timeout=60).status_code == 200
-        yield made
+            assert httpx.post(f"{server.url}/feedback", json=labels, timeout=60).status_code == 200
+        yield server
 
 
 class Seen:
@@ -151,17 +151,21 @@ def axe_finds_nothing(page: Page) -> None:
     axe = pytest.importorskip("axe_playwright_python", reason="axe is missing; pip install 'scalabl[dev]'")
     source = next(Path(axe.__file__).parent.rglob("axe.min.js"))
     page.evaluate(source.read_text(encoding="utf-8"))
-    found = page.evaluate(AXE)
-    assert found["violations"] == [], json.dumps(
-        [(each["id"], each["help"], [node["html"] for node in each["nodes"]]) for each in found["violations"]], indent=1
+    report = page.evaluate(AXE)
+    assert report["violations"] == [], json.dumps(
+        [
+            (violation["id"], violation["help"], [node["html"] for node in violation["nodes"]])
+            for violation in report["violations"]
+        ],
+        indent=1,
     )
-    assert len(found["passes"]) > 10
+    assert len(report["passes"]) > 10
 
 
 def labels_in(page: Page) -> tuple[int, int]:
     """(right, labels) of the reliability diagram's bins."""
     bins = page.query_selector_all("#reliability .bin")
-    counted = [(int(each.get_attribute("data-right") or 0), int(each.get_attribute("data-of") or 0)) for each in bins]
+    counted = [(int(bar.get_attribute("data-right") or 0), int(bar.get_attribute("data-of") or 0)) for bar in bins]
     return sum(right for right, _ in counted), sum(of for _, of in counted)
 
 
@@ -190,7 +194,7 @@ def test_a_question_is_answered_with_its_uncertainty(visit: Visit, server: Serve
             assert len(row.query_selector_all("circle.dot")) == SAMPLES
         assert page.locator(".set .chip").all_inner_texts() == answer["prediction_set"]["labels"]
         assert page.locator(".badge").count() == int(answer["abstain"])
-        parts = [float(each) for each in page.locator(".parts strong").all_inner_texts()]
+        parts = [float(part) for part in page.locator(".parts strong").all_inner_texts()]
         wanted = [answer[name] for name in ("expected_entropy", "mutual_information", "entropy")]
         assert parts == pytest.approx(wanted, rel=0.01)
         assert "calibration set" in page.inner_text(".doubt")

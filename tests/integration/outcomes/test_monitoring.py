@@ -21,8 +21,8 @@ import yaml
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit
 from tests import tiny
 from tests.deploy.boards import PANELS, resolved
-from tests.deploy.test_rules import PROMETHEUS, RULES, rules_of
-from tests.integration.outcomes.test_counters_against_truth import _offline
+from tests.deploy.rules import PROMETHEUS, RULES, rules_of
+from tests.integration.support.offline_scores import offline_scores
 from tests.integration.support.prometheus import alertmanager, prometheus, query
 from tests.integration.support.replicas import Replica, postgres, running, wait_until
 
@@ -67,8 +67,11 @@ class Stack:
         for adapter in ("colours", "sure"):
             answer = self._post("/predict", {"inputs": texts, "adapter": adapter})["predictions"]
             if adapter == "colours":
-                truth = [self.dice.choices(list(p), list(p.values()))[0] for p in (each["probabilities"] for each in answer)]
-            ids = [each["id"] for each in answer]
+                truth = [
+                    self.dice.choices(list(p), list(p.values()))[0]
+                    for p in (prediction["probabilities"] for prediction in answer)
+                ]
+            ids = [prediction["id"] for prediction in answer]
             # One in ten is told wrongly at first.
             first = [self.dice.choice(list(tiny.CLASSIFICATION.choices)) if self.dice.random() < 0.1 else t for t in truth]
             for labels in (first, truth):
@@ -84,12 +87,12 @@ class Stack:
 
     def value(self, expression: str) -> float:
         """Of the one series that it gives; NaN without."""
-        found = query(self.client, expression)
-        return float(found[0]["value"][1]) if found else math.nan
+        series = query(self.client, expression)
+        return float(series[0]["value"][1]) if series else math.nan
 
     def firing(self) -> list[dict[str, str]]:
         alerts = self.client.get("/api/v1/alerts").json()["data"]["alerts"]
-        return [each["labels"] for each in alerts if each["state"] == "firing"]
+        return [alert["labels"] for alert in alerts if alert["state"] == "firing"]
 
 
 def _calibration() -> Calibration:
@@ -151,12 +154,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         exits.enter_context(running(*replicas))
         for replica in replicas:
             replica.client.headers["authorization"] = f"Bearer {KEY}"
-        made = Stack(replicas, client, alerts_to)
+        stack = Stack(replicas, client, alerts_to)
         # Its zeros first: what a counter has before it is seen is no increase.
-        wait_until(lambda: made.value("count(scalabl_outcomes_total)") == 2 * 2 * 15, 60, 0.2)
+        wait_until(lambda: stack.value("count(scalabl_outcomes_total)") == 2 * 2 * 15, 60, 0.2)
         for _ in range(LABELS // PER_REQUEST):
-            made.serve()
-        yield made
+            stack.serve()
+        yield stack
 
 
 def test_the_recorded_numbers_are_those_of_an_offline_computation(stack: Stack) -> None:
@@ -166,25 +169,25 @@ def test_the_recorded_numbers_are_those_of_an_offline_computation(stack: Stack) 
         "confidence": "mean_confidence", "brier": "brier", "log_loss_nats": "log_loss",
     }  # fmt: skip
 
-    def found(adapter: str) -> dict[str, float]:
+    def recorded_of(adapter: str) -> dict[str, float]:
         return {name: stack.value(f'adapter:scalabl_{name}:recent{{adapter="{adapter}"}}') for name in names}
 
     for adapter in ("colours", "sure"):
-        truth = _offline(stack.answers[adapter], stack.labels[adapter])
+        truth = offline_scores(stack.answers[adapter], stack.labels[adapter])
         expected = {name: pytest.approx(truth[other], rel=0.03, abs=0.003) for name, other in names.items()}
         left = " - ".join(f'sum(scalabl_outcomes{what}_total{{adapter="{adapter}"}})' for what in ("", "_retracted"))
         wait_until(lambda: stack.value(left) == truth["labelled"], 30, 0.2)  # noqa: B023  (called at once)
         with suppress(AssertionError):  # told below, by name
-            wait_until(lambda: found(adapter) == expected, 120, 0.5)  # noqa: B023
-        recorded = found(adapter)
+            wait_until(lambda: recorded_of(adapter) == expected, 120, 0.5)  # noqa: B023
+        recorded = recorded_of(adapter)
         print(adapter, {name: f"{value:.4f}, true {truth[names[name]]:.4f}" for name, value in recorded.items()})
         for name, value in recorded.items():
             assert value == expected[name], name
     floor, deviation = (
         stack.value(f'adapter:scalabl_ece_{name}:recent{{adapter="colours"}}') for name in ("floor", "deviation")
     )
-    assert abs(found("colours")["ece"] - floor) < 4 * deviation
-    assert found("sure")["ece"] > 0.1
+    assert abs(recorded_of("colours")["ece"] - floor) < 4 * deviation
+    assert recorded_of("sure")["ece"] > 0.1
 
 
 def test_every_recording_rule_returns_data(stack: Stack) -> None:
@@ -201,7 +204,7 @@ def _all_return_data(stack: Stack, queries: list[tuple[str, str]]) -> None:
 
     def complete() -> bool:
         stack.serve()
-        missing[:] = [each for each in missing if not _has_data(stack.client, each[1])]
+        missing[:] = [pair for pair in missing if not _has_data(stack.client, pair[1])]
         return not missing
 
     with suppress(AssertionError):  # told below, by name
@@ -211,16 +214,16 @@ def _all_return_data(stack: Stack, queries: list[tuple[str, str]]) -> None:
 
 
 def _has_data(client: httpx.Client, expression: str) -> bool:
-    return any(math.isfinite(float(each["value"][1])) for each in query(client, expression))
+    return any(math.isfinite(float(series["value"][1])) for series in query(client, expression))
 
 
 def test_the_adapter_that_is_too_sure_is_accused_and_the_calibrated_one_is_not(stack: Stack) -> None:
     drift = {"alertname": "ScalablCalibrationDrift", "severity": "ticket", "job": "scalabl", "adapter": "sure"}
     wait_until(lambda: drift in stack.firing(), 60, 0.2)
     firing = stack.firing()
-    print(sorted((each["alertname"], each.get("adapter", "")) for each in firing))
-    assert not [each for each in firing if each.get("adapter") == "colours"]
-    assert not [each for each in firing if each["severity"] == "page"]
+    print(sorted((alert["alertname"], alert.get("adapter", "")) for alert in firing))
+    assert not [alert for alert in firing if alert.get("adapter") == "colours"]
+    assert not [alert for alert in firing if alert["severity"] == "page"]
 
 
 def test_the_alert_reaches_alertmanager_with_its_runbook(stack: Stack) -> None:
@@ -229,7 +232,7 @@ def test_the_alert_reaches_alertmanager_with_its_runbook(stack: Stack) -> None:
 
     def arrived() -> list[dict[str, Any]]:
         alerts = httpx.get(f"http://{stack.alerts_to}/api/v2/alerts", timeout=10).json()
-        return [each for each in alerts if each["labels"]["alertname"] == "ScalablCalibrationDrift"]
+        return [alert for alert in alerts if alert["labels"]["alertname"] == "ScalablCalibrationDrift"]
 
     wait_until(lambda: bool(arrived()), 60, 0.2)
     (alert,) = arrived()

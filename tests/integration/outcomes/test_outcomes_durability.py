@@ -85,7 +85,7 @@ def test_no_acknowledged_label_is_lost_or_counted_twice(models: Path, url: str) 
             for answer in replicas[start // 100 % 2].predict(texts[start : start + 100]):
                 answers[answer["id"]] = answer
         ids = list(answers)
-        clients = [Client(n, ids[n::CLIENTS], [each.address for each in replicas]) for n in range(CLIENTS)]
+        clients = [Client(n, ids[n::CLIENTS], [replica.address for replica in replicas]) for n in range(CLIENTS)]
         for client in clients:
             client.start()
         try:
@@ -102,7 +102,7 @@ def test_no_acknowledged_label_is_lost_or_counted_twice(models: Path, url: str) 
             for client in clients:
                 client.join(60)
         assert not [said for client in clients for said in client.unexpected]
-        acknowledged, failures = (sum(getattr(each, name) for each in clients) for name in ("acknowledged", "failures"))
+        acknowledged, failures = (sum(getattr(client, name) for client in clients) for name in ("acknowledged", "failures"))
         for replica in replicas:
             replica.wait()  # its totals are on /metrics then
         histories = {name: history for client in clients for name, history in client.history.items()}
@@ -110,13 +110,13 @@ def test_no_acknowledged_label_is_lost_or_counted_twice(models: Path, url: str) 
         assert failures >= KILLS / 2, "the storm never noticed the kills"
         for name, history in histories.items():
             stored = replicas[0].client.get(f"/predictions/{name}").json()
-            assert [each["label"] for each in stored["labels"]] == history, name
+            assert [entry["label"] for entry in stored["labels"]] == history, name
             assert stored["label"] == history[-1]
 
         summed = [replica.totals() for replica in replicas]
 
         def total(metric: str) -> float:
-            return sum(each[f"scalabl_{metric}_total"] for each in summed)
+            return sum(counters[f"scalabl_{metric}_total"] for counters in summed)
 
         assert total("recorded_predictions") == PREDICTIONS
         assert total("outcomes") == sum(map(len, histories.values()))

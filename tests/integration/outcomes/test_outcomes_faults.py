@@ -171,11 +171,11 @@ def test_a_clock_that_jumps(models: Path, tmp_path: Path) -> None:
     clock.write_text("+0")
     replica = Replica(models, "jumps", f"sqlite:///{tmp_path}/outcomes.db", "--outcomes-retention-days", "1", env=env)
     with running(replica):
-        made = replica.predict(["a", "b", "c", "d"])
+        predictions = replica.predict(["a", "b", "c", "d"])
 
         def label(at: int) -> dict[str, Any]:
-            assert replica.feedback([(made[at]["id"], "red")]).json()["results"][0]["status"] == "recorded"
-            return dict(replica.client.get(f"/predictions/{made[at]['id']}").json())
+            assert replica.feedback([(predictions[at]["id"], "red")]).json()["results"][0]["status"] == "recorded"
+            return dict(replica.client.get(f"/predictions/{predictions[at]['id']}").json())
 
         label(0)
         small = replica.totals()["scalabl_label_delay_seconds_sum"]
@@ -190,8 +190,9 @@ def test_a_clock_that_jumps(models: Path, tmp_path: Path) -> None:
         label(2)
         assert replica.totals()["scalabl_label_delay_seconds_sum"] == large  # not less
         (answer,) = replica.predict("a")
-        assert answer["probabilities"] == pytest.approx(made[0]["probabilities"], abs=1e-5)
+        assert answer["probabilities"] == pytest.approx(predictions[0]["probabilities"], abs=1e-5)
         clock.write_text("+0")
         label(3)
         assert replica.totals()["scalabl_outcomes_total"] == 4
-        assert [replica.client.get(f"/predictions/{each['id']}").status_code for each in made] == [200] * 4
+        statuses = [replica.client.get(f"/predictions/{prediction['id']}").status_code for prediction in predictions]
+        assert statuses == [200] * 4

@@ -61,8 +61,8 @@ def client(base: str) -> Iterator[httpx.Client]:
     process, url = _start(base)
     try:
         _wait_until_ready(process, url)
-        with httpx.Client(base_url=url, timeout=120) as made:
-            yield made
+        with httpx.Client(base_url=url, timeout=120) as client:
+            yield client
     finally:
         process.kill()
         process.communicate()
@@ -131,7 +131,7 @@ def test_another_replica_gives_the_same_answer(client: httpx.Client, base: str) 
     try:
         _wait_until_ready(process, url)
         with httpx.Client(base_url=url, timeout=120) as other:
-            here, there = (_predict(each, inputs=IN_SCOPE)["predictions"][0] for each in (client, other))
+            here, there = (_predict(server, inputs=IN_SCOPE)["predictions"][0] for server in (client, other))
         assert there["probabilities"] == pytest.approx(here["probabilities"], abs=1e-5)
         assert there["mutual_information"] == pytest.approx(here["mutual_information"], abs=1e-5)
     finally:

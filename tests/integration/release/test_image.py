@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.processes.port import free_port
 from scalabl import __version__
 from tests.integration.support import container
 from tests.integration.support.checkout import ROOT, copy_of_checkout
 from tests.integration.support.container import Container
-from tests.integration.support.process import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -31,9 +31,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = os.environ.get("SCALABL_EXAMPLE_BASE")
     if folder is None:
         pytest.skip("SCALABL_EXAMPLE_BASE is not set; run `make integration`, which fetches the example's base model")
-    made = tmp_path_factory.mktemp("models") / "base"
-    shutil.copytree(folder, made, copy_function=shutil.copyfile)
-    return made
+    copy = tmp_path_factory.mktemp("models") / "base"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def built(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     whole, below = container.size_of(container.IMAGE), container.size_of(parent)
     print(f"{whole / 1e6:.0f} MB, {(whole - below) / 1e6:.0f} MB above its base image")
     assert whole - below < 1.6e9
-    with container.image() as made:
-        yield made
+    with container.image() as image:
+        yield image
 
 
 @pytest.fixture
@@ -71,11 +71,11 @@ def running(built: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path) -> I
         "SCALABL_SHUTDOWN_TIMEOUT": "180",
         "SCALABL_DRAIN_DELAY": "8",  # for the health check to be asked meanwhile
     }
-    made = Container(root, config, environment, {"/models/base": base, "/data": data})
+    server = Container(root, config, environment, {"/models/base": base, "/data": data})
     try:
-        yield made
+        yield server
     finally:
-        made.close()
+        server.close()
 
 
 def wait_until_ready(server: Container, seconds: float = 180) -> tuple[str, float]:
@@ -112,8 +112,8 @@ def test_it_holds_no_compiler_no_cache_and_no_build(built: tuple[Path, dict[str,
     assert not (root / "build").exists()
     assert not list((root / "opt").rglob("torch/include"))
     for folder in ("root/.cache", "var/cache/apt", "var/lib/apt/lists", "tmp", "data"):
-        found = [path for path in (root / folder).rglob("*") if path.is_file()] if (root / folder).exists() else []
-        assert found == [], folder
+        files = [path for path in (root / folder).rglob("*") if path.is_file()] if (root / folder).exists() else []
+        assert files == [], folder
     assert not list((root / "opt").rglob("*.whl"))
     assert not list((root / "opt").rglob("triton"))  # only the CUDA variant uses it
     assert sorted(path.name for path in (root / "models").iterdir()) == ["adapters", "base"]
@@ -171,9 +171,9 @@ def test_it_drains_on_its_stop_signal_and_ends_with_0(running: Container) -> Non
 
 def test_without_an_adapter_it_says_which_variable_is_missing(built: tuple[Path, dict[str, Any]], base: Path) -> None:
     root, config = built
-    made = Container(root, config, {}, {"/models/base": base})
+    server = Container(root, config, {}, {"/models/base": base})
     try:
-        assert made.process.wait(60) == 2
-        assert "--adapter" in made.log
+        assert server.process.wait(60) == 2
+        assert "--adapter" in server.log
     finally:
-        made.close()
+        server.close()

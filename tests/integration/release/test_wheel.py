@@ -15,9 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.processes.port import free_port
 from scalabl import __version__
 from tests.integration.support.checkout import ROOT, copy_of_checkout
-from tests.integration.support.process import Served, free_port, wait_until_ready, write_models
+from tests.integration.support.process import Served, wait_until_ready, write_models
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.integration.support.process import Served, free_port, served, write_models
+from benchmarks.processes.port import free_port
+from tests.integration.support.process import Served, served, write_models
 
 pytestmark = pytest.mark.integration
 
@@ -188,10 +189,10 @@ class Collector:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    collector = Collector()
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
 
 
 def ask(server: Served, inputs: str, traceparent: str | None = None) -> httpx.Response:
@@ -215,7 +216,7 @@ def test_spans_reach_a_collector_below_the_callers_span(models: Path, collector:
     for name in ("tokenize", "queue", "inference"):
         assert request.start_time_unix_nano - 1e6 <= mine[name].start_time_unix_nano <= mine[name].end_time_unix_nano
         assert mine[name].end_time_unix_nano <= request.end_time_unix_nano + 1e6
-    attributes = {each.key: each.value for each in request.attributes}
+    attributes = {attribute.key: attribute.value for attribute in request.attributes}
     assert attributes["http.response.status_code"].int_value == 200
     assert attributes["scalabl.adapter"].string_value == "colours"
     assert unsampled.headers["traceparent"].endswith("-00")

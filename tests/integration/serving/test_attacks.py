@@ -28,8 +28,8 @@ MB = 1_000_000
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = write_models(tmp_path_factory.mktemp("attacked"))
     limits = {"header_timeout": HEADER_TIMEOUT, "body_timeout": BODY_TIMEOUT, "num_samples": 4, "max_input_tokens": 120}
-    with served(folder, **limits, log_format="json") as made:
-        yield made
+    with served(folder, **limits, log_format="json") as server:
+        yield server
 
 
 @dataclass
@@ -216,7 +216,7 @@ def test_100_mb_are_refused_before_they_are_sent(server: Served) -> None:
     answer = send(server, request(chunked(*[b" " * MB] * 100), TE, length=False))
     assert (answer.status, answer.problem) == (413, "urn:scalabl:problem:body-too-large")
     with ThreadPoolExecutor(8) as pool:
-        assert {each.status for each in pool.map(lambda _: send(server, request(b" " * (100 * MB))), range(8))} == {413}
+        assert {answer.status for answer in pool.map(lambda _: send(server, request(b" " * (100 * MB))), range(8))} == {413}
     assert psutil.Process(server.process.pid).memory_info().rss - before < 50 * MB
     still_works(server)
 

@@ -24,12 +24,14 @@ def test_the_answers_are_those_of_a_base_in_one_piece(tmp_path: Path) -> None:
     answers = []
     for settings in ({}, {"device": "auto", "device_map": where}):
         with served(folder, **settings) as server:
-            found = []
+            probabilities = []
             for method in ({"method": "monte_carlo", "num_samples": 6}, {"method": "linearized"}):
                 response = httpx.post(f"{server.url}/predict", json={"inputs": INPUTS, **method}, timeout=60)
                 assert response.status_code == 200, response.text
-                found += [list(each["probabilities"].values()) for each in response.json()["predictions"]]
-            answers.append(found)
+                probabilities += [
+                    list(prediction["probabilities"].values()) for prediction in response.json()["predictions"]
+                ]
+            answers.append(probabilities)
             assert server.stop() == 0
     for one, other in zip(*answers, strict=True):
         assert one == pytest.approx(other, abs=1e-5)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.processes.port import free_port
 from tests import tiny
 from tests.integration.support import storm
 from tests.integration.support.process import Served, served, write_models
@@ -25,12 +26,12 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_models(tmp_path_factory.mktemp("life"))
-    tiny.write_adapter(made / "root" / "good", posterior_scale=0.5)
-    shutil.copytree(made / "root" / "good", made / "root" / "corrupt")
-    weights = made / "root" / "corrupt" / "adapter_model.safetensors"
+    models = write_models(tmp_path_factory.mktemp("life"))
+    tiny.write_adapter(models / "root" / "good", posterior_scale=0.5)
+    shutil.copytree(models / "root" / "good", models / "root" / "corrupt")
+    weights = models / "root" / "corrupt" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    return made
+    return models
 
 
 @pytest.fixture
@@ -149,8 +150,6 @@ def test_when_the_grace_period_ends_whoever_waits_is_told_and_the_status_says_so
 def test_a_signal_while_the_model_loads_ends_it(folder: Path) -> None:
     import subprocess
     import sys
-
-    from tests.integration.support.process import free_port
 
     port = free_port()
     arguments = ["--model", folder / "base", "--adapter", folder / "colours", "--port", port, "--device", "cpu"]

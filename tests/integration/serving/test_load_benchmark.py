@@ -29,9 +29,9 @@ def test_every_part_is_measured_and_saved(tmp_path: Path) -> None:
     client = results["client"]
     assert 0 < client["stages"]["inference_seconds"]["median"] < client["wall"]["median"]
     assert client["added"]["median"] >= client["added_inside"]["median"] > 0
-    found = results["saturation"]
-    shares = [served / alone for served, alone in zip(found["server_rounds"], found["engine_rounds"], strict=True)]
-    assert found["share_of_engine"]["median"] == pytest.approx(statistics.median(shares))
+    saturation = results["saturation"]
+    shares = [served / alone for served, alone in zip(saturation["server_rounds"], saturation["engine_rounds"], strict=True)]
+    assert saturation["share_of_engine"]["median"] == pytest.approx(statistics.median(shares))
     assert min(shares) > 0
     low, high = results["levels"]
     assert low["statuses"] == {"200": 40}

@@ -47,8 +47,10 @@ def metric(server: Served, name: str) -> float:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = write_models(tmp_path_factory.mktemp("overload"))
-    with served(folder, max_queue=8, max_batch_tokens=65536, target_batch_tokens=2048, data_dir=folder, **UNCACHED) as made:
-        yield made
+    with served(
+        folder, max_queue=8, max_batch_tokens=65536, target_batch_tokens=2048, data_dir=folder, **UNCACHED
+    ) as server:
+        yield server
 
 
 async def watched_storm(server: Served, per_second: float) -> tuple[list[storm.Answer], list[int]]:

@@ -52,8 +52,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(request: pytest.FixtureRequest, models: Path) -> Iterator[Served]:
     small = {"num_samples": 2, "max_samples": 8, "max_input_tokens": 120, "data_dir": models / f"data-{request.param}"}
     small |= {"enable_adapter_loading": True, "adapter_root": models}
-    with served(models, request.param, api_keys=f"fuzz:{KEY}", log_format="json", **small) as made:
-        yield made
+    with served(models, request.param, api_keys=f"fuzz:{KEY}", log_format="json", **small) as server:
+        yield server
 
 
 ran: list[int] = []

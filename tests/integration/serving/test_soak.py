@@ -96,8 +96,8 @@ def server(tmp_path: Path) -> Iterator[Served]:
         outcomes_max_rows=20_000,
         num_samples=32,
         log_level="warning",
-    ) as made:
-        yield made
+    ) as server:
+        yield server
 
 
 def _body(number: int) -> dict[str, Any]:
@@ -112,7 +112,7 @@ async def _ask(server: Served, soak: Soak, number: int) -> None:
     soak.count("predict", answer)
     soak.seconds.append(answer.seconds)
     if answer.status == 200 and number % 4 == 0:
-        ids = [each["id"] for each in json.loads(answer.body)["predictions"]]
+        ids = [prediction["id"] for prediction in json.loads(answer.body)["predictions"]]
         labels = [{"id": name, "label": "red"} for name in ids]
         soak.count("feedback", await post(server.port, labels, "/feedback"))
 

@@ -16,9 +16,10 @@ import httpx
 import pytest
 from transformers import LlamaConfig
 
+from benchmarks.processes.vllm import Vllm
 from tests import tiny
 from tests.integration.support.process import Served, served
-from tests.integration.support.vllm_process import Vllm, python
+from tests.integration.support.vllm_environment import python
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm]
 
@@ -43,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vllm(models: Path) -> Iterator[Vllm]:
-    with Vllm(models / "base", models / "vllm.log", max_loras=NUM_SAMPLES).up() as server:
+    with Vllm(models / "base", models / "vllm.log", python(), max_loras=NUM_SAMPLES).up() as server:
         yield server
 
 
@@ -92,26 +93,28 @@ def test_the_same_queries_through_both_engines(shared: Path, tmp_path: Path) -> 
 
     def all_of(server: Served) -> tuple[list[dict[str, Any]], float]:
         started = time.monotonic()
-        found = [
-            each for start in range(0, len(texts), 20) for each in predictions(server, inputs=texts[start : start + 20])
+        answered = [
+            prediction
+            for start in range(0, len(texts), 20)
+            for prediction in predictions(server, inputs=texts[start : start + 20])
         ]
-        return found, time.monotonic() - started
+        return answered, time.monotonic() - started
 
     with served(tmp_path, adapter, seconds=900, threads=2, warmup="quick", **common) as server:
         expected, seconds = all_of(server)
     with (
-        Vllm(Path(base), tmp_path / "vllm.log").up() as vllm,
+        Vllm(Path(base), tmp_path / "vllm.log", python()).up() as vllm,
         served(tmp_path, adapter, seconds=900, **settings(vllm, tmp_path, **common, engine_timeout=1800)) as server,
     ):
-        found, theirs = all_of(server)
-    in_probability, in_information = differences(expected, found)
+        answered, theirs = all_of(server)
+    in_probability, in_information = differences(expected, answered)
     print(
         f"\n{len(texts)} queries, K = 10: largest difference {in_probability:.2g} in a probability, {in_information:.2g} in "
         f"mutual information; {seconds:.1f} s with transformers, {theirs:.1f} s with vLLM"
     )
     assert in_probability <= 2e-3
     assert in_information <= 2e-3
-    assert [each["prediction"] for each in found] == [each["prediction"] for each in expected]
+    assert [prediction["prediction"] for prediction in answered] == [prediction["prediction"] for prediction in expected]
 
 
 def test_two_gateways_agree_and_a_killed_engine_comes_back(vllm: Vllm, models: Path) -> None:
@@ -124,11 +127,11 @@ def test_two_gateways_agree_and_a_killed_engine_comes_back(vllm: Vllm, models: P
         with ThreadPoolExecutor(4) as pool:
             storm = [pool.submit(ask, one, inputs=TEXTS) for _ in range(200)]
             deadline = time.monotonic() + 300
-            while sum(each.done() for each in storm) < 10:
+            while sum(future.done() for future in storm) < 10:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             vllm.kill()
-            answers = [each.result() for each in storm]
+            answers = [future.result() for future in storm]
         assert {answer.status_code for answer in answers} == {200, 503}
         for answer in answers:
             if answer.status_code == 200:
@@ -163,7 +166,7 @@ def test_a_server_without_one_of_the_loras_is_refused(models: Path, tmp_path: Pa
     export += ["--output", tmp_path / "loras", "--num-samples", NUM_SAMPLES]
     printed = subprocess.run(map(str, export), capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     assert len(printed) == NUM_SAMPLES + 3
-    vllm = Vllm(models / "base", tmp_path / "vllm.log", loras=printed, max_loras=NUM_SAMPLES)
+    vllm = Vllm(models / "base", tmp_path / "vllm.log", python(), loras=printed, max_loras=NUM_SAMPLES)
     with vllm.up():
         wanted = settings(vllm, tmp_path, engine_adapter_dir=tmp_path / "none")
         with served(models, **wanted) as server:

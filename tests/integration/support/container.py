@@ -58,10 +58,10 @@ def base_image() -> str:
         shutil.rmtree(root / "var/lib/apt/lists")
         shutil.rmtree(root / "var/cache/apt")
         (root / "var/lib/apt/lists").mkdir()
-        made = _run("buildah", "from", "scratch")
-        _run("buildah", "copy", made, root, "/", timeout=300)
-        _run("buildah", "commit", made, BASE, timeout=300)
-        _run("buildah", "rm", made)
+        working = _run("buildah", "from", "scratch")
+        _run("buildah", "copy", working, root, "/", timeout=300)
+        _run("buildah", "commit", working, BASE, timeout=300)
+        _run("buildah", "rm", working)
     return BASE
 
 
@@ -73,7 +73,11 @@ def _pip_mounts() -> list[str]:
     files = {Path(name).resolve() for name, _, exists in lines if exists == "True"}
     words = [word.strip("'\"") for line in _run(*pip, "list").splitlines() for word in line.partition("=")[2].split()]
     folders = [Path(urllib.parse.urlparse(word).path if word.startswith("file:") else word) for word in words]
-    named = {each.parent if each.name == "simple" else each for each in folders if each.is_absolute() and each.is_dir()}
+    named = {
+        folder.parent if folder.name == "simple" else folder
+        for folder in folders
+        if folder.is_absolute() and folder.is_dir()
+    }
     mounted = {file if file.parent == Path("/etc") else file.parent for file in files}
     return [f"{path}:{path}:ro" for path in sorted(mounted | named)]
 
@@ -165,7 +169,7 @@ class Container:
     def root_options(self) -> list[str]:
         """How the server's root is mounted."""
         fields = [line.split() for line in Path(f"/proc/{self.pid}/mountinfo").read_text().splitlines()]
-        (options,) = [each[5] for each in fields if each[4] == "/"]
+        (options,) = [field[5] for field in fields if field[4] == "/"]
         return options.split(",")
 
     def execute(self, *command: str, root: bool = False) -> subprocess.CompletedProcess[str]:

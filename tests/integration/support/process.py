@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,14 +14,8 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.processes.port import free_port
 from tests import tiny
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass
@@ -69,11 +62,11 @@ def served(
             env=environment | {"HF_HUB_OFFLINE": "1"},
         )
     admin = settings.get("admin_port")
-    made = Served(process, port, log, int(str(admin)) if admin is not None else None, settings=dict(options))
-    made.scheme = "https" if "ssl_certfile" in settings else "http"
+    server = Served(process, port, log, int(str(admin)) if admin is not None else None, settings=dict(options))
+    server.scheme = "https" if "ssl_certfile" in settings else "http"
     try:
-        wait_until_ready(made, seconds)
-        yield made
+        wait_until_ready(server, seconds)
+        yield server
     finally:
         process.kill()
         process.wait(60)

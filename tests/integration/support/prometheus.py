@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.support.process import free_port
+from benchmarks.processes.port import free_port
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.support.process import free_port
+from benchmarks.processes.port import free_port
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float = 0.02) -> None:
@@ -127,8 +127,10 @@ class Postgres:
 
     def __init__(self) -> None:
         folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-        folders += [Path(found).parent for found in [shutil.which("initdb")] if found]
-        self._bin = next((each for each in folders if (each / "initdb").exists() and (each / "pg_ctl").exists()), None)
+        folders += [Path(program).parent for program in [shutil.which("initdb")] if program]
+        self._bin = next(
+            (folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None
+        )
         if self._bin is None:
             pytest.skip("initdb and pg_ctl are missing; apt-get install postgresql")
         # PostgreSQL refuses to run as root, and pytest's own folders are closed to others.
@@ -175,9 +177,9 @@ class Postgres:
 @contextmanager
 def postgres() -> Iterator[Postgres]:
     """A running PostgreSQL; skips where it is not installed."""
-    made = Postgres()
+    database = Postgres()
     try:
-        made.start()
-        yield made
+        database.start()
+        yield database
     finally:
-        made.close()
+        database.close()

@@ -1,4 +1,7 @@
-"""What one would do otherwise: a loop over posterior samples as the published code has it, and K LoRAs in one PEFT batch."""
+"""What one would do otherwise: a loop over posterior samples as the published code has it, and K LoRAs in one PEFT batch.
+
+vLLM is in `vllm_peer`, our own methods in `features`.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +50,12 @@ class Peers:
             last_only: multiply out the vocabulary at the last position only, which the published code does not do.
         """
         ids, mask = _left_padded(sequences)
-        found = []
+        logits_by_sample = []
         for name in self.names[:num_samples]:
             self._take(name)
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=int(last_only)).logits
-            found.append(logits[:, -1, self._tokens])
-        return torch.stack(found, dim=1)
+            logits_by_sample.append(logits[:, -1, self._tokens])
+        return torch.stack(logits_by_sample, dim=1)
 
     def _take(self, name: str) -> None:
         """As `set_adapter`, which besides visits every adapter that is loaded: the published code has one."""

@@ -13,11 +13,11 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(e
 
 
 @pytest.mark.parametrize(
-    "made", [sizing.memory, sizing.throughput, sizing.balance, sizing.overhead], ids=lambda f: f.__name__
+    "table", [sizing.memory, sizing.throughput, sizing.balance, sizing.overhead], ids=lambda f: f.__name__
 )
-def test_the_page_has_the_tables_that_the_command_prints(made: object) -> None:
-    assert callable(made)
-    assert made() in PAGE
+def test_the_page_has_the_tables_that_the_command_prints(table: object) -> None:
+    assert callable(table)
+    assert table() in PAGE
 
 
 @pytest.mark.parametrize("base", sizing.BASES, ids=lambda base: base.name)

@@ -1,4 +1,4 @@
-"""Figures of `benchmarks.serving`, from the JSON that it leaves, with matplotlib (the `plots` extra)."""
+"""The figures of `benchmarks.serving`, drawn from its numbers with matplotlib (the `plots` extra)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.load.figure import load_figure
 
 
 def save_figures(results: dict[str, Any], folder: Path) -> list[Path]:
     """One PNG for each part that was measured."""
-    drawn = {
+    figures = {
         "brute": _brute,
         "trunk": partial(_ratios, without="the shared trunk"),
         "prefix": partial(_ratios, without="the prefix cache"),
         "memory": _memory,
-        "load": _load,
+        "load": load_figure,
     }
     saved = []
-    for part, draw in drawn.items():
+    for part, draw in figures.items():
         if rows := results.get(part):
             path = folder / f"serving-{part}.png"
             draw(rows).savefig(path, dpi=120)
@@ -34,7 +35,7 @@ def _brute(rows: Sequence[dict[str, Any]]) -> Figure:
     """Seconds per input against K, a panel for each length, a line for each method."""
     kinds = list(dict.fromkeys(row["prompts"] for row in rows))
     figure = Figure(figsize=(4.2 * len(kinds), 4.2), layout="constrained")
-    for axes, kind in zip(_panels(figure, len(kinds)), kinds, strict=True):
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         of_kind = [row for row in rows if row["prompts"] == kind]
         for name in of_kind[0]["methods"]:
             counts = [row["num_samples"] for row in of_kind]
@@ -69,7 +70,7 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Figure:
     """MiB of a pass beyond what the process holds, against K."""
     kinds = list(dict.fromkeys(row["prompts"] for row in rows))
     figure = Figure(figsize=(4.2 * len(kinds), 3.8), layout="constrained")
-    for axes, kind in zip(_panels(figure, len(kinds)), kinds, strict=True):
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             chosen = [row for row in rows if (row["prompts"], row["method"]) == (kind, method)]
             held = statistics.median(row["held_mib"] for row in chosen)
@@ -79,35 +80,3 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3, which="both")
     return figure
-
-
-def _load(found: dict[str, Any]) -> Figure:
-    """Latency and answers in time against offered load, and the memory of the soak; a panel for each that was measured."""
-    levels, soak = found.get("levels", []), found.get("soak")
-    count = 2 * bool(levels) + bool(soak)
-    figure = Figure(figsize=(4.6 * max(1, count), 3.8), layout="constrained")
-    panels = iter(_panels(figure, max(1, count)))
-    if levels:
-        axes, shares = next(panels), [row["share"] for row in levels]
-        for name in ("median", "p95", "p99"):
-            axes.plot(shares, [1000 * row["seconds"][name] for row in levels], "o-", label=name, markersize=4)
-        axes.set(xlabel="offered load, % of saturation", ylabel="latency from when it was due (ms)", yscale="log")
-        axes.legend(fontsize=8)
-        axes = next(panels)
-        offered = [row["offered"] for row in levels]
-        axes.plot(offered, offered, "--", color="tab:grey", label="offered")
-        axes.plot(offered, [row["goodput"] for row in levels], "o-", label="answered in time", markersize=4)
-        axes.set(xlabel="offered requests per second", ylabel="requests per second")
-        axes.legend(fontsize=8)
-    if soak:
-        axes = next(panels)
-        memory = [rss / 2**20 for _, rss in soak["rss"]]
-        axes.plot([at / 1000 for at, _ in soak["rss"]], memory, "o-", markersize=3)
-        axes.set(xlabel="thousands of requests answered", ylabel="resident memory (MiB)", ylim=(0, 1.2 * max(memory)))
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def _panels(figure: Figure, count: int) -> list[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0])

@@ -1,4 +1,7 @@
-"""K posterior samples as K requests to a vLLM server, each for a LoRA of its own: what one would do without a gateway."""
+"""K posterior samples as K requests to a vLLM server, each for a LoRA of its own: what one would do without a gateway.
+
+Starting the server is in `benchmarks.processes`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ import torch
 from scalabl_server.engines.vllm.client import VllmClient
 from torch import Tensor
 
+from benchmarks.processes.vllm import Vllm
 from scalabl.base.pretrained import load_skeleton
 from scalabl.files.sample_loras import SampleLoras
 from scalabl.model.posterior import DEFAULT_SCHEME
 from scalabl.prompt import Prompter
-from tests.integration.support.vllm_process import Vllm
 
 TIMEOUT = 600.0
 ROOM = 32  # tokens of a prompt beyond the longest that is asked
@@ -34,8 +37,8 @@ class VllmPeer:
     def run(self, sequences: Sequence[Sequence[int]], num_samples: int) -> Tensor:
         """K requests at once, of B prompts each: [B, K, C], log-probabilities where the others give logits."""
         with ThreadPoolExecutor(num_samples) as clients:
-            asked = [clients.submit(self.client.score, name, sequences, self.tokens) for name in self.names[:num_samples]]
-            return torch.stack([each.result() for each in asked], dim=1)
+            requests = [clients.submit(self.client.score, name, sequences, self.tokens) for name in self.names[:num_samples]]
+            return torch.stack([request.result() for request in requests], dim=1)
 
 
 @contextmanager
@@ -57,11 +60,11 @@ def vllm_peer(
         server = Vllm(
             Path(model),
             folder / "vllm.log",
+            python,
             modules,
             max_loras=num_samples,
             max_tokens=longest + ROOM,
             more=("--no-enable-prefix-caching",),  # the same prompts come again and again
-            interpreter=python,
         )
         with server.up():
             client = VllmClient(server.url, None, TIMEOUT)

@@ -1,4 +1,4 @@
-"""A client that is cheap beside the server that it measures, and that server: a process of its own.
+"""A client that costs little beside the server that it measures. Starting that server is in `benchmarks.processes`.
 
 Raw HTTP over connections that stay open; of an answer only the status is read. The client shares the machine's cores with
 the server: what it costs, tens of microseconds a request, is in what it measures.
@@ -8,18 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -119,67 +111,8 @@ class Client:
         return answers
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server that is ready. `log`: its standard error, one JSON object a line."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    def requests(self) -> list[dict[str, object]]:
-        """The log's lines about predictions."""
-        lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-        return [line for line in lines if line.get("route") == "/predict"]
-
-    def get(self, path: str) -> bytes:
-        """The body of an answer."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
-            content: bytes = response.read()
-        return content
-
-    def rss(self) -> int:
-        """Resident bytes."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def serving(folder: Path, seconds: float = 300, **settings: object) -> Iterator[Server]:
-    """`scalabl serve` with these settings, until the context ends. What it keeps and says lies in `folder`.
-
-    Raises:
-        RuntimeError: it has ended, or is not ready in so many seconds.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    flags = {"port": port, "data_dir": folder, "log_format": "json"} | settings
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SCALABL_")}
-    log = folder / "server.log"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "scalabl_server.cli", "serve", *arguments], stderr=errors, env=environment
-        )
-    server = Server(process, port, log)
-    try:
-        deadline = time.monotonic() + seconds
-        while not _is_ready(server):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server is not ready; its log says:\n{log.read_text(encoding='utf-8')[-3000:]}")
-            time.sleep(0.1)
-        yield server
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _is_ready(server: Server) -> bool:
-    try:
-        server.get("/health/ready")
-    except (urllib.error.URLError, OSError):
-        return False
-    return True
+def expect_statuses(answers: Sequence[Answer], allowed: set[int]) -> None:
+    """Raise a RuntimeError if any answer has another status."""
+    counts = Counter(answer.status for answer in answers)
+    if not set(counts) <= allowed:
+        raise RuntimeError(f"answers other than {sorted(allowed)}: {dict(counts)}")
