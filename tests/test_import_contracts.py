@@ -18,6 +18,7 @@ FOLDERS = (
     "server/scalabl_server",
     "benchmarks",
     "deploy/grafana",
+    "deploy/reference",
     "examples/intent_router",
 )
 PACKAGES = tuple(folder.removeprefix("kernels/").removeprefix("server/").replace("/", ".") for folder in FOLDERS)
