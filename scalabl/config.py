@@ -1,6 +1,6 @@
 """The contents of an adapter's `adapter_config.json` as typed, validated models.
 
-Reading it from a file is in `files.adapter_directory`.
+The file itself is read and written in `files.adapter_directory`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
-Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # of a base model's linear layers
+Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -28,10 +28,11 @@ MULTIPLE_CHOICE_TEMPLATE = (
 class Task(BaseModel):
     """How a text becomes a prompt, and which tokens stand for the choices.
 
-    `classification` has fixed choices; `multiple_choice` takes them from each request and letters them, so that here
-    `choices` are the letters. `template` holds `{input}` and, for multiple choice, `{choices}`.
+    `classification` has fixed choices. In `multiple_choice` each request brings its own choices, which the prompt labels
+    with letters; here `choices` are these letters. `template` contains `{input}` and, for multiple choice, `{choices}`.
     `choice_prefix` is the text between the prompt and the choice (a space after "Label:", say, or the first characters of
-    a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice, that the head is cut to.
+    a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice; only their rows of the model's
+    output head are used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,18 +57,20 @@ class Task(BaseModel):
         if unknown:
             raise ValueError(f"template has an unknown placeholder {{{unknown[0]}}}; use {{input}} and {{choices}}")
         if "input" not in fields:
-            raise ValueError("template has no {input} placeholder, so every input would get the same answer")
+            raise ValueError("template has no {input} placeholder, so every input would get the same answer; add it")
         return template
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         if self.kind == "multiple_choice" and "{choices}" not in self.template:
-            raise ValueError("template has no {choices} placeholder, which multiple_choice needs")
+            raise ValueError("template has no {choices} placeholder, which multiple_choice needs; add it")
         if len(set(self.choices)) != len(self.choices):
-            raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice")
+            raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice; rename one")
         if self.choice_tokens is not None:
             if len(self.choice_tokens) != len(self.choices):
-                raise ValueError(f"choice_tokens has {len(self.choice_tokens)} entries for {len(self.choices)} choices")
+                raise ValueError(
+                    f"choice_tokens has {len(self.choice_tokens)} entries for {len(self.choices)} choices; it needs one each"
+                )
             seen: dict[int, str] = {}
             for choice, token in zip(self.choices, self.choice_tokens, strict=True):
                 if token in seen:
@@ -81,7 +84,7 @@ def _first_repeated(items: tuple[str, ...]) -> str:
 
 
 class CalibrationData(BaseModel):
-    """The held-out file: `fit_rows` chose posterior scale and temperature, `threshold_rows` the thresholds."""
+    """The held-out data: `fit_rows` of its rows fitted posterior scale and temperature, `threshold_rows` the thresholds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -93,10 +96,11 @@ class CalibrationData(BaseModel):
 
 
 class Abstention(BaseModel):
-    """No answer where the doubt `score` is above `threshold` (`confidence` stands for one minus it).
+    """The abstention rule: an input gets no answer when its doubt score is above `threshold`.
 
-    On the threshold rows `coverage` of the inputs were answered, `achieved_risk` of these wrongly; with `confidence` the
-    true share of wrong answers is at most `risk_bound`, which is at most `target_risk`.
+    `score` names the doubt score; the score `confidence` means 1 - confidence. `coverage` is the share of the threshold
+    rows that were answered, `achieved_risk` the share of wrong answers among these. With probability `confidence` the true
+    share of wrong answers is at most `risk_bound`, which is at most `target_risk`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -111,7 +115,7 @@ class Abstention(BaseModel):
 
 
 class Fit(BaseModel):
-    """NLL (nats) and ECE (15 bins) on the threshold rows."""
+    """Negative log-likelihood (nats) and expected calibration error (15 bins) on the threshold rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -120,11 +124,11 @@ class Fit(BaseModel):
 
 
 class Calibration(BaseModel):
-    """What `scalabl calibrate` found, beside `posterior_scale` and `temperature`.
+    """The results of `scalabl calibrate`, except `posterior_scale` and `temperature`.
 
-    It holds for the draws it was made with: `num_samples`, `seed`, `draw_scheme`. `thresholds` are by method and level
-    ("0.9"); `quantiles` of mutual information and entropy by probability, as a reference to tell drift by; `before` is with
-    scale and temperature 1.
+    They hold for the posterior draws that were used: `num_samples`, `seed`, `draw_scheme`. `thresholds` has a threshold for
+    each set method and level (such as "0.9"). `quantiles` has quantiles of mutual information and entropy by probability, a
+    reference for detecting drift. `before` was measured with scale and temperature 1, `after` with the fitted values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -143,14 +147,14 @@ class Calibration(BaseModel):
     @model_validator(mode="after")
     def _method_has_levels(self) -> Self:
         if not self.thresholds.get(self.method):
-            raise ValueError(f"calibration has no thresholds for its method {self.method!r}")
+            raise ValueError(f"calibration has no thresholds for its method {self.method!r}; run scalabl calibrate again")
         for level in (level for levels in self.thresholds.values() for level in levels):
             try:
-                known = 0 < float(level) < 1 and f"{float(level):g}" == level
+                valid = 0 < float(level) < 1 and f"{float(level):g}" == level
             except ValueError:
-                known = False
-            if not known:
-                raise ValueError(f"calibration has thresholds for the level {level!r}; a level is a number like '0.9'")
+                valid = False
+            if not valid:
+                raise ValueError(f"calibration has the level {level!r}; a level is a number between 0 and 1 like '0.9'")
         return self
 
     @property
@@ -160,16 +164,16 @@ class Calibration(BaseModel):
 
     @property
     def default_level(self) -> str:
-        """0.9 where it was calibrated, else the first one."""
+        """The level 0.9 if it was calibrated, else the first one."""
         return "0.9" if "0.9" in self.levels else next(iter(self.levels))
 
 
 class AdapterConfig(BaseModel):
-    """The contents of `adapter_config.json`: PEFT's field names where PEFT has one.
+    """The contents of `adapter_config.json`, with PEFT's field names where PEFT has such a field.
 
-    `prior_std` is the standard deviation of p(s); `posterior_scale` (tau) multiplies sigma and `temperature` divides the
-    logits, both set by calibration, whose thresholds are under `calibration`. `layers_to_transform` limits the adapted
-    decoder layers (None: all of them); it does not concern the head, which is adapted when `target_modules` names it.
+    `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
+    divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
+    It does not apply to the output head, which is adapted when `target_modules` names it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

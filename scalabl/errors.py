@@ -1,8 +1,8 @@
-"""The errors that the method raises on purpose. Each message names what is wrong and what to do about it."""
+"""The exceptions that ScalaBL raises for wrong input, files or settings. A message says what is wrong and what to do."""
 
 
 class ScalaBLError(Exception):
-    """Base of the errors below."""
+    """The base class of all exceptions below."""
 
 
 class AdapterError(ScalaBLError):
@@ -12,7 +12,7 @@ class AdapterError(ScalaBLError):
 class PromptError(ScalaBLError, ValueError):
     """A task, its choices or an input that cannot be turned into a prompt.
 
-    `field` is the part of a request or a row that is wrong (`inputs`, `choices`), None when it is the task itself.
+    `field` names the wrong part of a request or data row (`inputs`, `choices`). It is None when the task itself is wrong.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -21,7 +21,7 @@ class PromptError(ScalaBLError, ValueError):
 
 
 class InputTooLongError(PromptError):
-    """An input whose prompt has more tokens than are allowed."""
+    """An input whose prompt has more tokens than the limit allows."""
 
     def __init__(self, tokens: int, limit: int) -> None:
         super().__init__(
@@ -33,7 +33,7 @@ class InputTooLongError(PromptError):
 
 
 class DatasetError(ScalaBLError, ValueError):
-    """A data file with a row that cannot be used; the message gives file and line."""
+    """A data file that cannot be read or has an invalid row; for a row, the message gives file and line."""
 
 
 class BaseModelError(ScalaBLError):
@@ -41,4 +41,4 @@ class BaseModelError(ScalaBLError):
 
 
 class CalibrationError(ScalaBLError):
-    """Held-out data that cannot give what was asked of it: too few rows for a level, or no threshold for a risk."""
+    """Held-out data that do not suffice: too few rows for a coverage level, or no threshold that reaches a target risk."""

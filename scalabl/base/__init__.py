@@ -1,1 +1,1 @@
-"""The base model before any adapter: loading, devices, precision, memory. Nothing here knows of adapters."""
+"""The base model without adapters: loading, devices, precision, memory. Adapters are attached in `model`."""

@@ -1,7 +1,8 @@
-"""Where the parts of a base model compute when it lies on several devices, or in part in memory or on disk (`--device-map`).
+"""Device maps (`--device-map`): a base model spread over several devices, with parts perhaps in main memory or on disk.
 
-accelerate brings inputs and offloaded weights to the device where a part computes, by hooks on its forward. What an adapter
-adds to a part has no such hooks: it is made where the part computes, and follows what the part gives.
+accelerate moves inputs and offloaded weights to the device on which a module computes, with hooks on the module's forward.
+An adapter's layers have no such hooks, so they must be created on the device where the adapted module computes. Loading the
+model is in `pretrained`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import nn
 
 from scalabl.errors import BaseModelError
 
-AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's own ways to divide a model
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's strategies for dividing a model
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where they come to for each pass."""
+    """The device on which a module computes: where its weights are, or where accelerate moves them for each pass."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         device = getattr(part, "execution_device", None)
@@ -32,13 +33,13 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def is_divided(base: nn.Module) -> bool:
-    """Whether a base model was loaded by a device map of more than one part."""
+    """Whether a base model was loaded with a device map of more than one part."""
     return len(getattr(base, "hf_device_map", {})) > 1
 
 
 @contextmanager
 def weights_of(module: nn.Module) -> Iterator[None]:
-    """A module's own weights can be read within, also those that are on disk."""
+    """Within this context a module's own weights can be read, even if they are offloaded to disk."""
     if getattr(module, "_hf_hook", None) is None:
         yield
         return
@@ -49,10 +50,12 @@ def weights_of(module: nn.Module) -> Iterator[None]:
 
 
 def read_device_map(given: str) -> str | dict[str, int | str]:
-    """What `--device-map` says: one of `AUTOMATIC`, or a JSON file: module names and their devices (a number, a name, disk).
+    """Read the value of `--device-map`: one of `AUTOMATIC`, or the path of a JSON file.
+
+    The file maps module names to devices: a GPU number, a device name or "disk".
 
     Raises:
-        BaseModelError: neither, a device that is not there, or accelerate is missing.
+        BaseModelError: it is neither of the two, a device cannot be used, or accelerate is not installed.
     """
     if find_spec("accelerate") is None:
         raise BaseModelError("a device map needs the package accelerate; install it with: pip install accelerate")
@@ -61,31 +64,33 @@ def read_device_map(given: str) -> str | dict[str, int | str]:
     try:
         device_map = json.loads(Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        ways = ", ".join(AUTOMATIC)
-        raise BaseModelError(f"device map {given!r}: neither {ways} nor a file that can be read as JSON: {error}") from None
+        strategies = ", ".join(AUTOMATIC)
+        raise BaseModelError(
+            f"device map {given!r} is neither one of {strategies} nor a readable JSON file: {error}"
+        ) from None
     if not isinstance(device_map, dict) or not device_map:
-        raise BaseModelError(f"device map {given!r}: an object is needed, of module names and their devices")
+        raise BaseModelError(f"device map {given!r} must be a JSON object that maps module names to devices")
     for name, device in device_map.items():
         if isinstance(device, bool) or not isinstance(device, int | str):
             raise BaseModelError(
-                f"device map {given!r}: {name!r} has {device!r}; a number, a device's name or disk is needed"
+                f"device map {given!r}: the device of {name!r} is {device!r}; use a GPU number, a device name or disk"
             )
         if device != "disk":
-            _check(given, name, device)
+            _check_device(given, name, device)
     return device_map
 
 
 def left_out(base: nn.Module, device_map: dict[str, int | str]) -> str | None:
-    """The first tensor of a base model that a map does not place; transformers would leave it in memory."""
+    """The first tensor of a base model that a device map does not place; transformers would leave it in main memory."""
     for name, _ in (*base.named_parameters(), *base.named_buffers()):
         if not any(not part or name == part or name.startswith(f"{part}.") for part in device_map):
             return name
     return None
 
 
-def _check(given: str, name: str, device: int | str) -> None:
+def _check_device(given: str, name: str, device: int | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise BaseModelError(f"device map {given!r}: {name!r} is on {device!r}, which cannot be used: {first}") from None
+        raise BaseModelError(f"device map {given!r}: the device {device!r} of {name!r} cannot be used: {first}") from None

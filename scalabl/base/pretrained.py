@@ -1,4 +1,7 @@
-"""Loading a base model and its tokenizer with transformers: device, dtype, precision, safe weight formats, clear errors."""
+"""Loading a base model and its tokenizer with transformers: device, dtype, quantization, safe weight formats, clear errors.
+
+Device maps are in `placement`, int8 layers in `int8`.
+"""
 
 from __future__ import annotations
 
@@ -37,19 +40,19 @@ class Pretrained:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # the longest prompt that the model was made for
+    max_tokens: int  # the longest prompt that the model supports
 
     @property
     def device(self) -> torch.device:
-        """Where a pass begins; the whole model is there unless a device map divides it."""
+        """The device on which a pass begins. The whole model is on it, unless a device map divides the model."""
         return device_of(self.model.get_input_embeddings())
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is a GPU when there is one.
+    """The torch device of a name; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        BaseModelError: the device is unknown or absent.
+        BaseModelError: the device is unknown or not available.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,17 +65,17 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it and float32 elsewhere (CPUs without bf16 units crawl through it)."""
+    """The torch dtype of a name; `auto` is bfloat16 on GPUs that have it, else float32 (bfloat16 is slow on most CPUs)."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return DTYPES[dtype]
 
 
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model's modules and shapes without its weights (on the meta device), and its tokenizer.
+    """A base model's modules and shapes without its weights (on torch's meta device), and its tokenizer.
 
     Raises:
-        BaseModelError: as `load_pretrained`, but for the weights.
+        BaseModelError: as for `load_pretrained`, except for errors of the weights.
     """
     with _load_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -88,7 +91,7 @@ def _load_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "" if Path(name).is_dir() else "; it is not a folder here, so it was looked up as a hub id"
+        hint = "" if Path(name).is_dir() else "; no folder has that name, so it was looked up as a Hugging Face hub id"
         raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
 
 
@@ -103,19 +106,19 @@ def load_pretrained(
     quantization: Quantization | None = None,
     device_map: str | None = None,
 ) -> Pretrained:
-    """A causal language model and its tokenizer from a hub id or a folder; weights only as safetensors or GGUF.
+    """Load a causal language model and its tokenizer from a hub id or a folder, from safetensors or GGUF weights.
 
-    On a CPU the process then keeps what its passes free; see `heap`.
+    On a CPU this also makes the process keep memory that passes free; see `heap`.
 
     Args:
-        gguf_file: a file of the model; its weights are de-quantised to `dtype`.
-        allow_pickle: also accept weights that are PyTorch pickles; transformers reads them with `weights_only`.
-        quantization: of the linear layers' weights but the head's: int8 on a CPU, or bitsandbytes', made for GPUs.
-        device_map: how the model is divided over devices, in place of `device`; see `placement.read_device_map`.
+        gguf_file: name of a GGUF file of the model; its weights are converted to `dtype`.
+        allow_pickle: also accept weights in PyTorch's pickle format; transformers reads them with `weights_only`.
+        quantization: of all linear layers except the head: int8 on a CPU, or one of bitsandbytes' for GPUs.
+        device_map: how to divide the model over devices, instead of `device`; see `placement.read_device_map`.
 
     Raises:
-        BaseModelError: the name leads nowhere, is not a causal language model, has no safetensors weights, or cannot be
-            had in this precision.
+        BaseModelError: the model does not exist, is not a causal language model, has no safetensors weights, or cannot be
+            loaded with this device, device map or quantization.
     """
     where = resolve_device(device)
     weights: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "use_safetensors": None if allow_pickle else True}
@@ -132,10 +135,13 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **weights, **source)
-    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and a warning
-        raise BaseModelError(f"the base model {name!r} comes without {len(missing)} of its weights, the first {missing[0]}")
+    if missing := sorted(loading["missing_keys"]):  # transformers would only warn and fill them with random numbers
+        raise BaseModelError(
+            f"the files of the base model {name!r} lack {len(missing)} of its weights, first {missing[0]}; "
+            "use a complete copy of the model"
+        )
     if isinstance(parts := weights.get("device_map"), dict) and (left := left_out(model, parts)):
-        raise BaseModelError(f"device map {device_map!r} says nothing of {left!r}; name it, or a module that holds it")
+        raise BaseModelError(f"device map {device_map!r} does not place {left!r}; add it, or a module that contains it")
     if "device_map" not in weights:
         model.to(where)
     model.requires_grad_(False).eval()
@@ -158,12 +164,12 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
 
 
 def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that a base model was made for."""
+    """The largest number of tokens that the base model and its tokenizer support."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     return min(int(limit) for limit in limits if limit)
 
 
 def output_head(model: PreTrainedModel) -> tuple[str, int]:
-    """The name of a base model's output head and its number of rows, the vocabulary; ("", 0) for a model without one."""
+    """(name, number of rows) of a base model's output head, which has a row for each token; ("", 0) if there is none."""
     head = model.get_output_embeddings()
     return next(((name, head.weight.shape[0]) for name, module in model.named_modules() if module is head), ("", 0))

@@ -1,1 +1,1 @@
-"""Files on disk: adapter directories, conversions from other projects, exports. Nothing here computes an answer."""
+"""Files on disk: adapter directories, import from and export to other formats. Nothing here computes predictions."""

@@ -1,4 +1,7 @@
-"""Adapter directories: reading with every check, writing, and loading onto a base model. Nothing is ever unpickled."""
+"""Adapter directories: validated reading, writing, and loading onto a base model. Nothing is ever unpickled.
+
+Other projects' formats are in `bayesadapt`, `peft_import` and `peft_export`.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """`adapter_config.json` of an adapter directory.
+    """Read the `adapter_config.json` of an adapter directory.
 
     Raises:
-        AdapterError: the file is missing, is not JSON or holds a wrong field; the message names it.
+        AdapterError: the file is missing, is not JSON or has an invalid field; the message names the field.
     """
     path = folder / CONFIG_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {CONFIG_FILE}; an adapter is a folder with it and {WEIGHTS_FILE}") from None
+        raise AdapterError(f"{folder} has no {CONFIG_FILE}; an adapter folder needs it and {WEIGHTS_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(raw, dict) and raw.get("peft_type", "SCALABL") != "SCALABL":
@@ -51,87 +54,91 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of `adapter_model.safetensors`, in float32.
 
     Raises:
-        AdapterError: the file is missing or not safetensors.
+        AdapterError: the file is missing or is not in the safetensors format.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}; an adapter folder needs it and {CONFIG_FILE}")
     try:
-        # Not `load_file`: it leaks every tensor's name (safetensors 0.8), which adds up where adapters come and go.
+        # Not `load_file`: safetensors 0.8 leaks the name of every tensor, which adds up when adapters are often loaded.
         return {name: tensor.float() for name, tensor in load(path.read_bytes()).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a safetensors file: {error}") from None
 
 
 def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy an adapter's tensors into a model, all of them or none.
+    """Copy an adapter's tensors into a model. If any tensor is invalid, nothing is copied.
 
     Raises:
-        AdapterError: a tensor is missing, surplus, misshapen or not finite, or a sigma is not above 0.
+        AdapterError: a tensor is missing, has an unknown name, a wrong shape or values that are not finite, or a sigma is
+            not above 0.
     """
     parameters = model.adapter_parameters()
-    surplus = sorted(weights.keys() - parameters.keys())
-    if surplus:
-        module = surplus[0].rpartition(".")[0]
-        raise AdapterError(f"tensor {surplus[0]!r} has no place: {module!r} is not an adapted module of the base model")
+    unknown = sorted(weights.keys() - parameters.keys())
+    if unknown:
+        module = unknown[0].rpartition(".")[0]
+        raise AdapterError(
+            f"tensor {unknown[0]!r} cannot be loaded: {module!r} is not a module of the base model that {CONFIG_FILE} adapts"
+        )
     for name, parameter in parameters.items():
         if name not in weights:
             raise AdapterError(f"tensor {name!r} is missing from {WEIGHTS_FILE}")
         tensor = weights[name]
         if tensor.shape != parameter.shape:
             raise AdapterError(
-                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need {list(parameter.shape)}"
+                f"tensor {name!r} has shape {list(tensor.shape)}; the base model and {CONFIG_FILE} require "
+                f"{list(parameter.shape)}"
             )
         if name.endswith(".s_log_std"):
             sigma = tensor.exp()
             if bool((sigma <= 0).any()):
-                raise AdapterError(f"tensor {name!r} holds a sigma that is not above 0 (log {float(tensor.min())})")
+                raise AdapterError(f"tensor {name!r} has a sigma that is not above 0 (ln sigma is {float(tensor.min())})")
             if not bool(torch.isfinite(sigma).all()):
-                raise AdapterError(f"tensor {name!r} holds a sigma that is not finite (log {float(tensor.max())})")
+                raise AdapterError(f"tensor {name!r} has a sigma that is not finite (ln sigma is {float(tensor.max())})")
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"tensor {name!r} holds values that are not finite")
+            raise AdapterError(f"tensor {name!r} has values that are not finite")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
 def check_effect(model: ScalaBLModel) -> None:
-    """Refuse an adapter that changes no logit: two draws on a probe equal the base model's logits to the last bit.
+    """Check that an adapter changes the base model's logits, on a short test prompt under two draws.
 
     Raises:
-        AdapterError: nothing changed, or the logits are not finite.
+        AdapterError: the logits equal the base model's to the last bit, or they are not finite.
     """
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     probe = [(7 * i + 3) % vocabulary for i in range(8)]
-    # The scheme that reaches any number of scalars.
+    # Antithetic draws work for any number of scalars; Sobol draws do not.
     adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
     if not bool(torch.isfinite(adapted).all()):
         raise AdapterError(
             "the adapter gives logits that are not finite; its values are too large for the base model's dtype"
         )
-    # As many rows in both passes: a product of another shape may round otherwise.
+    # Two rows, as in the pass above: a matrix product of another shape may round differently.
     if torch.equal(adapted[0], model.base_logits(TokenBatch.of([probe, probe]))):
-        raise AdapterError("the adapter changes no logit of the base model; it was saved before training, or scaled to zero")
+        raise AdapterError("the adapter changes no logit of the base model; was it saved before training or scaled to 0?")
 
 
 def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
-    """The adapter of a directory over a base model, not attached yet and its effect not checked.
+    """Read an adapter directory for a base model, without attaching the adapter or checking its effect.
 
-    Runs nothing and changes nothing of the base, so that another thread may be using it meanwhile.
-    Adapter matrices are held in the base model's dtype, mu and sigma in float32.
+    The base model is neither run nor changed, so another thread may use it meanwhile. The adapter's matrices get the base
+    model's dtype; mu and sigma stay in float32.
 
     Raises:
         AdapterError: the adapter is malformed or does not fit the base model.
     """
     config, weights = read_config(folder), read_weights(folder)
-    # Before anything of that size is made: a wrong rank may be any number.
+    # Checked before any tensor of rank r is allocated, because a wrong r may be huge.
     for name, tensor in weights.items():
         if name.endswith(".s_mean") and list(tensor.shape) != [config.r]:
             raise AdapterError(
-                f"tensor {name!r} has shape {list(tensor.shape)}; this base model and config need [{config.r}]"
+                f"tensor {name!r} has shape {list(tensor.shape)}; the base model and {CONFIG_FILE} require [{config.r}]"
             )
     if not any(name.endswith(".s_mean") for name in weights):
-        raise AdapterError(f"{folder / WEIGHTS_FILE} holds no tensor named <module>.s_mean")
+        raise AdapterError(f"{folder / WEIGHTS_FILE} has no tensor named <module>.s_mean; it is not a ScalaBL adapter")
     model = ScalaBLModel(base, config, attach=False)
     load_weights(model, weights)
     for layer in model.adapted.values():
@@ -142,7 +149,7 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
-    """Put the adapter of a directory onto a base model, ready to serve.
+    """Read an adapter directory and attach the adapter to a base model, ready to serve.
 
     Raises:
         AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
@@ -155,15 +162,15 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
 
 
 def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write an adapter directory. Each file appears whole or not at all."""
+    """Write an adapter directory. No file is ever seen half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    # Not save_file: that leaves a file which only its owner can read, and a server may run as somebody else.
+    # Not `save_file`: only the owner could read its file, and a server may run as another user.
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     save_config(folder, config)
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
-    """Write `adapter_config.json` of an adapter directory, whole or not at all."""
+    """Write the `adapter_config.json` of an adapter directory. It is never seen half-written."""
     text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text.encode())

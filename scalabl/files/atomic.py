@@ -1,6 +1,6 @@
-"""Writing a file or a folder that appears whole or not at all. What goes into it is up to the caller.
+"""Atomic writing: a file or a folder appears complete or not at all. The caller decides what goes into it.
 
-Imports nothing heavy, so that scripts can use it before torch is there.
+This module imports nothing heavy, so that scripts can use it before torch is installed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SCRATCH = ".writing-"  # how the names of unfinished work begin; a killed process may leave one behind
+SCRATCH = ".writing-"  # prefix of unfinished files and folders; a killed process may leave one behind
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write or replace a file. Whoever reads it meanwhile sees the old content or the new one, never a part.
+    """Write or replace a file. A reader sees either the old content or the new one, never a part.
 
-    Its permissions are those of any new file, which a temporary file's are not. The file's folder must exist.
+    The file gets the permissions of an ordinary new file, not those of a temporary one. Its folder must exist.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
         draft = Path(scratch) / path.name
@@ -27,11 +27,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
-    """An empty folder to write into. When the block ends it becomes `folder`; after an error it is removed.
+    """Yields an empty temporary folder to write into. When the block ends it is renamed to `folder`, or removed on error.
 
     Args:
-        folder: its parents are made. It must not exist by the end of the block, unless it is empty.
-        keep_existing: where another process has made `folder` meanwhile, that one stays and this one is removed.
+        folder: the final name; missing parents are created. It must not exist when the block ends, unless it is empty.
+        keep_existing: if another process has created `folder` meanwhile, keep that one and remove the temporary one.
 
     Raises:
         OSError: `folder` exists, and `keep_existing` is false.
@@ -39,7 +39,7 @@ def new_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
         draft = Path(scratch) / folder.name
-        draft.mkdir()  # the temporary folder itself could be read by its owner only
+        draft.mkdir()  # a subfolder: only the owner could read the temporary folder itself
         yield draft
         try:
             os.rename(draft, folder)

@@ -1,4 +1,7 @@
-"""Checkpoints of other projects -> adapter directories. `.pt` files are read with `weights_only`, never unpickled."""
+"""Conversion of the authors' BayesAdapt checkpoints to adapter directories. PEFT LoRAs are converted in `peft_import`.
+
+The `.pt` files are read with `weights_only`, so that no code in them can run.
+"""
 
 from __future__ import annotations
 
@@ -20,39 +23,41 @@ NEEDED = ("A.Vh", "A.log_s", "A.log_s_sigma", "B.weight")
 
 
 def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_alpha: float, task: Task) -> AdapterConfig:
-    """Write the adapter directory of a ScalaBL `state_dict.pt` made by the authors' code.
+    """Convert a ScalaBL `state_dict.pt` of the authors' code to an adapter directory.
 
-    Theirs: s ~ N(exp(log_s), exp(log_s_sigma)^2), A = Vh, and a prior per scalar of which only the geometric mean of its
-    standard deviations is kept (`prior_std`), since it plays no part after training.
+    In such a checkpoint s ~ N(exp(log_s), exp(log_s_sigma)^2), A = Vh, and each scalar has a prior of its own. Only the
+    geometric mean of the priors' standard deviations is saved, as `prior_std`: the prior is not used after training.
 
     Args:
-        task: with `choice_tokens` set: the head's lora_B has one row per choice token, in that order.
+        task: `choice_tokens` must be set; the head's lora_B has one row per choice token, in that order.
 
     Raises:
-        AdapterError: the file is not such a checkpoint; the message names the key.
+        AdapterError: the file is not such a checkpoint; the message names a missing key.
     """
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise AdapterError(f"{checkpoint} does not exist") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise AdapterError(f"{checkpoint} is not a state dict of tensors ({type(error).__name__})") from None
+        raise AdapterError(f"{checkpoint} is not a PyTorch state dict of tensors ({type(error).__name__})") from None
     if not isinstance(state, dict):
-        raise AdapterError(f"{checkpoint} holds a {type(state).__name__}, not a state dict")
+        raise AdapterError(f"{checkpoint} contains a {type(state).__name__}, not a state dict")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = KEY.match(str(key))
         if match:
             modules.setdefault(match["module"], {})[f"{match['side']}.{match['name']}"] = tensor
     if not modules:
-        raise AdapterError(f"{checkpoint} has no key like base_model.model.<module>.lora_A.default.log_s")
+        raise AdapterError(
+            f"{checkpoint} has no key like base_model.model.<module>.lora_A.default.log_s; it is not a BayesAdapt checkpoint"
+        )
 
     weights: dict[str, Tensor] = {}
     prior_log_std = []
     for module, parts in modules.items():
         missing = [name for name in NEEDED if name not in parts]
         if missing:
-            raise AdapterError(f"{checkpoint}: {module} lacks lora_{missing[0].replace('.', '.default.')}")
+            raise AdapterError(f"{checkpoint}: {module} has no tensor lora_{missing[0].replace('.', '.default.')}")
         weights |= {
             f"{module}.lora_A": parts["A.Vh"],
             f"{module}.lora_B": parts["B.weight"],
@@ -63,7 +68,7 @@ def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_
             prior_log_std.append(parts["A.log_p_sigma"].flatten())
     ranks = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(".s_mean")}
     if len(ranks) != 1:
-        raise AdapterError(f"{checkpoint}: the modules have different ranks {sorted(ranks)}; one rank is supported")
+        raise AdapterError(f"{checkpoint}: the modules have different ranks {sorted(ranks)}; all must have the same")
     layers = {int(match[1]) for module in modules if (match := re.search(r"\.(\d+)\.", module))}
     complete = layers == set(range(max(layers) + 1)) if layers else True
     config = AdapterConfig(

@@ -1,4 +1,4 @@
-"""Posterior samples of an adapter written as PEFT's LoRA directories. Reading such directories is in `peft_import`."""
+"""Export of posterior samples as PEFT LoRA directories. Importing such directories is in `peft_import`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ HOW_TO_READ = (
 def export_peft(
     adapter: Path, output: Path, base: PreTrainedModel, *, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME
 ) -> list[str]:
-    """Write K posterior samples as K LoRA folders, A_k = diag(s_k) A, with a note of what they are (`EXPORT_FILE`).
+    """Write K posterior samples as K LoRA folders, A_k = diag(s_k) A, and a file that explains them (`EXPORT_FILE`).
 
     Args:
-        output: must not exist; it appears whole or not at all.
-        base: the base model or a skeleton of it (`pretrained.load_skeleton`); changed in place.
+        output: must not exist; it is created complete or not at all.
+        base: the base model or a skeleton of it (`pretrained.load_skeleton`); it is modified in place.
 
     Returns:
         The names of the folders in `output`.
@@ -47,7 +47,7 @@ def export_peft(
         AdapterError: the adapter is malformed or does not fit the base model, or `output` exists.
     """
     if output.exists():
-        raise AdapterError(f"{output} exists; export into a new folder")
+        raise AdapterError(f"{output} already exists; choose a new folder for the export")
     samples = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
     config = samples.config
     names = [f"sample-{index:0{len(str(num_samples - 1))}d}" for index in range(num_samples)]
@@ -70,12 +70,12 @@ def export_peft(
 
 @dataclass(frozen=True)
 class LoraSamples:
-    """K posterior samples of an adapter, each of which makes a LoRA.
+    """K posterior samples of an adapter, each of which becomes one LoRA.
 
     Attributes:
-        modules: the adapted ones, in the order of the draws.
-        settings: what is in each LoRA's `adapter_config.json`.
-        vocabulary: the rows of the base model's head.
+        modules: names of the adapted modules, in the order in which the draws are split over them.
+        settings: the content of each LoRA's `adapter_config.json`.
+        vocabulary: the number of rows of the base model's head.
     """
 
     config: AdapterConfig
@@ -88,10 +88,10 @@ class LoraSamples:
 
     @classmethod
     def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> LoraSamples:
-        """Read an adapter for a base model or a skeleton of it, which is changed in place.
+        """Read an adapter for a base model or a skeleton of it, which is modified in place.
 
         Raises:
-            AdapterError: the adapter is malformed or does not fit, or has more scalars than the scheme reaches.
+            AdapterError: the adapter is malformed or does not fit, or has more scalars than the draw scheme supports.
         """
         head_name, vocabulary = output_head(base)
         transposed = any(isinstance(module, Conv1D) for module in base.modules())
@@ -107,7 +107,7 @@ class LoraSamples:
         return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """One sample's LoRA: A_k = diag(s_k) A, and B, the head's over the whole vocabulary."""
+        """The tensors of one sample's LoRA: A_k = diag(s_k) A and B, where the head's B has a row for every token."""
         tensors = {}
         parts = torch.split(self.draws.epsilon[index], self.config.r)
         for module, noise in zip(self.modules, parts, strict=True):
@@ -133,7 +133,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _all_tokens(rows: Tensor, task: Task, vocabulary: int) -> Tensor:
-    """The head's lora_B [C, R] over every token: [V, R], zero but for the choice tokens."""
+    """The head's lora_B with a row for every token: [C, R] -> [V, R], zero except for the choice tokens."""
     assert task.choice_tokens is not None
     return rows.new_zeros(vocabulary, rows.shape[1]).index_copy_(0, torch.tensor(task.choice_tokens), rows)
 
@@ -145,7 +145,7 @@ def _lora_config(config: AdapterConfig, modules: list[str], *, fan_in_fan_out: b
         "base_model_name_or_path": config.base_model_name_or_path,
         "r": config.r,
         "lora_alpha": int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
-        # In full where layers are left out: PEFT's layers_to_transform would leave out the head too.
+        # All names in full if only some layers are adapted: PEFT's layers_to_transform would leave out the head too.
         "target_modules": list(config.target_modules) if config.layers_to_transform is None else modules,
         "fan_in_fan_out": fan_in_fan_out,
         "lora_dropout": 0.0,

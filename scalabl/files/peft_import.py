@@ -1,4 +1,4 @@
-"""A finished LoRA that PEFT saved, turned into an adapter of ours. Writing LoRAs is in `peft_export`."""
+"""Import of a trained PEFT LoRA as the mean of a ScalaBL adapter. Writing LoRAs is in `peft_export`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, save_adap
 from scalabl.model.scalabl_model import ScalaBLModel
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# PEFT saves the base model's own embeddings and head beside a LoRA of the head.
+# PEFT saves copies of the base model's embeddings and head with a LoRA of the head.
 COPY = re.compile(r"^base_model\.model\.(?P<name>.+?)(\.base_layer)?\.(weight|bias)$")
 
-# What a LoRA may have that B diag(s) A cannot hold, and the values under which it does not have it.
+# PEFT options that B diag(s) A cannot represent, each with the values that turn the option off; the first is the default.
 UNSUPPORTED = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -43,18 +43,18 @@ UNSUPPORTED = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "megatron_config": (None,),
-    # Others change the base model's weights (pissa, olora, corda, loftq, …), which the adapter then needs.
+    # Other initialisations (pissa, olora, corda, loftq, …) change the base model's weights, so the LoRA needs those weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A finished LoRA.
+    """A trained LoRA.
 
     Attributes:
-        modules: name in the base model -> (A [r, d_in], B [d_out, r]), float64, with the scaling in B.
-        copies: module of the base model -> rows of its weight, where a copy of the base's own was saved with the LoRA.
+        modules: module name in the base model -> (A [r, d_in], B [d_out, r]), float64, with B multiplied by the scaling.
+        copies: names of base modules of which PEFT saved a copy with the LoRA -> number of rows of the copied weight.
     """
 
     base_model: str | None
@@ -63,28 +63,31 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
+        """The largest rank over all modules."""
         return max(down.shape[0] for down, _ in self.modules.values())
 
 
 def read_peft(folder: Path) -> Lora:
-    """A LoRA directory that PEFT saved; ranks and alphas may differ by module, and be rank-stabilised.
+    """Read a LoRA directory saved by PEFT. Ranks and alphas may differ between modules and may be rank-stabilised.
 
     Raises:
-        AdapterError: it is no such directory, or has something that a low-rank product alone cannot hold, by name.
+        AdapterError: it is not a LoRA directory, or uses something other than a low-rank product, which the message names.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
-        raise AdapterError(f"{error.filename or folder / WEIGHTS_FILE} does not exist; a PEFT adapter has both") from None
+        missing = error.filename or folder / WEIGHTS_FILE
+        raise AdapterError(f"{missing} does not exist; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{folder} cannot be read as a PEFT adapter: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder / CONFIG_FILE}: peft_type must be 'LORA'; other kinds of adapters cannot be converted")
     for field, harmless in UNSUPPORTED.items():
         if config.get(field, harmless[0]) not in harmless:
-            raise AdapterError(f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted")
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted; only plain LoRA can"
+            )
     sides: dict[str, dict[str, Tensor]] = {}
     copies = {}
     for key, tensor in tensors.items():
@@ -92,28 +95,35 @@ def read_peft(folder: Path) -> Lora:
         if match is None:
             copy = COPY.match(key)
             if copy is None or "lora_" in key:
-                raise AdapterError(f"{folder / WEIGHTS_FILE}: tensor {key!r} is no lora_A or lora_B of a linear layer")
+                raise AdapterError(f"{folder / WEIGHTS_FILE}: tensor {key!r} is not the lora_A or lora_B of a linear layer")
             copies[copy["name"]] = tensor.shape[0]
             continue
         sides.setdefault(match["module"], {})[match["side"]] = tensor.double()
     modules = {}
     for module, pair in sides.items():
         if pair.keys() != {"A", "B"} or any(t.dim() != 2 for t in pair.values()) or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise AdapterError(f"{folder / WEIGHTS_FILE}: lora_A and lora_B of {module!r} do not belong together")
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: lora_A and lora_B of {module!r} must both be there, as matrices of the same rank"
+            )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in pair.values()):
-            raise AdapterError(f"{folder / WEIGHTS_FILE}: {module!r} holds values that are not finite")
+            raise AdapterError(f"{folder / WEIGHTS_FILE}: {module!r} has values that are not finite")
         try:
             scaling = _scaling(config, module, pair["A"].shape[0])
         except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error):
-            raise AdapterError(f"{folder / CONFIG_FILE}: lora_alpha or alpha_pattern cannot be understood") from None
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: lora_alpha must be a number, and alpha_pattern must map name patterns to numbers"
+            ) from None
         modules[module] = (pair["A"], scaling * pair["B"])
     if not modules:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} has no tensors")
+        raise AdapterError(f"{folder / WEIGHTS_FILE} has no lora_A and lora_B tensors")
     return Lora(config.get("base_model_name_or_path"), modules, copies)
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt r: as PEFT takes it, the first pattern that the module's name ends with."""
+    """A module's scaling: alpha / r, or alpha / sqrt r if rank-stabilised.
+
+    As in PEFT, alpha is that of the first pattern in `alpha_pattern` with which the module's name ends, else `lora_alpha`.
+    """
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     default = float(config.get("lora_alpha", 8))
     alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
@@ -123,8 +133,8 @@ def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
 def subspace_of(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD of B A as (A' [R, d_in], mu [R], B' [d_out, R]) with B' diag(mu) A' = B A.
 
-    A' has orthonormal rows, mu the singular values. Where the product has a lower rank than R, mu and the columns of B' are
-    zero, so that the surplus scalars do nothing, whatever is drawn for them.
+    A' has orthonormal rows and mu has the singular values. If the product has a lower rank than R, the surplus entries of
+    mu and columns of B' are zero, so the surplus scalars have no effect whatever is drawn for them.
 
     Args:
         down, up: A [r, d_in] and B [d_out, r], float64, r <= R.
@@ -143,57 +153,60 @@ def subspace_of(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Te
 
 
 def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors, but for sigma, of an adapter whose mean is the LoRA.
+    """The configuration and tensors of an adapter whose posterior mean is the LoRA; sigma is not among the tensors.
 
     Args:
-        skeleton: of the base model (`pretrained.load_skeleton`); changed in place.
-        task: with `choice_tokens` set; the head's part of the LoRA is cut to them.
-        fields: more of `AdapterConfig`.
+        skeleton: of the base model (`pretrained.load_skeleton`); it is modified in place.
+        task: `choice_tokens` must be set; of the LoRA of the head only their rows are used.
+        fields: further fields of `AdapterConfig`.
 
     Raises:
-        AdapterError: the LoRA does not fit the base model, or does nothing.
+        AdapterError: the LoRA does not fit the base model, or has no effect.
     """
-    # Scaling 1: it is in B already, and PEFT's may differ by module.
     head_name, vocabulary = output_head(skeleton)
     for name, rows_saved in lora.copies.items():
-        own = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
-        weight = getattr(own, "weight", None)
+        module = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
+        weight = getattr(module, "weight", None)
         if weight is None or weight.shape[0] != rows_saved:
-            raise AdapterError(f"the LoRA was saved with a {name!r} of another size than the base model's")
+            raise AdapterError(
+                f"the LoRA was saved with a {name!r} of {rows_saved} rows, which is not the base model's size; "
+                "use the base model on which it was trained"
+            )
+    # lora_alpha = r makes the scaling 1: PEFT's scaling, which may differ between modules, is already in B.
     config = AdapterConfig(
         r=lora.rank, lora_alpha=float(lora.rank), target_modules=_targets(lora.modules, skeleton), task=task, **fields
     )
     model = ScalaBLModel(skeleton, config)
     assert task.choice_tokens is not None
     tensors: dict[str, Tensor] = {}
-    for module, (down, up) in lora.modules.items():
-        layer = model.adapted[module]
-        if module == head_name and up.shape[0] == vocabulary:
+    for name, (down, up) in lora.modules.items():
+        layer = model.adapted[name]
+        if name == head_name and up.shape[0] == vocabulary:
             up = up[torch.tensor(task.choice_tokens)]
         if (up.shape[0], down.shape[1]) != (layer.d_out, layer.d_in):
             raise AdapterError(
-                f"the LoRA of {module!r} maps {down.shape[1]} to {up.shape[0]} features; "
-                f"the base model's has {layer.d_in} and {layer.d_out}"
+                f"the LoRA of {name!r} maps {down.shape[1]} to {up.shape[0]} features; "
+                f"that layer of the base model maps {layer.d_in} to {layer.d_out}"
             )
         rows, mean, columns = subspace_of(down, up, config.r)
-        tensors |= {f"{module}.lora_A": rows, f"{module}.s_mean": mean, f"{module}.lora_B": columns}
+        tensors |= {f"{name}.lora_A": rows, f"{name}.s_mean": mean, f"{name}.lora_B": columns}
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".s_mean")):
-        raise AdapterError("the LoRA does nothing: every product B A is zero; it was saved before training")
+        raise AdapterError("the LoRA has no effect: every product B A is zero; was it saved before training?")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _targets(modules: Mapping[str, object], skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """The last parts of the names where these mean exactly these modules, else the names in full."""
+    """`target_modules` for these modules: the last parts of their names if no other module ends in one, else full names."""
     absent = [name for name in modules if name not in dict(skeleton.named_modules())]
     if absent:
         raise AdapterError(f"the LoRA adapts {absent[0]!r}, which the base model {type(skeleton).__name__} does not have")
     short = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    meant = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] in short}
-    return short if meant == set(modules) else tuple(modules)
+    matched = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] in short}
+    return short if matched == set(modules) else tuple(modules)
 
 
 def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:
-    """ln sigma [R] for sigma = share * mu; where mu is 0 and sigma has no effect, as for the smallest mu above it."""
+    """ln sigma [R] for sigma = share * mu. Where mu is 0 sigma has no effect; it is set as for the smallest mu above 0."""
     present = mean[mean > 0]
     smallest = present.min() if len(present) else mean.new_ones(())
     return (share * torch.where(mean > 0, mean, smallest)).log()
@@ -202,7 +215,10 @@ def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:
 def convert_peft(
     folder: Path, output: Path, skeleton: PreTrainedModel, *, base_model: str, task: Task, relative_std: float
 ) -> AdapterConfig:
-    """Write the adapter directory whose posterior mean is a finished PEFT LoRA, with sigma a share of each mu.
+    """Convert a trained PEFT LoRA to an adapter directory: the LoRA is the posterior mean, and sigma a share of each mu.
+
+    Args:
+        relative_std: sigma / mu.
 
     Raises:
         AdapterError: see `read_peft` and `adapter_of`.

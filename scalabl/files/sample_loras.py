@@ -1,8 +1,9 @@
-"""Posterior samples as LoRA folders for an engine that knows them by name alone: names that say what is inside.
+"""Posterior samples as LoRA folders with unique names, for an engine that is given a LoRA's name only (vLLM).
 
-A name holds a fingerprint of everything that the LoRA was made of (weights, draws, base model's shape), so that a stale or
-a wrong one is never taken for it. Beside the K samples there is one LoRA for each kind of module, the *parts*: sample 0 cut
-down to the modules of this kind. An engine that leaves out a kind (a tied head, say) answers a part as if it were not there.
+A name contains a fingerprint of everything that determines the LoRA (weights, draws, the base model's shape), so that an
+engine never uses an outdated or a wrong LoRA under it. Besides the K samples there is one LoRA for each kind of module,
+called a *part*: sample 0 reduced to the modules of that kind. Parts show whether an engine ignores a kind of module (a tied
+head, say): it then answers that part like the base model. What a LoRA folder contains is decided in `peft_export`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from scalabl.files.atomic import new_folder
 from scalabl.files.peft_export import LoraSamples, write_lora
 from scalabl.model.posterior import Scheme
 
-FORMAT = 1  # of what a fingerprint covers
+FORMAT = 1  # version of what the fingerprint covers
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class SampleLoras:
     """The LoRAs of an adapter, by name.
 
     Attributes:
-        names: of the samples, in the order of the draws; the first j do not depend on K.
-        parts: name -> the kind of module that it has.
+        names: names of the samples, in the order of the draws; the first j do not depend on K.
+        parts: name of a part -> the kind of module that it contains.
     """
 
     loras: LoraSamples
@@ -40,10 +41,10 @@ class SampleLoras:
 
     @classmethod
     def read(cls, adapter: Path, base: PreTrainedModel, *, num_samples: int, seed: int, scheme: Scheme) -> SampleLoras:
-        """The LoRAs of an adapter directory, none of them written yet.
+        """Read the LoRAs of an adapter directory, without writing any.
 
         Args:
-            base: as for `LoraSamples.read`.
+            base: as for `LoraSamples.read`; it is modified in place.
 
         Raises:
             AdapterError: the adapter is malformed or does not fit the base model.
@@ -58,15 +59,15 @@ class SampleLoras:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """What an engine must have: samples and parts."""
+        """The names that an engine must have: samples and parts."""
         return (*self.names, *self.parts)
 
     def write(self, root: Path, name: str) -> Path:
-        """The folder of one LoRA below `root`, written unless it is there; it appears whole or not at all."""
+        """The folder of one LoRA below `root`. It is written if it does not exist, completely or not at all."""
         folder = root / name
         if folder.is_dir():
             return folder
-        # Another process may be faster: it writes the same content.
+        # If another process is faster, its folder is kept: the content is the same.
         with new_folder(folder, keep_existing=True) as draft:
             write_lora(draft, self._tensors(name), self.loras.settings)
         return folder

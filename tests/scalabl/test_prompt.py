@@ -40,7 +40,7 @@ def test_choices_that_collide_are_named_with_their_token() -> None:
 
 
 def test_a_choice_that_is_the_beginning_of_every_other_is_named() -> None:
-    with pytest.raises(PromptError, match="the choice 'red' is the beginning of every other choice; rename it"):
+    with pytest.raises(PromptError, match="every other choice begins with the choice 'red'; rename it"):
         Prompter(_classification("red", "redder", "reddest"), tiny.tokenizer())
 
 
@@ -131,8 +131,8 @@ def test_the_opening_is_what_the_template_puts_before_every_input() -> None:
     ("choices", "message"),
     [
         (None, "choices: this adapter's task is multiple_choice; send the choices with each input"),
-        (["one"], "choices: 1 were given; this adapter takes 2 to 4"),
-        (list("abcde"), "choices: 5 were given; this adapter takes 2 to 4"),
+        (["one"], "choices: the number of choices is 1; send 2 to 4"),
+        (list("abcde"), "choices: the number of choices is 5; send 2 to 4"),
         (["a", "b", "a"], "choices: 'a' appears twice; choices must be distinct"),
         (["a", " "], "choices: the text is empty"),
         (["a", "\udfff"], "choices: the text is not valid Unicode"),

@@ -80,7 +80,7 @@ def test_an_adapter_that_cannot_be_served_ends_the_process_with_one_line(tmp_pat
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
-        f"error: {tmp_path} has no adapter_config.json; an adapter is a folder with it and adapter_model.safetensors"
+        f"error: {tmp_path} has no adapter_config.json; an adapter folder needs it and adapter_model.safetensors"
     ]
     assert "Traceback" not in done.stderr
 

@@ -93,14 +93,14 @@ def test_accelerates_own_ways(way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "neither auto, balanced, balanced_low_0, sequential nor a file that can be read as JSON"),
-        ("{", "nor a file that can be read as JSON"),
-        ("[0]", "an object is needed, of module names and their devices"),
-        ("{}", "an object is needed"),
-        ('{"model": 1.5}', "'model' has 1.5; a number, a device's name or disk is needed"),
-        ('{"model": true}', "'model' has True"),
-        ('{"model": "abacus"}', "'model' is on 'abacus', which cannot be used"),
-        ('{"model": 77}', "'model' is on 77, which cannot be used"),
+        (None, "neither one of auto, balanced, balanced_low_0, sequential nor a readable JSON file"),
+        ("{", "nor a readable JSON file"),
+        ("[0]", "must be a JSON object that maps module names to devices"),
+        ("{}", "must be a JSON object"),
+        ('{"model": 1.5}', "the device of 'model' is 1.5; use a GPU number, a device name or disk"),
+        ('{"model": true}', "the device of 'model' is True"),
+        ('{"model": "abacus"}', "the device 'abacus' of 'model' cannot be used"),
+        ('{"model": 77}', "the device 77 of 'model' cannot be used"),
     ],
 )
 def test_a_map_that_cannot_be_is_refused(content: Any, said: str, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_map_that_leaves_a_part_out_is_refused(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base")
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1.mlp": "cpu", "model.norm": "cpu"}
     (tmp_path / "map.json").write_text(json.dumps(parts | {"model.rotary_emb": "cpu"}), encoding="utf-8")
-    with pytest.raises(BaseModelError, match=r"map\.json' says nothing of 'model\.layers\.1\.self_attn\.q_proj\.weight'"):
+    with pytest.raises(BaseModelError, match=r"map\.json' does not place 'model\.layers\.1\.self_attn\.q_proj\.weight'"):
         load_pretrained(str(base), device_map=str(tmp_path / "map.json"))
 
 

@@ -107,12 +107,12 @@ def test_a_surplus_tensor_is_named_with_its_module(adapter: Path) -> None:
 
 def test_a_wrong_shape_is_named_with_the_one_expected(adapter: Path) -> None:
     _edit_weights(adapter, **{f"{Q_PROJ}.lora_A": torch.zeros(4, 31)})
-    _refused(adapter, rf"'{Q_PROJ}\.lora_A' has shape \[4, 31\]; this base model and config need \[4, 32\]")
+    _refused(adapter, rf"'{Q_PROJ}\.lora_A' has shape \[4, 31\]; the base model and adapter_config\.json require \[4, 32\]")
 
 
 def test_another_rank_in_the_config_is_a_wrong_shape(adapter: Path) -> None:
     _edit_config(adapter, r=5)
-    _refused(adapter, r"has shape \[4\]; this base model and config need \[5\]")
+    _refused(adapter, r"has shape \[4\]; the base model and adapter_config\.json require \[5\]")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -122,7 +122,7 @@ def test_values_that_are_not_finite_are_refused(adapter: Path, kind: str, value:
     tensor = read_weights(adapter)[name]
     tensor.view(-1)[1] = value
     _edit_weights(adapter, **{name: tensor})
-    _refused(adapter, rf"tensor '{Q_PROJ}\.{kind}' holds values that are not finite")
+    _refused(adapter, rf"tensor '{Q_PROJ}\.{kind}' has values that are not finite")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_refused_adapter_leaves_nothing_half_loaded(adapter: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path, adapter: Path) -> None:
-    with pytest.raises(AdapterError, match=r"nowhere has no adapter_config\.json; an adapter is a folder with it"):
+    with pytest.raises(AdapterError, match=r"nowhere has no adapter_config\.json; an adapter folder needs it and"):
         read_config(tmp_path / "nowhere")
     (adapter / "adapter_model.safetensors").unlink()
     _refused(adapter, r"has no adapter_model\.safetensors")

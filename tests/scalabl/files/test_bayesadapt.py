@@ -92,9 +92,12 @@ class _Dangerous:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"weight": torch.ones(1)}, "has no key like base_model.model.<module>.lora_A.default.log_s"),
-        ([torch.ones(1)], "holds a list, not a state dict"),
-        ({k: v for k, v in _state().items() if "lm_head.lora_A.default.Vh" not in k}, "lm_head lacks lora_A.default.Vh"),
+        ({"weight": torch.ones(1)}, "has no key like base_model.model.<module>.lora_A.default.log_s; it is not"),
+        ([torch.ones(1)], "contains a list, not a state dict"),
+        (
+            {k: v for k, v in _state().items() if "lm_head.lora_A.default.Vh" not in k},
+            "lm_head has no tensor lora_A.default",
+        ),
         ({**_state(), **{k: v[:2] for k, v in _state(rank=3).items() if "lm_head.lora_A.default.log_s" in k}}, "ranks"),
     ],
 )
@@ -104,7 +107,7 @@ def test_a_file_that_is_no_such_checkpoint_is_refused(state: object, message: st
 
 
 def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(AdapterError, match="is not a state dict of tensors"):
+    with pytest.raises(AdapterError, match="is not a PyTorch state dict of tensors"):
         _convert({"weight": _Dangerous()}, tmp_path)
     assert "unpickled" not in capsys.readouterr().out
 
@@ -113,5 +116,5 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"absent\.pt does not exist"):
         convert_bayesadapt(tmp_path / "absent.pt", tmp_path / "out", base_model="tiny", lora_alpha=1.0, task=LETTERS)
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(AdapterError, match="is not a state dict"):
+    with pytest.raises(AdapterError, match="is not a PyTorch state dict"):
         convert_bayesadapt(tmp_path / "empty.pt", tmp_path / "out", base_model="tiny", lora_alpha=1.0, task=LETTERS)

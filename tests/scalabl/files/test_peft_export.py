@@ -64,5 +64,5 @@ def test_export_needs_no_weights_of_the_base_model_and_never_overwrites(tmp_path
     export_peft(tmp_path / "ours", tmp_path / "full", tiny.base_model(), num_samples=1)
     lean, full = (load_file(tmp_path / each / "sample-0" / "adapter_model.safetensors") for each in ("lean", "full"))
     assert all(torch.equal(lean[key], full[key]) for key in full)
-    with pytest.raises(AdapterError, match="lean exists; export into a new folder"):
+    with pytest.raises(AdapterError, match="lean already exists; choose a new folder"):
         export_peft(tmp_path / "ours", tmp_path / "lean", tiny.base_model(), num_samples=1)

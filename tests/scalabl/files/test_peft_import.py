@@ -127,8 +127,8 @@ def _changed(folder: Path, target: Path, **changes: Any) -> Path:
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
-        ({"alpha_pattern": {"(": 3}}, "lora_alpha or alpha_pattern cannot be understood"),
-        ({"lora_alpha": "many"}, "lora_alpha or alpha_pattern cannot be understood"),
+        ({"alpha_pattern": {"(": 3}}, "lora_alpha must be a number, and alpha_pattern must map"),
+        ({"lora_alpha": "many"}, "lora_alpha must be a number, and alpha_pattern must map"),
     ],
 )
 def test_what_a_low_rank_product_cannot_hold_is_refused_by_name(
@@ -146,16 +146,19 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{Q}.lora_magnitude_vector": torch.ones(4)}, "lora_magnitude_vector' is no lora_A or lora_B"),
-        ({f"{Q}.lora_B.weight": torch.ones(32, 3)}, "lora_A and lora_B of 'model.layers.0.self_attn.q_proj' do not belong"),
-        ({f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)}, "holds values that are not finite"),
-        ({f"{Q}.lora_A.weight": torch.ones(4, 16)}, "maps 16 to 32 features; the base model's has 32 and 32"),
-        ({f"{Q}x.lora_A.weight": torch.ones(4, 32)}, "lora_A and lora_B of 'model.layers.0.self_attn.q_projx' do not"),
+        ({f"{Q}.lora_magnitude_vector": torch.ones(4)}, "lora_magnitude_vector' is not the lora_A or lora_B"),
+        ({f"{Q}.lora_B.weight": torch.ones(32, 3)}, "lora_A and lora_B of 'model.layers.0.self_attn.q_proj' must both"),
+        ({f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)}, "has values that are not finite"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 16)}, "maps 16 to 32 features; that layer of the base model maps 32 to 32"),
+        ({f"{Q}x.lora_A.weight": torch.ones(4, 32)}, "lora_A and lora_B of 'model.layers.0.self_attn.q_projx' must"),
         (
             {f"{Q}x.lora_A.weight": torch.ones(4, 32), f"{Q}x.lora_B.weight": torch.ones(32, 4)},
             "adapts 'model.layers.0.self_attn.q_projx', which the base model LlamaForCausalLM does not have",
         ),
-        ({"base_model.model.lm_head.base_layer.weight": torch.ones(300, 32)}, "'lm_head' of another size"),
+        (
+            {"base_model.model.lm_head.base_layer.weight": torch.ones(300, 32)},
+            "'lm_head' of 300 rows, which is not the base",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(changes: dict[str, Tensor], message: str, tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(changes: dict[str, Tensor],
 def test_a_lora_that_does_nothing_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(tiny.base_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(AdapterError, match="the LoRA does nothing"):
+    with pytest.raises(AdapterError, match="the LoRA has no effect"):
         _converted(tmp_path / "theirs", tmp_path / "ours", "llama")
 
 

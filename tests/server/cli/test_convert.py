@@ -104,7 +104,7 @@ def test_what_the_lora_decides_cannot_be_given_too(option: str, work: Path, tmp_
     [
         (
             ("export", "peft", "--adapter", "{work}/adapter", "--output", "{work}/samples"),
-            "samples exists; export into a new",
+            "samples already exists; choose a new",
         ),
         (("export", "peft", "--adapter", "{work}/base", "--output", "{work}/other"), "base has no adapter_config.json"),
         (("convert", "peft", "--peft", "{work}/adapter", "--choices", "a,b", "--output", "{work}/other"), "must be 'LORA'"),
@@ -135,4 +135,4 @@ def test_a_lora_for_another_model_is_refused_before_training(work: Path, tmp_pat
     (tmp_path / "lora" / "adapter_config.json").write_text(config)
     result = _train(work, tmp_path / "new", "--init-from", tmp_path / "lora")
     assert result.exit_code == 1
-    assert "the LoRA of 'lm_head' maps 16 to 3 features; the base model's has 32 and 3" in result.stderr
+    assert "the LoRA of 'lm_head' maps 16 to 3 features; that layer of the base model maps 32 to 3" in result.stderr

@@ -71,7 +71,7 @@ def test_a_wrong_field_is_named(colours: TestClient, body: dict[str, Any], detai
         ({"choices": ["a"]}, "choices: "),
         ({"choices": []}, "choices: "),
         ({"choices": ["a", "b", "a"]}, "choices: 'a' appears twice; choices must be distinct"),
-        ({"choices": list("abcde")}, "choices: 5 were given; this adapter takes 2 to 4"),
+        ({"choices": list("abcde")}, "choices: the number of choices is 5; send 2 to 4"),
         ({"choices": ["a", ""]}, "choices: the text is empty"),
         ({"choices": [["a", "b"], ["c", "d"]]}, "choices: 2 lists were given for 1 inputs"),
         ({"choices": [["a", "b"], "c"]}, "choices"),
