@@ -1,12 +1,13 @@
-"""Linear layers with 8-bit weights and 8-bit activations on a CPU, in the place of a base model's own.
+"""int8 quantization on a CPU: linear layers with 8-bit weights and activations that replace a base model's own.
 
-Each row of the input has a scale of its own, so that no row's answer depends on its neighbours in the batch: torch's dynamic
-quantisation has one scale for the whole tensor, which a single token's outlier (the first token of most models) spoils for
-all others. Channels that are large in every token are made smaller, and the weights that meet them larger (SmoothQuant:
-Xiao et al., ICML 2023, arXiv 2211.10438, eq. 4 with alpha = 1/2); how large they are is seen on random tokens, so that it
-needs no data and every replica finds the same.
+Each row of the input has its own scale, so that a row's result does not depend on the other rows of the batch. torch's
+dynamic quantization has one scale for the whole tensor, and one outlier token (the first token of most models) makes it too
+coarse for all others. Input channels that are large in every token are scaled down, and their weights up (SmoothQuant: Xiao
+et al., ICML 2023, arXiv 2211.10438, eq. 4 with alpha = 1/2). The size of the channels is measured on random tokens with a
+fixed seed, so that no data are needed and all replicas get the same result.
 
-The products are oneDNN's (`torch.ops.onednn`): torch's own quantised tensors are deprecated.
+The products are computed by oneDNN (`torch.ops.onednn`), because torch's own quantized tensors are deprecated. The
+bitsandbytes formats for GPUs are in `pretrained`.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ from transformers.pytorch_utils import Conv1D
 
 from scalabl.errors import BaseModelError
 
-ZERO = 128  # the unsigned 8-bit number that stands for 0
-QUIET = 0.01  # of the mean reach, below which no channel counts
-BLOCK_ROWS = 256  # for each thread
-PROBE_ROWS, PROBE_LENGTH = 8, 32  # random tokens on which the channels are looked at
+ZERO = 128  # the unsigned 8-bit number that represents 0
+LOWEST_REACH = 0.01  # a channel's reach counts as at least this share of the mean reach
+BLOCK_ROWS = 256  # rows that are multiplied at a time, for each thread
+PROBE_ROWS, PROBE_LENGTH = 8, 32  # random tokens on which the channels are measured
 
 
 class Int8Linear(nn.Module):
-    """[..., d_in] -> [..., d_out] in float32 or narrower, with the weights of a linear layer in 8 bits.
+    """[..., d_in] -> [..., d_out] in float32 or a smaller type, with the weights of a linear layer in 8 bits.
 
-    Gradients pass through as if nothing were rounded, by the weights as they are in 8 bits.
+    The gradient by x ignores the rounding of activations (straight-through), and uses the 8-bit weights.
 
     Args:
-        linear: nn.Linear, or GPT-2's Conv1D with its weights transposed; on a CPU.
-        reach: [d_in], the largest |x| that each channel of the input was seen to have; zeros where none was seen.
+        linear: nn.Linear, or GPT-2's Conv1D, whose weights are transposed; on a CPU.
+        reach: [d_in], the largest |x| of each input channel that was measured; zeros if the layer was not run.
 
     Attributes:
-        rounds: of all such layers, whether activations are rounded; see `unrounded`.
+        rounds: a switch for all layers of this class: whether activations are rounded; see `unrounded`.
     """
 
     rounds: ClassVar[bool] = True
-    narrowing: Tensor  # [d_in], what each channel of the input is multiplied by
-    scale: Tensor  # [d_out], of the weights in 8 bits
+    narrowing: Tensor  # [d_in], the factor of each input channel
+    scale: Tensor  # [d_out], the scale of the 8-bit weights
     zero_points: Tensor
 
     def __init__(self, linear: nn.Linear | Conv1D, reach: Tensor) -> None:
@@ -53,15 +54,15 @@ class Int8Linear(nn.Module):
         weight = _weight(linear).float()  # [d_out, d_in]
         self.out_features, self.in_features = weight.shape
         self.bias: nn.Parameter | None = linear.bias
-        # A channel that was nearly silent on random tokens need not be so on others.
-        smooth = (reach.clamp_min(QUIET * float(reach.mean())) / weight.abs().amax(0)).sqrt()
-        smooth[~(smooth.isfinite() & (smooth > 0))] = 1  # nothing was seen, or the weights are 0
+        # A channel that was nearly 0 on random tokens may be larger on others, hence the lower bound.
+        smooth = (reach.clamp_min(LOWEST_REACH * float(reach.mean())) / weight.abs().amax(0)).sqrt()
+        smooth[~(smooth.isfinite() & (smooth > 0))] = 1  # the layer was not run, or the weights are 0
         self.register_buffer("narrowing", 1 / smooth)
         scale = (weight * smooth).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / weight_levels()
         self.register_buffer("scale", scale)
         self.register_buffer("zero_points", torch.zeros(self.out_features, dtype=torch.int64))
         rounded = (weight * smooth / scale.unsqueeze(1)).round_().to(torch.int8)
-        # Not a buffer: opaque, it can be neither moved nor copied. oneDNN reads rows, whatever the strides say.
+        # Not a buffer: oneDNN's packed format can be neither moved nor copied. It ignores strides, hence contiguous().
         self._packed = torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,12 +74,12 @@ class Int8Linear(nn.Module):
 
     @torch.no_grad()
     def multiply(self, x: Tensor) -> Tensor:
-        """The product and the bias, without a graph; some rows at a time, which the cache holds: half the time."""
+        """The product plus the bias, without gradients. Blocks of rows that fit the CPU's cache halve the time."""
         rows = x.reshape(-1, self.in_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype)
         block = BLOCK_ROWS * torch.get_num_threads()
-        for some, result in zip(torch.split(rows, block), torch.split(y, block), strict=True):
-            narrow = some * self.narrowing
+        for block_rows, result in zip(torch.split(rows, block), torch.split(y, block), strict=True):
+            narrow = block_rows * self.narrowing
             scale = narrow.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 127).div_(127)
             signed = narrow.div_(scale).round_().to(torch.int8)
             product = self._product(signed.view(torch.uint8).bitwise_xor_(ZERO))  # from -128 .. 127 to 0 .. 255
@@ -89,7 +90,7 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight_as_multiplied(self) -> Tensor:
-        """[d_out, d_in] float32: the weights that the 8-bit ones come to. They cannot be read, but multiply the identity."""
+        """[d_out, d_in] float32, the de-quantized weights. The packed ones cannot be read, so they multiply the identity."""
         unit = torch.full((self.in_features, self.in_features), ZERO, dtype=torch.uint8)
         unit.diagonal().add_(1)
         return (self._product(unit) * self.narrowing.unsqueeze(1)).T
@@ -103,7 +104,7 @@ class Int8Linear(nn.Module):
 
 @contextmanager
 def unrounded() -> Iterator[None]:
-    """Activations of all `Int8Linear`s stay as they are, so that two ways of computing are alike to float rounding."""
+    """Turns off the rounding of activations in all `Int8Linear`s, so that two computations agree up to float rounding."""
     Int8Linear.rounds = False
     try:
         yield
@@ -112,7 +113,7 @@ def unrounded() -> Iterator[None]:
 
 
 class _StraightProduct(torch.autograd.Function):
-    """An `Int8Linear` with the derivative of the product that it stands for."""
+    """The product of an `Int8Linear` with a straight-through gradient: the rounding of activations is ignored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
@@ -126,9 +127,10 @@ class _StraightProduct(torch.autograd.Function):
 
 @functools.cache
 def weight_levels() -> int:
-    """The largest 8-bit weight: 127, or 64 on a processor that adds products of 8-bit numbers in pairs of 16 bits first.
+    """The largest 8-bit weight to use: 127, or 64 on processors without VNNI instructions; measured by a product.
 
-    Without VNNI (AVX2, the first AVX-512) such a pair overflows silently beyond 32,767, and 2 x 255 x 64 does not.
+    Without VNNI (AVX2, the first AVX-512) two products of 8-bit numbers are added in 16 bits, which overflows silently above
+    32,767. 2 x 255 x 64 does not overflow.
     """
     largest, width = 127, 256
     packed = torch.ops.onednn.qlinear_prepack(torch.full((64, width), largest, dtype=torch.int8), None)
@@ -140,26 +142,26 @@ def weight_levels() -> int:
 
 @torch.no_grad()
 def to_int8(model: PreTrainedModel) -> int:
-    """Put `Int8Linear` in the place of every linear layer of a model but its head; how many there are.
+    """Replace every linear layer of a model, except its head, by an `Int8Linear`; returns the number of layers.
 
-    Before any adapter is made for the model. Weights that are not a linear layer's (embeddings, convolutions, experts that
-    share one tensor) stay as they are.
+    To be called before any adapter is created for the model. Weights outside of linear layers (embeddings, convolutions,
+    experts that share one tensor) stay as they are.
 
     Raises:
-        BaseModelError: the processor has no such products, or the model reads its layers' weights itself.
+        BaseModelError: the processor or torch does not support it, or the model's code reads its layers' weights directly.
     """
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
     if platform.machine().lower() not in ("x86_64", "amd64") or not has_onednn:
         raise BaseModelError("quantization int8 needs an x86 processor and a torch with oneDNN; leave --quantization out")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise BaseModelError("quantization int8 is for a base model in a CPU's memory; on a GPU use bnb-8bit or bnb-4bit")
+        raise BaseModelError("quantization int8 works only for a base model on a CPU; on a GPU use bnb-8bit or bnb-4bit")
     places: dict[nn.Linear | Conv1D, list[tuple[nn.Module, str]]] = {}
     for parent, name, module in _linears(model):
         if module is not model.get_output_embeddings():
             places.setdefault(module, []).append((parent, name))
     reach = _reach(model, list(places))
     count = len(places)
-    while places:  # one at a time, whose own weights go then
+    while places:  # one at a time, so that the original weights are freed one by one
         module, where = places.popitem()
         replacement = Int8Linear(module, reach.pop(module))
         for parent, name in where:
@@ -168,14 +170,14 @@ def to_int8(model: PreTrainedModel) -> int:
         _run_probe(model)
     except AttributeError as error:
         raise BaseModelError(
-            f"quantization int8 does not fit {type(model).__name__}, which reads its layers' weights itself ({error}); "
+            f"quantization int8 does not support {type(model).__name__}, whose code reads its layers' weights ({error}); "
             "leave --quantization out"
         ) from None
     return count
 
 
 def rounds_activations(model: PreTrainedModel) -> bool:
-    """Whether products of a model's layers are of 8-bit activations: these layers', or those of bitsandbytes."""
+    """Whether a model has layers that round activations to 8 bits: `Int8Linear`, or bitsandbytes' in 8 bits."""
     ours = Int8Linear.rounds and any(isinstance(module, Int8Linear) for module in model.modules())
     return ours or bool(getattr(model, "is_loaded_in_8bit", False))
 
@@ -188,18 +190,18 @@ def _weight(linear: nn.Linear | Conv1D) -> Tensor:
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
     for parent in model.modules():
         for name, module in parent.named_children():
-            if type(module) in (nn.Linear, Conv1D):  # not what is derived from them, whose forward may be another
+            if type(module) in (nn.Linear, Conv1D):  # not subclasses, whose forward may differ
                 yield parent, name, module
 
 
 def _reach(model: PreTrainedModel, linears: list[nn.Linear | Conv1D]) -> dict[nn.Module, Tensor]:
-    """The largest |x| of each channel that each layer is given."""
-    seen: dict[nn.Module, Tensor] = {module: torch.zeros(_weight(module).shape[1]) for module in linears}
+    """The largest |x| of each input channel of each layer, measured on random tokens."""
+    reach: dict[nn.Module, Tensor] = {module: torch.zeros(_weight(module).shape[1]) for module in linears}
 
     def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach().float().reshape(-1, arguments[0].shape[-1])
         if len(x):
-            torch.maximum(seen[module], x.abs().amax(0), out=seen[module])
+            torch.maximum(reach[module], x.abs().amax(0), out=reach[module])
 
     handles = [module.register_forward_pre_hook(note) for module in linears]
     try:
@@ -207,7 +209,7 @@ def _reach(model: PreTrainedModel, linears: list[nn.Linear | Conv1D]) -> dict[nn
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return reach
 
 
 def _run_probe(model: PreTrainedModel) -> None:

@@ -1,1 +1,1 @@
-"""Labelled data: reading it, running an adapter over it, scores, calibration, reports, plots. Training is in `training`."""
+"""Work on labelled data: reading, running an adapter, scores, calibration, reports, plots. Training is in `training`."""

@@ -1,7 +1,8 @@
 """Calibration on held-out labels: posterior scale and temperature by NLL, then thresholds for sets and abstention.
 
-The rows are split in two halves. The first chooses scale, temperature and doubt score. The second gives the thresholds and
-the numbers that are reported; no choice was fitted to it, so that the guarantees hold for new inputs of the same kind.
+The rows are split into two halves. The first is used to choose scale, temperature and doubt score. The second gives the
+thresholds and the reported numbers; since nothing was fitted to it, the guarantees hold for new inputs of the same kind.
+Prediction sets and abstention themselves are in `uncertainty`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.1, 10.0, 13))
 REFERENCE_QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
-LogitsAt = Callable[[float], Tensor]  # tau -> [N, K, C]
+LogitsAt = Callable[[float], Tensor]  # posterior scale tau -> logits [N, K, C]
 
 
 def mixture_nll(logits: Tensor, answers: Tensor, temperature: float) -> float:
@@ -41,7 +42,7 @@ def mixture_nll(logits: Tensor, answers: Tensor, temperature: float) -> float:
 
 
 def _gaps(logits: Tensor, answers: Tensor) -> Tensor:
-    """z - z_y, [N, K, C] float64."""
+    """Each choice's logit minus the answer's, z - z_y: [N, K, C] float64."""
     picked = answers.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
     return logits.double() - logits.double().gather(-1, picked)
 
@@ -51,17 +52,19 @@ def _tempered_nll(gaps: Tensor, temperature: float) -> float:
 
 
 def _row_nll(gaps: Tensor, temperature: float) -> Tensor:
-    log_p = -torch.logsumexp(gaps / temperature, dim=-1)  # [N, K], of the answer
+    log_p = -torch.logsumexp(gaps / temperature, dim=-1)  # [N, K], log-probability of the answer
     return math.log(gaps.shape[1]) - torch.logsumexp(log_p, dim=-1)
 
 
 def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> tuple[float, float]:
-    """(x, loss) of the lowest point of a grid, refined by a bounded search (Brent 1973) between its neighbours.
+    """Minimise a function of x > 0: the lowest point of a grid, refined by Brent's bounded search between its neighbours.
 
     Args:
-        loss: of x > 0.
-        grid: ascending.
-        tolerance: stop when ln x is known within this.
+        grid: values of x, ascending.
+        tolerance: of ln x.
+
+    Returns:
+        (x, loss) of the minimum.
     """
     values = [loss(x) for x in grid]
     best = min(range(len(grid)), key=values.__getitem__)
@@ -69,13 +72,13 @@ def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: f
     refined = minimize_scalar(
         lambda log_x: loss(math.exp(log_x)), bounds=bounds, method="bounded", options={"xatol": tolerance}
     )
-    # Where the loss has several valleys or is lowest at an end, the grid's own point may be lower.
+    # If the loss has several minima or is lowest at an end, the grid point may be lower than the refined one.
     return min((grid[best], values[best]), (math.exp(refined.x), float(refined.fun)), key=lambda point: point[1])
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One posterior scale with the temperature that suits it best, and the NLL with it and with T = 1."""
+    """One posterior scale with its best temperature, and the NLL at that temperature and at T = 1."""
 
     posterior_scale: float
     temperature: float
@@ -85,7 +88,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class ScaleFit:
-    """The trial that was chosen with its logits [N, K, C], and every trial in the order of its scale."""
+    """The chosen trial with its logits [N, K, C], and all trials in ascending order of scale."""
 
     best: Trial
     logits: Tensor
@@ -93,17 +96,17 @@ class ScaleFit:
 
 
 def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> ScaleFit:
-    """The posterior scale and temperature with the lowest NLL, or scale 1 where the data cannot tell it from the best.
+    """The posterior scale and temperature with the lowest NLL, or scale 1 if the difference is within the noise.
 
-    Each scale costs one pass over the data; its temperature is found on the logits of that pass. Scale 1 is always among
-    them, and temperature 1, so that the fit is never worse than none. NLL is often flat in the scale, since the temperature
-    makes up for it, and mutual information is not: so the posterior as trained stays unless another is better by more than
-    the standard error of the difference over the rows (the one-standard-error rule of Breiman et al., 1984).
+    Each scale costs one pass over the data; its temperature is fitted to the logits of that pass. Scale 1 and temperature 1
+    are always tried, so the fit is never worse than none. NLL often hardly depends on the scale, because the temperature
+    makes up for it, while mutual information does. So scale 1, the posterior as trained, stays unless another scale is
+    better by more than the standard error of the difference over the rows (one-standard-error rule, Breiman et al. 1984).
 
     Args:
-        logits_at: [N, K, C] for a posterior scale, with the same draws each time.
+        logits_at: computes logits [N, K, C] for a posterior scale, always with the same draws.
         answers: [N].
-        tolerance: in ln tau; NLL is flat around its minimum, and no data tells scales apart that are closer.
+        tolerance: of ln tau; NLL is so flat around its minimum that data cannot distinguish closer scales.
     """
     trials: list[Trial] = []
     logits_and_nll: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
@@ -132,7 +135,7 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> S
 
 
 def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of two halves of the rows, random but with each answer shared out evenly."""
+    """Row indices of two random halves, with each answer split evenly between them."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(answers)))
     order = order[answers[order].argsort(stable=True)]
     return order[::2].sort().values, order[1::2].sort().values
@@ -140,7 +143,7 @@ def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a calibration. With `target_risk` None there is no abstention threshold."""
+    """The settings of a calibration. If `target_risk` is None, no abstention threshold is computed."""
 
     levels: tuple[float, ...] = (0.8, 0.9, 0.95)
     method: SetMethod = "lac"
@@ -151,9 +154,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a calibration: what goes into the adapter, and every trial of the fit.
+    """The result of a calibration: the new values for the adapter's config, and every trial of the fit.
 
-    `refusal` says why there is no abstention threshold though one was asked for.
+    `refusal` says why there is no abstention threshold although one was requested.
     """
 
     posterior_scale: float
@@ -173,21 +176,21 @@ def calibrate(
     sha256: str,
     on_progress: Callable[[int], object] | None = None,
 ) -> Outcome:
-    """Fit scale and temperature on one half of labelled rows, and take the thresholds from the other.
+    """Fit scale and temperature on one half of labelled rows, and compute the thresholds on the other.
 
     Args:
-        model: its own posterior scale and temperature must be 1; calibration starts from the posterior as trained.
-        name, sha256: of the data, to be recorded.
-        on_progress: told how many inputs each batch finished; the number of passes is not known beforehand.
+        model: its posterior scale and temperature must be 1; calibration starts from the posterior as trained.
+        name, sha256: name and hash of the data file, to be recorded.
+        on_progress: called after each batch with its number of inputs; the number of batches is not known beforehand.
 
     Raises:
-        CalibrationError: too few rows for a level or for the target risk, before any pass.
+        CalibrationError: too few rows for a level or for the target risk; checked before any pass.
     """
     assert model.config.posterior_scale == model.config.temperature == 1
     chosen, held_out = split_halves(encoded.answers, options.seed)
     if len(held_out) < 1:
-        raise CalibrationError("calibration needs at least two rows")
-    for level in options.levels:  # before the long work
+        raise CalibrationError(f"calibration needs at least two rows, and there are {len(encoded.answers)}; give more rows")
+    for level in options.levels:  # fail before the long passes, if there are too few rows
         conformal_threshold(torch.zeros(len(held_out)), level)
 
     if options.target_risk is not None:
@@ -216,7 +219,7 @@ def calibrate(
     abstain, refusal = None, None
     try:
         abstain = _abstention(fit_outcome, encoded.answers[chosen], outcome, answers, options)
-    except CalibrationError as error:  # the rest is worth keeping
+    except CalibrationError as error:  # the rest of the calibration is still useful
         refusal = str(error)
     calibration = Calibration(
         data=CalibrationData(

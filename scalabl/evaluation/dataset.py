@@ -1,4 +1,4 @@
-"""Labelled examples from JSONL files, checked row by row before anything is trained or evaluated."""
+"""Reads labelled examples from JSONL files and validates every row. Tokenizing them is in `encoded`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scalabl.prompt import check_text
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the text, the choices it came with, and the index of the true one (-1: none of them).
+    """One row: the text, its choices, and the index of the true choice (-1: none of them).
 
-    `source` says where the row stands, as `file:line`.
+    `source` is the row's place, as `file:line`.
     """
 
     text: str
@@ -24,12 +24,15 @@ class Example:
 
 
 def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
-    """Rows of `{"text" | "question", ["context"], "choices": [...], "answer": int}`, one JSON object a line.
+    """Rows of `{"text" | "question", ["context"], "choices": [...], "answer": int}`, one JSON object per line.
 
-    A context is put before the question, with an empty line between. `labelled` demands an answer among the choices.
+    A context is put before the question, with an empty line between them.
+
+    Args:
+        labelled: require an answer that is one of the choices; otherwise -1 is allowed.
 
     Raises:
-        DatasetError: the file cannot be read, is empty, or has a bad row; the message gives file and line.
+        DatasetError: the file cannot be read, is empty, or has an invalid row; the message gives file and line.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -44,7 +47,7 @@ def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
         except ValueError as error:
             raise DatasetError(f"{path}:{number}: {error}") from None
     if not examples:
-        raise DatasetError(f"{path} has no rows")
+        raise DatasetError(f"{path} has no rows; it needs at least one JSON object")
     return examples
 
 
@@ -59,7 +62,7 @@ def _example(line: bytes, labelled: bool, source: str) -> Example:
     check_text(name, text)
     if context is not None:
         if not isinstance(context, str):
-            raise ValueError("'context' is not a string")
+            raise ValueError("'context' must be a string")
         text = f"{context}\n\n{text}"
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):

@@ -1,4 +1,4 @@
-"""A labelled set as prompts: token ids, answers and how many choices each input has. Reading files is in `dataset`."""
+"""A data set as token ids, with the answers and numbers of choices. Reading files is in `dataset`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalabl.prompt import Prompter
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """N examples as prompts. `num_choices` [N] may vary for multiple choice; `answers` [N] has -1 for none of them."""
+    """N examples as token ids. `num_choices` [N] may vary in multiple choice; an answer [N] of -1 is none of the choices."""
 
     sequences: list[list[int]]
     answers: Tensor
@@ -23,10 +23,10 @@ class EncodedSet:
 
 
 def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
-    """Prompts of a data set for a task.
+    """The tokenized prompts of a data set for a task.
 
     Raises:
-        DatasetError: a row whose choices are not the task's, or that cannot become a prompt, with file and line.
+        DatasetError: a row's choices are not the task's, or it cannot become a prompt; the message gives file and line.
     """
     task = prompter.task
     sequences = []
@@ -34,7 +34,7 @@ def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens:
         choices = None if task.kind == "classification" else example.choices
         if choices is None and example.choices != task.choices:
             raise DatasetError(
-                f"{example.source}: the choices are {list(example.choices)}; the task has {list(task.choices)}"
+                f"{example.source}: the choices are {list(example.choices)}; they must be the task's, {list(task.choices)}"
             )
         try:
             sequences.append(prompter.encode(example.text, choices, max_tokens=max_tokens))

@@ -1,6 +1,6 @@
-"""Running a model over a set of prompts: logits and predictives of every input, in batches of similar length.
+"""Runs a model over a data set, in batches of similar length: logits and predictives of every input.
 
-What comes out is scored in `scoring`; how logits become a predictive is in `uncertainty`.
+Results are scored in `scoring`. How logits become a predictive is in `uncertainty`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def logits_of(
     on_progress: Callable[[int], object] | None = None,
     states: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """Logits [N, K, C] of N prompts in length-aware batches; `on_progress` hears how many inputs each batch finished.
+    """Logits [N, K, C] of N prompts.
 
     Args:
-        states: of (indices [B], width T), the trunk's states [B, T, D] (`trunk_cache.TrunkCache.of`).
+        max_batch_tokens: the most tokens in a batch, counting every sample and padding.
+        on_progress: called after each batch with its number of inputs.
+        states: looks up cached trunk states: (indices [B], width T) -> [B, T, D] (`trunk_cache.TrunkCache.of`).
     """
     result = torch.empty(len(sequences), draws.num_samples, model.num_choices)
     for batch in batches([len(ids) for ids in sequences], draws.num_samples, max_batch_tokens):
@@ -47,7 +49,7 @@ def logits_of(
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
-    """The predictive of N inputs, each over the choices that it has."""
+    """The predictive of N inputs from their logits [N, K, C], each over its own choices."""
     return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
 
 
@@ -60,10 +62,11 @@ def linearized_predictive(
     max_batch_tokens: int = 4096,
     on_progress: Callable[[int], object] | None = None,
 ) -> Predictive:
-    """The linearised predictive of a data set, each input over the choices that it has, in length-aware batches.
+    """The linearised predictive of a data set, each input over its own choices.
 
     Args:
-        draws: correct these samples by their linearisation (`controlled`), rather than rely on it.
+        draws: if given, sample with these draws and use the linearisation only as a control variate (`controlled`).
+        negligible: as of `linearize`.
     """
     outcomes: dict[int, Predictive] = {}
     rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
@@ -90,11 +93,11 @@ def adaptive_predictive(
     max_batch_tokens: int = 4096,
     trunk_gib: float = 1.0,
 ) -> list[Estimate]:
-    """The predictive of a data set, each input over the choices that it has and with as many samples as it needs.
+    """The predictive of a data set by adaptive sampling, each input over its own choices.
 
     Args:
-        draws: `rule.most` of them.
-        trunk_gib: what the trunk's states of all inputs may take; where they fit, the trunk runs once and not every round.
+        draws: must have `rule.most` samples.
+        trunk_gib: GiB for the trunk's states of all inputs. If they fit, the trunk runs once instead of in every round.
     """
     assert draws.num_samples == rule.most
     cache = trunk_cache(model, encoded.sequences, trunk_gib)

@@ -1,4 +1,7 @@
-"""Figures of what was measured, drawn with matplotlib (the `plots` extra) and without a display."""
+"""Figures of calibrations and evaluations, drawn with matplotlib (the `plots` extra); no display is needed.
+
+The numbers are computed in `calibration` and `report`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ DOUBT_NAMES = {"mutual_information": "mutual information", "entropy": "entropy",
 
 
 def save_fit(outcome: Outcome, path: Path) -> None:
-    """The fit of a calibration: NLL over posterior scale, with the best temperature and with none, and that temperature."""
+    """Save the figure of a calibration's fit: NLL by posterior scale at T = 1 and at the best T, and the best T."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     scales = [trial.posterior_scale for trial in outcome.trials]
@@ -41,7 +44,7 @@ def save_fit(outcome: Outcome, path: Path) -> None:
 
 
 def save_evaluation(inside: Evaluated, outside: list[Evaluated], folder: Path) -> None:
-    """`reliability.png`, `risk_coverage.png` and `mutual_information.png` of an evaluation, in a folder that is made."""
+    """Save `reliability.png`, `risk_coverage.png` and `mutual_information.png` of an evaluation; creates the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(_reliability(inside), folder / "reliability.png")
     _save(_risk_coverage(inside), folder / "risk_coverage.png")
@@ -53,25 +56,24 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _reliability(inside: Evaluated) -> Figure:
-    """Accuracy against confidence, and below it how many inputs each bin has."""
+    """Accuracy by confidence; below it the number of inputs in each bin."""
     bins = reliability(inside.outcome, inside.answers)
-    middles = [(place["low"] + place["high"]) / 2 for place in bins]
+    middles = [(bin_["low"] + bin_["high"]) / 2 for bin_ in bins]
     figure = Figure(figsize=(5, 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.bar(middles, [place["accuracy"] for place in bins], width=0.9 / BINS, color="tab:blue", alpha=0.7)
-    top.plot(
-        [place["confidence"] for place in bins], [place["accuracy"] for place in bins], "o", color="black", markersize=3
-    )
+    top.bar(middles, [bin_["accuracy"] for bin_ in bins], width=0.9 / BINS, color="tab:blue", alpha=0.7)
+    confidence, accuracy = ([bin_[name] for bin_ in bins] for name in ("confidence", "accuracy"))
+    top.plot(confidence, accuracy, "o", color="black", markersize=3)
     top.plot([0, 1], [0, 1], "--", color="tab:grey")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"{inside.name}, {len(inside)} inputs")
-    bars = bottom.bar(middles, [place["count"] for place in bins], width=0.9 / BINS, color="tab:grey")
+    bars = bottom.bar(middles, [bin_["count"] for bin_ in bins], width=0.9 / BINS, color="tab:grey")
     bottom.bar_label(bars, fontsize=7)
     bottom.set(xlabel="confidence", ylabel="inputs", yscale="log", ylim=(0.8, 5 * len(inside)))
     return figure
 
 
 def _risk_coverage(inside: Evaluated) -> Figure:
-    """Wrong answers among those given, as less is answered, for each doubt score; and for one that knew the wrong ones."""
+    """Share of wrong answers by share of inputs answered, for each doubt score and for an ideal one."""
     wrong = inside.outcome.probabilities.argmax(-1) != inside.answers
     share = torch.arange(1, len(inside) + 1) / len(inside)
     figure = Figure(figsize=(5.5, 4), layout="constrained")
@@ -90,7 +92,7 @@ def _risk_coverage(inside: Evaluated) -> Figure:
 
 
 def _mutual_information(inside: Evaluated, outside: list[Evaluated]) -> Figure:
-    """Where the mutual information of right answers, wrong answers and inputs outside the choices lies."""
+    """Histograms of mutual information: right answers, wrong answers, and inputs outside the choices."""
     wrong = inside.outcome.probabilities.argmax(-1) != inside.answers
     values = inside.outcome.mutual_information
     groups = {f"right ({int((~wrong).sum())})": values[~wrong], f"wrong ({int(wrong.sum())})": values[wrong]}

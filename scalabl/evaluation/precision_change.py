@@ -1,4 +1,7 @@
-"""How answers change with a base model in lower precision: the same inputs and draws before and after."""
+"""Measures how quantizing the base model changes answers: the same inputs and draws before and after.
+
+The quantization itself is in `base`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from scalabl.uncertainty.predictive import Predictive
 
 logger = logging.getLogger("scalabl")
 
-# The inputs for any adapter, where no file of better ones is given.
+# The default inputs, used for any adapter unless a file is given.
 QUERIES = (
     "how do i change the address on my account",
     "The film was far too long, but the ending made up for it.",
@@ -36,17 +39,17 @@ QUERIES = (
     "I am not sure whether this belongs here at all.",
     "turn the lights off when everybody has gone to bed",
 )
-OFFERED = ("yes", "no", "it depends", "that cannot be known")  # the choices that come with each, where a task wants some
+OFFERED = ("yes", "no", "it depends", "that cannot be known")  # the choices of each query, for multiple-choice tasks
 
 
 class Probes:
-    """The inputs that adapters answer before and after.
+    """The probe inputs, which each adapter answers before and after quantization.
 
     Args:
-        file: rows of `dataset.read_examples`, whose answers do not matter; None for `QUERIES`.
+        file: a file for `dataset.read_examples`, whose answers are ignored; None for `QUERIES`.
 
     Raises:
-        DatasetError: the file cannot be read; see `read_examples`.
+        DatasetError: the file cannot be read or has an invalid row.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -56,7 +59,7 @@ class Probes:
             self._inputs = [(row.text, row.choices) for row in read_examples(file, labelled=False)]
 
     def encode(self, task: Task, prompter: Prompter, max_tokens: int) -> EncodedSet:
-        """As prompts of a task, cut where they are too long."""
+        """The inputs as prompts of a task; texts that are too long are cut."""
         offered = [None if task.kind == "classification" else choices[: len(task.choices)] for _, choices in self._inputs]
         sequences = [
             prompter.encode(text, choices, max_tokens=max_tokens, truncate=True)
@@ -66,28 +69,28 @@ class Probes:
         return EncodedSet(sequences, torch.full((len(sequences),), -1), torch.tensor(counts))
 
     def ask(self, model: ScalaBLModel, prompter: Prompter, max_tokens: int, draws: Draws) -> Predictive:
-        """An adapter's answers to the inputs."""
+        """An adapter's predictive for the inputs."""
         encoded = self.encode(model.config.task, prompter, max_tokens)
         return predictive_of(logits_of(model, encoded.sequences, draws), encoded.num_choices, model, draws)
 
 
 class QuantizationChange(BaseModel):
-    """By how much the answers to the probe inputs are others with the base model in lower precision."""
+    """How much quantizing the base model changes an adapter's answers to the probe inputs."""
 
-    inputs: int
-    num_samples: int
-    probability_largest: float = Field(description="Of any choice of any input.")
-    probability_mean: float = Field(description="The mean over inputs of the largest of each.")
-    mutual_information_largest: float = Field(description="In nats.")
-    mutual_information_mean: float = Field(description="In nats.")
-    other_decisions: int = Field(description="Inputs for which another choice is the most probable one.")
+    inputs: int = Field(description="Number of probe inputs.")
+    num_samples: int = Field(description="Posterior samples for each input.")
+    probability_largest: float = Field(description="Largest change of a choice's probability, over all choices and inputs.")
+    probability_mean: float = Field(description="Each input's largest change of a probability, averaged over the inputs.")
+    mutual_information_largest: float = Field(description="Largest change of an input's mutual information, in nats.")
+    mutual_information_mean: float = Field(description="Mean change of mutual information over the inputs, in nats.")
+    other_decisions: int = Field(description="Number of inputs for which another choice becomes the most probable one.")
 
     @classmethod
     def between(cls, before: Predictive, after: Predictive) -> QuantizationChange:
         """The change between two predictives of the same inputs."""
         probability = (after.probabilities - before.probabilities).abs().amax(-1)
         information = (after.mutual_information - before.mutual_information).abs()
-        decided = after.probabilities.argmax(-1) != before.probabilities.argmax(-1)
+        other_choice = after.probabilities.argmax(-1) != before.probabilities.argmax(-1)
         return cls(
             inputs=len(probability),
             num_samples=before.sample_probabilities.shape[1],
@@ -95,15 +98,15 @@ class QuantizationChange(BaseModel):
             probability_mean=float(probability.mean()),
             mutual_information_largest=float(information.max()),
             mutual_information_mean=float(information.mean()),
-            other_decisions=int(decided.sum()),
+            other_decisions=int(other_choice.sum()),
         )
 
     def __str__(self) -> str:
         return (
             f"on {self.inputs} probe inputs and {self.num_samples} samples probabilities change by at most "
             f"{self.probability_largest:.2g} (mean {self.probability_mean:.2g}), mutual information by at most "
-            f"{self.mutual_information_largest:.2g} nats (mean {self.mutual_information_mean:.2g}), and "
-            f"{self.other_decisions} decisions"
+            f"{self.mutual_information_largest:.2g} nats (mean {self.mutual_information_mean:.2g}), and the most probable "
+            f"choice of {self.other_decisions} inputs"
         )
 
 
@@ -113,16 +116,17 @@ def load_and_ask(
     adapters: Mapping[str, Path],
     ask: Callable[[ScalaBLModel, Pretrained], Predictive],
 ) -> tuple[Pretrained, dict[str, Predictive]]:
-    """A quantised base model, and what each adapter answered on it before.
+    """Load a quantized base model; also returns each adapter's predictive on the base model before quantization.
 
-    Where the weights do not fit as they are, nothing is known of before; that is logged.
+    If the base model does not fit into memory without quantization, there are no such predictives, and this is logged.
 
     Args:
-        load: the base model, in this precision or (None) as it is.
-        ask: see `Probes.ask`.
+        load: loads the base model with this quantization, or without any (None).
+        adapters: name -> adapter directory.
+        ask: computes an adapter's predictive for the probe inputs; see `Probes.ask`.
 
     Raises:
-        AdapterError, BaseModelError: as from loading either.
+        AdapterError, BaseModelError: an adapter or the base model cannot be loaded.
     """
     before: dict[str, Predictive] = {}
     try:
@@ -135,7 +139,9 @@ def load_and_ask(
         Host.forget(pretrained.model)
     except torch.OutOfMemoryError:
         before.clear()
-        logger.warning("the base model does not fit without --quantization: what that changes is not known")
+        logger.warning(
+            "the base model does not fit into memory without --quantization: the change of answers is not measured"
+        )
     else:
         if quantization == "int8":
             to_int8(pretrained.model)

@@ -1,4 +1,7 @@
-"""The report of an evaluation: scores with bootstrap intervals, curves, prediction sets and cost, as plain JSON values."""
+"""The report of an evaluation as plain JSON values: scores with bootstrap intervals, curves, prediction sets and cost.
+
+The scores themselves are in `scoring`, figures in `plots`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from scalabl.uncertainty.conformal import prediction_sets
 from scalabl.uncertainty.predictive import Predictive
 from scalabl.uncertainty.selective import doubts, risk_coverage
 
-BLOCK = 4_000_000  # elements of the weights that are held at once
+BLOCK = 4_000_000  # bootstrap weights in memory at once
 COVERAGES = tuple(step / 20 for step in range(1, 21))
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One data set after its passes. `answers` [N] has -1 for none of the choices; `tokens` are prompt tokens."""
+    """One data set with its predictions. An answer [N] of -1 is none of the choices; `tokens` counts prompt tokens."""
 
     name: str
     outcome: Predictive
@@ -38,11 +41,11 @@ class Evaluated:
 def report(
     inside: Evaluated, outside: list[Evaluated], calibration: Calibration | None, *, repeats: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """`data`: everything about the labelled set; `ood`: about each set outside the choices.
+    """The report: `data` is about the labelled set, `ood` about each set of inputs outside the choices.
 
     Args:
-        repeats: bootstrap resamples behind each 95% interval; 0 leaves the intervals out.
-        seed: of the resamples.
+        repeats: number of bootstrap resamples for the 95% intervals; 0 leaves the intervals out.
+        seed: random seed of the resamples.
     """
     wrong = inside.outcome.probabilities.argmax(-1) != inside.answers
     data = {
@@ -89,13 +92,16 @@ def _cost(evaluated: Evaluated) -> dict[str, Any]:
 
 
 def _scored(score: Callable[..., dict[str, Tensor]], counts: tuple[int, ...], repeats: int, seed: int) -> dict[str, Any]:
-    """The scores that there are, with an interval for each.
+    """All scores that are not NaN, with an interval for each.
 
     Args:
-        score: takes weights [R, N] for each of the sets whose sizes are `counts`, or nothing.
+        score: computes the scores, given either no arguments or weights [R, N] for each of the data sets.
+        counts: N of each data set.
     """
     values = {name: float(value) for name, value in score().items()}
-    values = {name: value for name, value in values.items() if not math.isnan(value)}  # no wrong answer, or only wrong ones
+    values = {
+        name: value for name, value in values.items() if not math.isnan(value)
+    }  # NaN: no wrong answer, or only wrong ones
     if repeats < 1:
         return values
     block_size = max(1, BLOCK // sum(counts))
@@ -115,27 +121,28 @@ def _at(curve: Tensor, share: float) -> Tensor:
 
 
 def reliability(outcome: Predictive, answers: Tensor) -> list[dict[str, float | int]]:
-    """For each non-empty bin of confidence: its ends, its inputs, their mean confidence and their accuracy."""
+    """For each non-empty confidence bin: its bounds, number of inputs, mean confidence and accuracy."""
     confidence, index = outcome.probabilities.max(-1)
     hit, bins = (index == answers).double(), bins_of(confidence)
     return [
         {
-            "low": place / BINS,
-            "high": (place + 1) / BINS,
-            "count": int((bins == place).sum()),
-            "confidence": float(confidence[bins == place].mean()),
-            "accuracy": float(hit[bins == place].mean()),
+            "low": number / BINS,
+            "high": (number + 1) / BINS,
+            "count": int((bins == number).sum()),
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(hit[bins == number].mean()),
         }
-        for place in range(BINS)
-        if bool((bins == place).any())
+        for number in range(BINS)
+        if bool((bins == number).any())
     ]
 
 
 def _sets(evaluated: Evaluated, calibration: Calibration, level: str) -> dict[str, Any]:
-    """Sizes of the sets as served, with the top choice always in, and for labelled inputs how often they hold the answer.
+    """The mean size of the prediction sets, and for labelled inputs how often they contain the answer.
 
-    `coverage_of_rule` is that of the conformal rule alone, the number that its theory is about: where the model is right
-    more often than the level, no non-empty set can cover as little.
+    `coverage` is that of the sets as served, which always contain the top choice. `coverage_of_rule` is that of the
+    conformal rule alone, whose sets may be empty; theory is about this number. If the model is right more often than the
+    level, sets with the top choice necessarily cover more.
     """
     threshold, p = calibration.levels[level], evaluated.outcome.probabilities
     real = torch.arange(p.shape[1]) < evaluated.num_choices.unsqueeze(1)
@@ -154,7 +161,7 @@ def _sets(evaluated: Evaluated, calibration: Calibration, level: str) -> dict[st
 
 
 def _abstention(evaluated: Evaluated, calibration: Calibration) -> dict[str, Any] | None:
-    """How many inputs are answered, and for labelled ones how many of the answers are wrong."""
+    """The share of inputs that are answered, and for labelled inputs the share of these answers that are wrong."""
     rule = calibration.abstain
     if rule is None:
         return None

@@ -1,7 +1,7 @@
-"""Scores of predictions against answers, each for many weightings of the inputs at once: what a bootstrap needs.
+"""Scores of predictions, such as accuracy, NLL and calibration errors, computed for many weightings of the inputs at once.
 
-A weighting is a row of `weights` [R, N]: how often each input counts. Ones give the score itself, the counts of a bootstrap
-resample give the score of that resample. All in float64.
+A weighting is a row of `weights` [R, N], which says how often each input counts. Weights of 1 give the score itself; the
+counts of a bootstrap resample give the score of that resample. All numbers are float64. Doubt scores are in `uncertainty`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ BINS = 15
 
 
 def weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
-    """[R, N] and [N] -> [R]."""
+    """Mean of values [N] for weights [R, N] -> [R]."""
     return weights @ values.double() / weights.sum(1)
 
 
 def bins_of(confidence: Tensor) -> Tensor:
-    """The index of each probability's bin, 15 of equal width, closed above (Guo et al. 2017): [...] -> [...]."""
+    """The bin of each probability: 15 of equal width, which include their upper bound (Guo et al. 2017). [...] -> [...]."""
     return ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
 
 
 def calibration_error(weights: Tensor, confidence: Tensor, hit: Tensor) -> Tensor:
-    """ECE: |mean confidence - share of hits| in bins of equal width, weighted by their inputs. [R, N], [N], [N] -> [R]."""
+    """ECE: |mean confidence - accuracy| in bins of equal width, weighted by inputs. [R, N], [N], [N] -> [R]."""
     gaps = weights.new_zeros(len(confidence), BINS).scatter_(1, bins_of(confidence).unsqueeze(1), _gap(confidence, hit))
     return (weights @ gaps).abs().sum(1) / weights.sum(1)
 
@@ -40,7 +40,7 @@ def _gap(confidence: Tensor, hit: Tensor) -> Tensor:
 
 
 def adaptive_calibration_error(weights: Tensor, confidence: Tensor, hit: Tensor) -> Tensor:
-    """ECE in 15 bins of equally many inputs (Nguyen and O'Connor 2015). [R, N], [N], [N] -> [R]."""
+    """ECE in 15 bins with equal numbers of inputs (Nguyen and O'Connor 2015). [R, N], [N], [N] -> [R]."""
     order = confidence.argsort(stable=True)
     sorted_weights = weights[:, order]
     middle = (sorted_weights.cumsum(1) - sorted_weights / 2) / weights.sum(1, keepdim=True)  # in (0, 1)
@@ -75,7 +75,7 @@ def aurc(weights: Tensor, doubt: Tensor, wrong: Tensor) -> Tensor:
     here = weights.new_zeros(len(weights), len(groups)).index_add_(1, index, weights)
     errors = weights.new_zeros(len(weights), len(groups)).index_add_(1, index, weights * wrong)
     answered = here.cumsum(1)
-    risk = errors.cumsum(1) / answered.clamp_min(1e-300)  # nothing answered has no weight either
+    risk = errors.cumsum(1) / answered.clamp_min(1e-300)  # where nothing is answered, the weight is 0 as well
     return (here * risk).sum(1) / weights.sum(1)
 
 
@@ -83,7 +83,7 @@ def labelled_scores(outcome: Predictive, answers: Tensor, weights: Tensor | None
     """Every score of N predictions whose true answers are known, [R] each; without weights R = 1.
 
     Accuracy, NLL (nats), ECE in three forms, Brier score, mean entropy and mutual information, and for each doubt score the
-    AUROC with which it finds wrong answers (NaN when none or all are wrong) and the area under its risk-coverage curve.
+    AUROC with which it detects wrong answers (NaN when none or all are wrong) and the area under its risk-coverage curve.
     """
     p = outcome.probabilities
     weights = _ones(outcome) if weights is None else weights
@@ -107,7 +107,7 @@ def labelled_scores(outcome: Predictive, answers: Tensor, weights: Tensor | None
 
 
 def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
-    """The scores of `labelled_scores` as numbers, without those that are NaN: answers [N], indices of choices."""
+    """The scores of `labelled_scores` as numbers, without those that are NaN. `answers` [N] are indices of choices."""
     values = {name: float(value) for name, value in labelled_scores(outcome, answers).items()}
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
@@ -115,10 +115,10 @@ def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
 def outside_scores(
     inside: Predictive, outside: Predictive, inner: Tensor | None = None, outer: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """How each doubt score tells inputs outside the choices from those inside (AUROC), and the means outside, [R] each.
+    """How well each doubt score detects inputs outside the choices (AUROC), and mean uncertainty of those inputs; [R] each.
 
     Args:
-        inner, outer: weights of the two sets, [R, N] and [R, N'].
+        inner, outer: weights of the inputs inside [R, N] and outside [R, N'] of the choices; None for 1.
     """
     inner, outer = (_ones(o) if w is None else w for o, w in ((inside, inner), (outside, outer)))
     weights, is_outer = torch.cat([inner, outer], dim=1), torch.arange(inner.shape[1] + outer.shape[1]) >= inner.shape[1]
@@ -145,15 +145,15 @@ def resamples(count: int, repeats: int, seed: int, block: int) -> Iterator[Tenso
 
 
 def interval(value: float, resampled: Tensor, confidence: float = 0.95) -> tuple[float, float]:
-    """A bootstrap interval of a score: the percentiles of its resampled values, less the bias of their mean.
+    """A bootstrap interval of a score: the percentiles of its resampled values, minus the bias of their mean.
 
-    Without that, binned calibration errors, which any noise makes larger, would lie outside their own intervals.
+    Noise makes binned calibration errors larger; without the correction they would lie outside their own intervals.
 
     Args:
-        resampled: [R]; NaN where a resample has no such score.
+        resampled: [R], the score of each resample; NaN where it is not defined.
     """
-    known = resampled[~resampled.isnan()]
+    defined = resampled[~resampled.isnan()]
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(known, torch.tensor([tail, 1 - tail], dtype=known.dtype)).tolist()
-    bias = float(known.mean()) - value
+    low, high = torch.quantile(defined, torch.tensor([tail, 1 - tail], dtype=defined.dtype)).tolist()
+    bias = float(defined.mean()) - value
     return max(0.0, low - bias), max(0.0, high - bias)

@@ -1,1 +1,1 @@
-"""Stochastic variational inference: the recipe, the loss and the trainer. Scores are computed in `evaluation`."""
+"""Training by stochastic variational inference: settings, loss and trainer. Scores are computed in `evaluation`."""

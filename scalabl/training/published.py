@@ -1,8 +1,9 @@
-"""The KL as in the authors' published code: separate SGD steps with a cyclic weight, after each step on the likelihood.
+"""KL steps as in the authors' published code: an SGD step on the KL after each optimiser step on the likelihood.
 
-As in BayesAdapt (Samplawski et al. 2025): the rate warms up and falls linearly, and is multiplied by the cycle of BLoB (Wang
-et al., NeurIPS 2024, after Blundell et al. 2015). The KL is not divided by the number of training rows. Their mean is
-exp(log_s), so the step on mu is taken on its logarithm; here mu keeps its sign. The default recipe is in `trainer`.
+As in BayesAdapt (Samplawski et al. 2025), the learning rate warms up and then falls linearly, and is multiplied by BLoB's
+cyclic weight (Wang et al., NeurIPS 2024, after Blundell et al. 2015). The KL is not divided by the number of training rows.
+BayesAdapt stores the logarithm of mu, so the step on mu is taken on ln |mu|; the sign of mu does not change. The default
+way, with the KL in the loss, is in `trainer`.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from scalabl.model.posterior import kl_divergence
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.training.recipe import TrainingConfig
 
-GAMMA = 8.0  # BLoB's, which sets the length of a cycle
+GAMMA = 8.0  # BLoB's gamma, which determines the length of a cycle
 
 
 def cycle_length(num_examples: int, batch_size: int) -> int:
-    """M = 100 N^(pi / gamma) / batch size, in steps."""
+    """The length of a cycle in steps: M = 100 N^(pi / gamma) / batch size."""
     return max(1, int(100 * num_examples ** (math.pi / GAMMA) / batch_size))
 
 
 def kl_rate(step: int, recipe: TrainingConfig, num_examples: int) -> float:
-    """The SGD's learning rate at a step counted from 0: linear up and down, times 2^i / (2^(M + 1) - 1), i = 1 … M."""
+    """Learning rate of the KL step at a step counted from 0: linear up and down, times 2^i / (2^(M + 1) - 1), i = 1 … M."""
     warmup, last = int(recipe.max_steps * recipe.warmup_fraction), recipe.max_steps
-    line = step / warmup if step < warmup else max(0.0, (last - step) / max(1, last - warmup))
+    linear = step / warmup if step < warmup else max(0.0, (last - step) / max(1, last - warmup))
     cycle = cycle_length(num_examples, recipe.batch_size * recipe.gradient_accumulation_steps)
     exponent = step % cycle + 1
-    return recipe.kl_learning_rate * line * math.ldexp(1.0, exponent - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
+    return recipe.kl_learning_rate * linear * math.ldexp(1.0, exponent - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
 
 
 class KLSteps(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Takes a step on the KL after each optimiser step. It keeps no state, so that an interrupted run resumes exactly."""
+    """Takes a step on the KL after each optimiser step. It has no state, so that an interrupted run resumes exactly."""
 
     def __init__(self, model: ScalaBLModel, recipe: TrainingConfig, num_examples: int) -> None:
         self._model, self._recipe, self._num_examples = model, recipe, num_examples

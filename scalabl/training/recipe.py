@@ -1,4 +1,7 @@
-"""The training recipe: plain settings, so that a command line can show them without importing the trainer."""
+"""The settings of a training run, which are the options of `scalabl train`. The training itself is in `trainer`.
+
+They are apart from the trainer so that the command line can show them without importing it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scalabl.model.posterior import KLDirection
 
-# What the authors' published code does differently (BayesAdapt, conf/optim/vi.yaml): the other KL, not divided by N, stepped
-# by an SGD of its own whose rate follows BLoB's cycle; sigma has no rate of its own otherwise.
+# Defaults of the authors' published code (BayesAdapt, conf/optim/vi.yaml) that differ from ours: KL(p||q), not divided by N,
+# minimised by separate SGD steps with BLoB's cyclic weight; sigma has the same AdamW learning rate as the rest.
 PUBLISHED: dict[str, Any] = {
     "kl_direction": "p_q",
     "kl_optimizer": "sgd",
@@ -19,48 +22,65 @@ PUBLISHED: dict[str, Any] = {
 
 
 class TrainingConfig(BaseModel):
-    """How an adapter is trained. Each field is an option of `scalabl train`."""
+    """How an adapter is trained. Each field is an option of `scalabl train`, and its description is the option's help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     recipe: Literal["elbo", "published"] = Field(
         default="elbo",
-        description="Defaults of the options below: the evidence lower bound, or the authors' published code.",
+        description="Defaults of the options below: elbo, the evidence lower bound; published, as in the authors' code.",
     )
     max_steps: int = Field(default=900, ge=1, description="Optimiser steps.")
     batch_size: int = Field(default=16, ge=1, description="Examples per step and device.")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches per optimiser step.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Batches whose gradients are added up for one optimiser step."
+    )
     learning_rate: float = Field(default=2e-3, gt=0, description="Peak AdamW learning rate of A, B and mu.")
     sigma_learning_rate: float = Field(
         default=1e-2,
         gt=0,
-        description="Peak AdamW learning rate of ln sigma, which has nats to travel, not hundredths.",
+        description="Peak AdamW learning rate of ln sigma. It is higher, since ln sigma changes far more than A, B and mu.",
     )
-    lr_schedule: Literal["cosine", "linear"] = Field(default="cosine", description="How the rates fall after the warm-up.")
-    warmup_fraction: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps that warm the rate up.")
+    lr_schedule: Literal["cosine", "linear"] = Field(
+        default="cosine", description="How the learning rates fall after the warm-up."
+    )
+    warmup_fraction: float = Field(
+        default=0.06, ge=0, lt=1, description="Share of the steps in which the learning rates rise from 0."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay of A and B.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping norm.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Norm to which gradients are clipped.")
     train_samples: int = Field(default=1, ge=1, description="Posterior samples per example in a step.")
-    kl_weight: float = Field(default=1.0, ge=0, description="Beta, the weight of KL(q||p)/N; 1 is the exact bound.")
-    kl_direction: KLDirection = Field(default="q_p", description="q_p: KL(q||p), the bound's. p_q: the published code's.")
-    kl_optimizer: Literal["joint", "sgd"] = Field(
-        default="joint", description="joint: the KL is part of the loss. sgd: steps of its own with a cyclic weight (BLoB)."
+    kl_weight: float = Field(
+        default=1.0, ge=0, description="Beta, the weight of KL/N in the loss; 1 gives the evidence lower bound."
     )
-    kl_learning_rate: float = Field(default=0.2, gt=0, description="Peak rate of --kl-optimizer sgd; published 0.02 to 0.2.")
-    std_init: float = Field(default=0.05, gt=0, description="Upper end of sigma's start, U(std_init / sqrt 2, std_init).")
+    kl_direction: KLDirection = Field(
+        default="q_p", description="q_p: KL(q||p), as in the bound. p_q: KL(p||q), as in the authors' code."
+    )
+    kl_optimizer: Literal["joint", "sgd"] = Field(
+        default="joint",
+        description="joint: the KL is part of the loss. sgd: separate SGD steps on the KL, with a cyclic weight (BLoB).",
+    )
+    kl_learning_rate: float = Field(
+        default=0.2, gt=0, description="Peak learning rate of --kl-optimizer sgd; the authors use 0.02 to 0.2."
+    )
+    std_init: float = Field(default=0.05, gt=0, description="Sigma starts at random between std_init / sqrt 2 and std_init.")
     eval_steps: int = Field(default=150, ge=1, description="Steps between validations and checkpoints.")
     eval_samples: int = Field(default=4, ge=1, description="Posterior samples per validation input.")
     early_stopping_patience: int | None = Field(
-        default=None, ge=1, description="Stop after this many validations without a lower NLL."
+        default=None, ge=1, description="Stop after this many validations without a lower NLL (negative log-likelihood)."
     )
-    gradient_checkpointing: bool = Field(default=False, description="Less memory for activations, a third more time.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
     trunk_cache_gib: float = Field(
         default=2.0,
         ge=0,
-        description="Memory for what enters the first adapted layer, so that those before it run once per row; 0: none.",
+        description="GiB for caching the first adapted layer's inputs, so that earlier layers run once per row; 0: off.",
     )
     tensorboard: bool = Field(default=False, description="Write TensorBoard logs to <output>/runs.")
-    seed: int = Field(default=0, ge=0, description="Seed of the initialisation, the order and the draws.")
+    seed: int = Field(
+        default=0, ge=0, description="Random seed of the initialisation, the order of examples and the posterior draws."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,7 @@
-"""Stochastic variational inference for an adapter: the loss, and transformers' own Trainer around it."""
+"""Training an adapter by stochastic variational inference: the loss, and a subclass of transformers' Trainer.
+
+The settings are in `recipe`, the separate KL steps of the published code in `published`.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,14 @@ from scalabl.training.recipe import TrainingConfig
 
 
 class VariationalModule(nn.Module):
-    """An adapter's evidence lower bound as a module: what the Trainer steps.
+    """The module that the Trainer trains: its output is the loss, an adapter's negative evidence lower bound.
 
     Loss per batch, in nats: the mean over examples and samples of -log p(y | x, s), plus beta * KL(q||p) / N, with N the
     number of training examples (Samplawski et al. 2025, section 3). Every row draws its own s, so that the gradient's
-    noise averages within the batch. With `kl_optimizer` sgd the loss is the first part alone (`published.KLSteps`).
+    noise averages out within the batch. With `kl_optimizer` sgd the loss is the first part alone (`published.KLSteps`).
 
     Args:
-        trunk: the states of the training set's rows, when they are kept.
+        trunk: the cached trunk states of the training set's rows; None without a cache.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class VariationalModule(nn.Module):
     ) -> dict[str, Tensor]:
         """input_ids [B, T] right-padded; lengths, num_choices, labels [B] -> scalars `loss`, `nll`, `kl`.
 
-        `row` [B] says which of the training set's rows they are, for their kept states.
+        `row` [B] has the examples' row numbers in the training set, to look up their cached trunk states.
         """
         count, repeat = len(input_ids), self.recipe.train_samples
         of_row = torch.arange(count, device=input_ids.device).repeat_interleave(repeat)  # [M]
@@ -94,12 +97,12 @@ def _rows(encoded: EncodedSet) -> list[dict[str, Any]]:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every index once an epoch, batches of similar length in random order: a pure function of (seed, epoch).
+    """Yields every index once per epoch, in batches of similar length: a pure function of (seed, epoch).
 
-    transformers' own sampler draws from the global generator, so that a run resumed within an epoch sees other batches.
+    transformers' own sampler uses the global random generator, so a run resumed within an epoch would get other batches.
     """
 
-    WINDOW = 50  # batches whose examples are sorted together
+    WINDOW = 50  # batches whose examples are sorted by length together
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
@@ -125,7 +128,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """transformers' Trainer, with checkpoints that are adapter directories and a validation by the predictive itself."""
+    """transformers' Trainer, whose checkpoints are adapter directories and whose validation scores the predictive."""
 
     def __init__(self, module: VariationalModule, validation: EncodedSet, trunk: TrunkCache | None, **kwargs: Any) -> None:
         self.optimizer: torch.optim.Optimizer | None
@@ -133,7 +136,9 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         super().__init__(model=module, eval_dataset=_rows(validation), data_collator=_collate, **kwargs)
         self.module, self.validation = module, validation
         self._states = None if trunk is None else trunk.of
-        self.model_accepts_loss_kwargs = False  # the loss is a mean already: average it over accumulated batches
+        self.model_accepts_loss_kwargs = (
+            False  # the loss is already a mean; the Trainer averages it over accumulated batches
+        )
         self.terms: dict[str, float] = {}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -177,7 +182,7 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
             self.optimizer = torch.optim.AdamW(
                 [
                     {"params": groups["lora_A"] + groups["lora_B"], "lr": rate, "weight_decay": decay},
-                    # The prior is the regulariser of the scalars.
+                    # No weight decay: the prior regularises the scalars.
                     {"params": groups["s_mean"], "lr": rate, "weight_decay": 0.0},
                     {"params": groups["s_log_std"], "lr": self.module.recipe.sigma_learning_rate, "weight_decay": 0.0},
                 ]
@@ -207,7 +212,7 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    """The newest complete checkpoint, recognised by the Trainer's state file, which is written last."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
     return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
 
@@ -230,16 +235,16 @@ def train_adapter(
     start: Mapping[str, Tensor] | None = None,
     caches: tuple[TrunkCache | None, TrunkCache | None] | None = None,
 ) -> dict[str, float]:
-    """Train a fresh adapter and write it to `output`; resumes from `output/checkpoints` when a run was cut short.
+    """Train a new adapter and write it to `output`. An interrupted run is resumed from `output/checkpoints`.
 
-    The adapter that is kept is the one of the validation with the lowest NLL.
+    The result is the adapter that had the lowest NLL in a validation.
 
     Args:
-        start: A, B and mu of every layer to begin with (`peft_import.adapter_of`); sigma then begins as a share of mu.
-        caches: of `train` and `validation`, from another run with the same trunk; made here otherwise.
+        start: initial A, B and mu of every layer (`peft_import.adapter_of`); the initial sigma is then a share of mu.
+        caches: trunk caches of `train` and `validation` from another run with the same trunk; created here if None.
 
     Returns:
-        The last validation's scores, with the counts of stochastic and of additional parameters.
+        The scores of the result on `validation`, and the numbers of stochastic and of all additional parameters.
     """
     set_seed(recipe.seed)
     model = ScalaBLModel(base, config)
@@ -248,7 +253,7 @@ def train_adapter(
         _start_from(model, start)
     find_shared_work(model)
     if recipe.gradient_checkpointing:
-        # Its new name since transformers 5.20; the old one warns.
+        # Renamed in transformers 5.20; the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     if recipe.tensorboard:

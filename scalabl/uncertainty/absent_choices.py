@@ -1,6 +1,6 @@
-"""Choices that an input does not have: in multiple choice some inputs offer fewer than the task has tokens for.
+"""Masks the choices that an input does not have: a multiple-choice input may have fewer choices than the task has letters.
 
-Their logits are put out of reach here; probabilities are computed in `predictive`.
+Their logits are set to a very low value here; probabilities are computed in `predictive`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ ABSENT = -1e6  # the logit of a choice that an input does not have
 
 
 def without_absent(logits: Tensor, num_choices: Tensor) -> Tensor:
-    """[N, K, C], with the logits of choices that an input does not have put out of reach, at any usual temperature.
+    """Logits [N, K, C] with `ABSENT` for choices that an input does not have: their probability is 0 at usual temperatures.
 
     Args:
-        num_choices: [N], how many of the C choices each input has, counted from the first.
+        num_choices: [N], the number of choices of each input; these are the first of the C choices.
     """
     absent = torch.arange(logits.shape[-1]) >= num_choices.unsqueeze(1)  # [N, C]
     return logits.masked_fill(absent.unsqueeze(1), ABSENT)

@@ -1,4 +1,4 @@
-"""Adaptive sampling: when an input has enough samples, and rounds that add more until it has. Runs no model itself.
+"""Adaptive sampling: rounds add posterior samples to an input until a test finds them enough. Runs no model itself.
 
 The draws are nested: a longer sequence begins with the shorter one. So a round adds to the samples of the rounds before, and
 an input that stops at K samples has exactly the answer that K samples give. A round runs only the inputs that need more.
@@ -48,8 +48,8 @@ class Rule:
     error that is estimated from few samples has a wider interval.
 
     Args:
-        tolerance: None for `TOLERANCES` of the target.
-        first, most: samples of the first round, and the most there are; the rounds between double.
+        tolerance: None for the target's default in `TOLERANCES`.
+        first, most: samples after the first and after the last round; each round in between doubles them.
 
     Raises:
         ValueError: an argument out of range.
@@ -66,7 +66,7 @@ class Rule:
         if not 0 < self.allowed < (1 if self.target == "decision" else math.inf):
             raise ValueError(f"tolerance is {self.tolerance}; it must be above 0, and below 1 for a decision")
         if not 1 <= self.first <= self.most:
-            raise ValueError(f"the first round has {self.first} samples and there are at most {self.most}")
+            raise ValueError(f"first is {self.first} and most is {self.most}; they must satisfy 1 <= first <= most")
 
     @property
     def allowed(self) -> float:
@@ -74,7 +74,7 @@ class Rule:
         return TOLERANCES[self.target] if self.tolerance is None else self.tolerance
 
     def rounds(self) -> tuple[int, ...]:
-        """K after each round: first, twice that, …, most."""
+        """The number of samples after each round: first, twice that, …, most."""
         counts = []
         count = self.first
         while count < self.most:
@@ -84,17 +84,17 @@ class Rule:
 
     @property
     def largest_round(self) -> int:
-        """The most samples that a round adds to an input."""
+        """The largest number of samples that one round adds to an input."""
         rounds = self.rounds()
         return max(stop - start for start, stop in zip((0, *rounds), rounds, strict=False))
 
     def after(self, num_samples: int) -> int:
-        """K at the end of the next round, after one that ended with `num_samples`."""
+        """The number of samples after the round that follows one with `num_samples`."""
         return next(count for count in self.rounds() if count > num_samples)
 
 
 def settled(outcome: Predictive, rule: Rule, scheme: Scheme) -> Tensor:
-    """Whether K samples are enough for each of B inputs: [B] bool; never where K is too small for a standard error."""
+    """Whether K samples are enough, for each of B inputs: [B] bool. False where K is too small for a standard error."""
     samples = outcome.sample_probabilities  # [B, K, C]
     agree = (samples.amax(1) - samples.amin(1)).amax(-1) <= AGREEMENT
     degrees = independent_units(samples.shape[1], scheme) - 1
@@ -129,7 +129,7 @@ def _separated(samples: Tensor, critical: float, scheme: Scheme) -> Tensor:
 
 @lru_cache(maxsize=256)
 def t_quantile(tail: float, degrees: int) -> float:
-    """The t that a Student variable with so many degrees of freedom exceeds with probability `tail` <= 1/2."""
+    """The value that Student's t with these degrees of freedom exceeds with probability `tail` <= 1/2."""
     return -float(stdtrit(degrees, tail))
 
 
@@ -138,9 +138,9 @@ class Estimate:
     """The result of one input.
 
     Attributes:
-        outcome: of all its samples, without leading dimension.
+        outcome: the predictive of all its samples, without the leading dimension.
         num_samples: K.
-        settled: whether the rule was met; False where `most` samples were not enough.
+        settled: whether the rule was met; False if `most` samples were not enough.
     """
 
     outcome: Predictive

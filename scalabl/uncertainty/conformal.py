@@ -1,4 +1,4 @@
-"""Split-conformal prediction sets: a score of each choice, the threshold for a level, and the set. Pure functions.
+"""Split-conformal prediction sets: scores of choices, the threshold for a level, and the sets. Pure functions.
 
 LAC: Sadinle, Lei and Wasserman, *Least Ambiguous Set-Valued Classifiers with Bounded Error Levels*, JASA 2019.
 APS: Romano, Sesia and Candès, *Classification with Valid and Adaptive Coverage*, NeurIPS 2020; here without their
@@ -17,10 +17,10 @@ from scalabl.errors import CalibrationError
 
 
 def set_scores(probabilities: Tensor, method: SetMethod) -> Tensor:
-    """How badly each choice conforms: [..., C] -> [..., C], in [0, 1] up to rounding.
+    """The nonconformity score of each choice, lower is better: [..., C] -> [..., C], in [0, 1] up to rounding.
 
     * `lac`: 1 - p.
-    * `aps`: the probability of the choice and of all that are more probable. Of equal ones the first counts as more so.
+    * `aps`: the sum of p over the choice and all more probable ones. Of equally probable choices the first comes first.
     """
     if method == "lac":
         return 1 - probabilities
@@ -32,11 +32,11 @@ def set_scores(probabilities: Tensor, method: SetMethod) -> Tensor:
 def conformal_threshold(scores: Tensor, level: float) -> float:
     """The ceil((n + 1) * level)-th smallest of n scores of true choices.
 
-    Sets of all choices that score at most this contain the true one with probability at least `level`, averaged over
-    calibration sets and exchangeable inputs, and at most 1 / (n + 1) more where no scores tie.
+    The set of all choices with a score up to this threshold contains the true choice with probability at least `level`,
+    averaged over calibration sets and exchangeable inputs, and at most `level` + 1 / (n + 1) if no scores are equal.
 
     Args:
-        scores: [N].
+        scores: [N], the scores of the true choices of N inputs.
 
     Raises:
         CalibrationError: too few scores for the level.
@@ -46,8 +46,8 @@ def conformal_threshold(scores: Tensor, level: float) -> float:
     if rank > count:
         needed = math.ceil(level / (1 - level) - 1e-9)
         raise CalibrationError(
-            f"prediction sets at level {level:g} need at least {needed} rows for the thresholds and there are {count}; "
-            "give more rows or lower --levels"
+            f"prediction sets at level {level:g} need at least {needed} rows for the thresholds and there are {count} "
+            "(half of all rows); give more rows or lower --levels"
         )
     return float(scores.kthvalue(rank).values)
 
@@ -56,8 +56,8 @@ def prediction_sets(probabilities: Tensor, method: SetMethod, threshold: float, 
     """Which choices are in the set: [..., C] -> [..., C] bool.
 
     Args:
-        keep_top: the most probable choice is always in. A conformal set can be empty, where the model is surer than it has
-            to be for the level; a set with the top choice covers at least as often and says more.
+        keep_top: always include the most probable choice. A conformal set can be empty, if the model is more accurate than
+            the level; a set with the top choice covers the answer at least as often and is more useful.
     """
     members = set_scores(probabilities, method) <= threshold
     if keep_top:

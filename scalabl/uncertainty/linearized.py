@@ -1,9 +1,9 @@
 """The linearised predictive: the model to first order in the subspace scalars, alone or as a control variate for samples.
 
-Only P scalars are random (hundreds, whatever the base model). To first order z(s) = z(mu) + J (s - mu), with J = dz/ds at
-the mean; J takes one reverse pass for each choice, many of them in one batch. The logits z are then Gaussian over C choices,
-and thousands of samples of them need no pass. This is exact for an adapter of the head alone, and biased where sigma is not
-small against mu. A whole data set is run in `evaluation.inference`.
+Only P scalars are random (a few hundred in most models). To first order z(s) = z(mu) + J (s - mu), with J = dz/ds at the
+mean. J takes one reverse pass for each choice, and many of them run in one batch. The logits z are then Gaussian over the C
+choices, and thousands of samples of them need no pass. This is exact if only the head is adapted, and biased where sigma is
+not small compared with mu. Whole data sets are linearised in `evaluation.inference`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scalabl.uncertainty.absent_choices import ABSENT
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
-NEGLIGIBLE = 1e-4  # the probability at the mean below which serving does not linearise a choice
+NEGLIGIBLE = 1e-4  # when serving, choices with a lower probability at the mean are not linearised
 SPREAD_LIMIT = 0.5  # median tau sigma / |mu| above which the linearisation should not be trusted
 
 
@@ -31,8 +31,8 @@ class Linearization:
 
     Attributes:
         mean: [B, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
-        scaled_jacobian: [B, C, P], dz/ds times tau sigma: by how much each scalar's standard deviation moves each logit.
-        layers: name -> the columns of P that are its own.
+        scaled_jacobian: [B, C, P], dz/ds times tau sigma: how much one standard deviation of a scalar changes each logit.
+        layers: name of an adapted layer -> its columns of P.
     """
 
     mean: Tensor
@@ -40,15 +40,15 @@ class Linearization:
     layers: dict[str, slice]
 
     def logits_at(self, draws: Draws) -> Tensor:
-        """[B, K, C]: the linearised logits of the very samples that `ScalaBLModel.logits` gives for these draws."""
+        """[B, K, C]: the linearised logits of the same samples that `ScalaBLModel.logits` uses for these draws."""
         return self.mean.unsqueeze(1) + draws.epsilon.double() @ self.scaled_jacobian.transpose(1, 2)
 
     def of_input(self, index: int) -> Linearization:
-        """That of one input, B = 1."""
+        """The linearisation of one input, with B = 1."""
         return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
 
     def of_choices(self, count: int) -> Linearization:
-        """Over the first choices alone, for inputs that have no others."""
+        """The linearisation of the first `count` choices only, for inputs that have no others."""
         return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
 
     def covariance(self) -> Tensor:
@@ -58,7 +58,7 @@ class Linearization:
     def samples(self, num_samples: int = INTEGRATION_DRAWS) -> Tensor:
         """[B, N, C]: Sobol samples of N(mean, covariance), the same at every call."""
         covariance = self.covariance()
-        # A covariance of rank below C has no Cholesky factor. The jitter changes no digit that is shown.
+        # A covariance of rank below C has no Cholesky factor without jitter, which is too small to show in an answer.
         jitter = 1e-10 * covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)
         factor = torch.linalg.cholesky(covariance + jitter.view(-1, 1, 1) * torch.eye(covariance.shape[1]))
         epsilon = draw(0, num_samples, self.mean.shape[1], "sobol").epsilon.double()
@@ -66,16 +66,17 @@ class Linearization:
         return z
 
     def predictive(self, temperature: float = 1.0) -> Predictive:
-        """The predictive of the linearised model. Standard errors are NaN, since its error is not one of sampling."""
+        """The predictive of the linearised model. Standard errors are NaN, since its error is not due to sampling."""
         outcome = predictive(self.samples(), temperature, "sobol")
         unknown = torch.full_like(outcome.entropy, math.nan)
         error = StandardErrors(torch.full_like(outcome.probabilities, math.nan), unknown, unknown, unknown)
         return replace(outcome, standard_error=error)
 
     def layer_shares(self, temperature: float = 1.0) -> dict[str, Tensor]:
-        """Each adapted layer's share of the variance that the posterior gives the probabilities, [B]; they sum to 1.
+        """The share of each adapted layer in the posterior variance of the probabilities, [B] each; they sum to 1.
 
-        The variance of softmax(z / T) to first order, summed over choices; independent scalars add up.
+        It is the variance of softmax(z / T) to first order, summed over choices. The scalars are independent, so their
+        variances add up.
         """
         p = torch.softmax(self.mean / temperature, -1).unsqueeze(-1)  # [B, C, 1]
         moved = p * (self.scaled_jacobian - (p * self.scaled_jacobian).sum(1, keepdim=True))  # [B, C, P], over T
@@ -87,12 +88,12 @@ class Linearization:
 def linearize(
     model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
 ) -> Linearization:
-    """Linearise B inputs: a forward and a reverse pass over a row for each choice of each, all at the posterior mean.
+    """Linearise B inputs at the posterior mean: a forward and a reverse pass with a row for each choice of each input.
 
     Args:
-        num_choices: [B], how many of the task's choices each input has; None for all.
-        negligible: choices that have less than this probability at the mean are left at their mean logits and cost no
-            row, but for a pass over B rows that finds them; the two most probable always get theirs.
+        num_choices: [B], the number of choices of each input; None for all of the task's.
+        negligible: choices with a lower probability at the mean are not linearised and cost no row, except for the two most
+            probable. Finding them takes one more forward pass over B rows.
     """
     present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
     if num_choices is not None:
@@ -111,26 +112,27 @@ def linearize(
 
 
 def relative_spread(model: ScalaBLModel) -> float:
-    """Median tau sigma / |mu| over all scalars: the linearisation is trustworthy where it is well below `SPREAD_LIMIT`."""
+    """Median tau sigma / |mu| over all scalars. The linearisation is accurate if this is well below `SPREAD_LIMIT`."""
     mean, log_std = (tensor.detach() for tensor in model.posterior())
     return spread_of(mean, log_std, model.config.posterior_scale)
 
 
 def spread_of(mean: Tensor, log_std: Tensor, posterior_scale: float) -> float:
-    """As `relative_spread`, of the posterior's numbers alone: [P] each."""
+    """As `relative_spread`, from the posterior's mean and log_std [P] instead of a model."""
     return posterior_scale * float((log_std.exp() / mean.abs().clamp_min(1e-12)).median())
 
 
 def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature: float = 1.0) -> Predictive:
-    """The predictive of K samples, corrected by what the linearisation says of the same samples.
+    """The predictive of K samples, with the linearisation as a control variate.
 
-    f(z_k) - f(z_k linearised) + E[f(z linearised)] has the expectation of f(z_k), and little variance where the two agree.
-    Probabilities and expected entropy are so estimated without bias; entropy and mutual information are functions of these,
-    brought back to their ranges where noise has led outside. The standard errors are those of the corrected terms, with the
-    two of an antithetic pair as one; Sobol draws do better.
+    f(z_k) - f(z_k linearised) + E[f(z linearised)] has the same expectation as f(z_k), and little variance if the two are
+    close. Probabilities and expected entropy are thus estimated without bias. Entropy and mutual information are computed
+    from them, and clamped to their ranges if noise has led outside. The standard errors are those of the corrected terms,
+    with an antithetic pair as one term; for Sobol draws they overstate the error.
 
     Args:
-        logits: [B, K, C] of `draws`, finite, as is `linear` of the same inputs.
+        logits: [B, K, C] under `draws`, finite.
+        linear: of the same inputs.
     """
     sampled = predictive(logits, temperature, draws.scheme)
     linearised = predictive(linear.logits_at(draws), temperature, draws.scheme)
@@ -141,7 +143,7 @@ def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature:
     terms = _entropies(sampled.sample_probabilities) - _entropies(linearised.sample_probabilities)  # [B, K]
     entropy = _entropies(p)
     expected = torch.minimum((exact.expected_entropy + terms.mean(1)).clamp_min(0), entropy)
-    cross = -(differences * p.log().unsqueeze(1)).sum(-1)  # how a sample moves H(p), to first order
+    cross = -(differences * p.log().unsqueeze(1)).sum(-1)  # the effect of a sample on H(p), to first order
     error = standard_errors(differences, cross, terms, cross - terms, draws.scheme)
     return Predictive(p, entropy, expected, entropy - expected, sampled.sample_probabilities, error)
 

@@ -17,7 +17,7 @@ from scalabl.model.posterior import Scheme
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """Monte Carlo standard errors of the fields of `Predictive`, same shapes; NaN where K is too small to tell."""
+    """Monte Carlo standard errors of the fields of `Predictive`, same shapes; NaN where K is too small for one."""
 
     probabilities: Tensor
     entropy: Tensor
@@ -27,7 +27,7 @@ class StandardErrors:
 
 @dataclass(frozen=True)
 class Predictive:
-    """What K posterior samples say of B inputs. All float64; entropies in nats.
+    """The predictive of B inputs from K posterior samples. All float64; entropies in nats.
 
     Attributes:
         probabilities: [B, C], the mean over samples of softmax(z_k / T).
@@ -86,7 +86,7 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     z = logits.double() / temperature
     if not all_finite(z):
-        raise ValueError("the logits are not finite")
+        raise ValueError("the logits are not finite; the adapter may be damaged")
     num_samples, num_classes = z.shape[-2:]
     log_p = torch.log_softmax(z, dim=-1)  # [B, K, C]
     p = log_p.exp()
@@ -100,7 +100,7 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
 
     entropy = (-(mean * log_mean).sum(-1)).clamp(0, math.log(num_classes))
     mutual_information = torch.minimum(divergence.mean(-1), entropy)
-    # For one sample the mean is the sample: nothing is unknown between samples, whatever the rounding says.
+    # A single sample equals the mean, so mutual information is exactly 0, without rounding errors.
     if num_samples == 1:
         mutual_information = torch.zeros_like(mutual_information)
     return Predictive(
@@ -119,7 +119,7 @@ def all_finite(values: Tensor) -> bool:
 
 
 def independent_units(num_samples: int, scheme: Scheme) -> int:
-    """How many of K samples count as independent of one another: pairs, where they are antithetic."""
+    """The number of independent units among K samples: pairs if they are antithetic, else the samples."""
     return num_samples // 2 if scheme == "antithetic" and num_samples > 1 else num_samples
 
 
@@ -136,7 +136,7 @@ def standard_error(values: Tensor, scheme: Scheme) -> Tensor:
     """Standard error of the mean over the last dimension [..., K] -> [...]; NaN with fewer than two independent units."""
     count = values.shape[-1]
     if scheme == "antithetic" and count > 1:
-        # Pairs are independent of one another, their members are not; an odd draw at the end has no partner.
+        # Pairs are independent, but not the two draws of a pair. The last of an odd number of draws has no partner.
         paired = count // 2 * 2
         units = values[..., :paired].reshape(*values.shape[:-1], paired // 2, 2).mean(-1)
         if units.shape[-1] < 2:

@@ -1,4 +1,7 @@
-"""Answering only when sure: doubt scores, the risk-coverage curve, and a threshold with a guaranteed risk."""
+"""Abstention (selective prediction): doubt scores, the risk-coverage curve, and a threshold with a guaranteed risk.
+
+The risk is the share of wrong answers among the inputs that are answered, the coverage the share of inputs answered.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,7 @@ from scalabl.config import DoubtName
 from scalabl.errors import CalibrationError
 from scalabl.uncertainty.predictive import Predictive
 
-CANDIDATES = 10  # thresholds that are tested for a target risk: one for each tenth of the inputs
-
+CANDIDATES = 10  # thresholds that are tested for a target risk, at the deciles of doubt
 
 DOUBTS: dict[DoubtName, Callable[[Predictive], Tensor]] = {
     "mutual_information": lambda outcome: outcome.mutual_information,
@@ -25,19 +27,19 @@ DOUBTS: dict[DoubtName, Callable[[Predictive], Tensor]] = {
 
 
 def doubt(outcome: Predictive, name: DoubtName) -> Tensor:
-    """A doubt score of B inputs, [B]; higher is less sure. `confidence` stands for one minus it."""
+    """A doubt score of B inputs, [B]; higher is less sure. The score `confidence` is 1 - confidence."""
     return DOUBTS[name](outcome)
 
 
 def doubts(outcome: Predictive) -> dict[DoubtName, Tensor]:
-    """Each doubt score of B inputs, [B]."""
+    """All doubt scores of B inputs, by name, [B] each."""
     return {name: doubt(outcome, name) for name in DOUBTS}
 
 
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> Tensor:
-    """The share of wrong answers when the n surest inputs are answered, for n = 1 … N: [N].
+    """The risk when the n surest inputs are answered, for n = 1 … N: [N].
 
-    Inputs of equal doubt are answered together, as any threshold would.
+    Inputs of equal doubt are answered together, since a threshold cannot separate them.
 
     Args:
         doubt, wrong: [N].
@@ -62,31 +64,32 @@ def binomial_upper_bound(errors: int, count: int, delta: float) -> float:
 
 
 def check_rows_for_risk(rows: int, target_risk: float, confidence: float) -> None:
-    """Refuse a target risk that so few rows cannot guarantee, even if no answer is wrong.
+    """Check that there are enough rows to guarantee a target risk if no answer is wrong.
 
     Args:
         target_risk: above 0.
 
     Raises:
-        CalibrationError: with the number of rows that it takes.
+        CalibrationError: too few rows; the message says how many are needed.
     """
     delta = (1 - confidence) / CANDIDATES
     if rows < 1 or binomial_upper_bound(0, rows, delta) > target_risk:
         needed = math.ceil(math.log(delta) / math.log1p(-target_risk))
         raise CalibrationError(
             f"an abstention threshold for a risk of {target_risk:g} with confidence {confidence:g} needs at least {needed} "
-            f"rows for the thresholds and there are {rows}; give more rows, raise --target-risk, or pass --no-abstain"
+            f"rows for the thresholds and there are {rows} (half of all rows); give more rows, raise --target-risk, "
+            "or pass --no-abstain"
         )
 
 
 @dataclass(frozen=True)
 class GuaranteedThreshold:
-    """Answer where doubt <= `threshold`.
+    """A threshold: inputs with doubt <= `threshold` are answered.
 
     Attributes:
         coverage: the share of inputs that are answered.
         risk: the share of these answers that were wrong.
-        bound: the upper bound of the true risk.
+        bound: an upper confidence bound of the true risk.
     """
 
     threshold: float
@@ -100,15 +103,15 @@ def guaranteed_threshold(
 ) -> GuaranteedThreshold:
     """The threshold with the largest coverage among those whose upper bound of the risk is within the target.
 
-    The ten thresholds that are tested are quantiles of doubts of other inputs, so each test is an exact binomial one; each
-    bound gets a tenth of the error probability, so that all ten hold together with `confidence`.
+    Ten thresholds are tested. They are quantiles of the doubts of other inputs, so each test is an exact binomial test. Each
+    bound gets a tenth of the error probability, so that all ten hold together with probability `confidence`.
 
     Args:
-        candidates: [M], doubts of inputs that took no part in `doubt`.
+        candidates: [M], doubts of inputs that are not among those of `doubt`.
         doubt, wrong: [N].
 
     Raises:
-        CalibrationError: no threshold keeps the target; the message says what could be had.
+        CalibrationError: no threshold reaches the target; the message gives the lowest risk that could be guaranteed.
     """
     delta = (1 - confidence) / CANDIDATES
     quantiles = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
@@ -124,7 +127,7 @@ def guaranteed_threshold(
         best = min((candidate.bound for candidate in thresholds), default=1.0)
         raise CalibrationError(
             f"no abstention threshold keeps the share of wrong answers within {target_risk:g} with confidence "
-            f"{confidence:g}: the lowest that {len(doubt)} rows can promise is {math.ceil(best * 1000) / 1000:g}. "
-            "Give more rows, raise --target-risk, or pass --no-abstain"
+            f"{confidence:g}: the lowest that {len(doubt)} rows can guarantee is {math.ceil(best * 1000) / 1000:g}; "
+            "give more rows, raise --target-risk, or pass --no-abstain"
         )
     return max(within_target, key=lambda candidate: candidate.coverage)

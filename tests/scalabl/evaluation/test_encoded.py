@@ -27,7 +27,7 @@ def test_a_row_that_does_not_fit_the_task_is_named() -> None:
     row = Example("why", COLOURS, 0, "rows.jsonl:7")
     prompter = Prompter(tiny.CLASSIFICATION, tiny.tokenizer())
     with pytest.raises(
-        DatasetError, match=r"rows\.jsonl:7: the choices are \['red', 'blue'\]; the task has \['red', 'green'"
+        DatasetError, match=r"rows\.jsonl:7: the choices are \['red', 'blue'\]; they must be the task's, \['red', 'green'"
     ):
         encode_examples(prompter, [replace(row, choices=("red", "blue"))])
     with pytest.raises(DatasetError, match=r"rows\.jsonl:7: inputs: the prompt has \d+ tokens and the limit is 5"):

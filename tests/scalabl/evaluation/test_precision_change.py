@@ -125,4 +125,4 @@ def test_what_does_not_fit_as_it_is_is_served_without_a_comparison(folder: Path,
     pretrained, before = load_and_ask(load, "int8", {"colours": folder / "colours"}, _ask)
     assert before == {}
     assert torch.isfinite(_ask(load_adapter(pretrained.model, folder / "colours"), pretrained).probabilities).all()
-    assert "what that changes is not known" in caplog.text
+    assert "the change of answers is not measured" in caplog.text

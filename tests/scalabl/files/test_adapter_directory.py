@@ -102,7 +102,7 @@ def test_a_missing_tensor_is_named(adapter: Path) -> None:
 
 def test_a_surplus_tensor_is_named_with_its_module(adapter: Path) -> None:
     _edit_weights(adapter, **{"model.layers.9.self_attn.q_proj.lora_A": torch.zeros(4, 32)})
-    _refused(adapter, r"'model\.layers\.9\.self_attn\.q_proj' is not an adapted module")
+    _refused(adapter, r"'model\.layers\.9\.self_attn\.q_proj' is not a module of the base model that")
 
 
 def test_a_wrong_shape_is_named_with_the_one_expected(adapter: Path) -> None:
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_refused(adapter: Path, kind: str, value:
 )  # fmt: skip
 def test_a_sigma_that_is_no_standard_deviation_is_refused(adapter: Path, log_std: float, message: str) -> None:
     _edit_weights(adapter, **{f"{Q_PROJ}.s_log_std": torch.tensor([0.0, log_std, 0.0, 0.0])})
-    _refused(adapter, rf"tensor '{Q_PROJ}\.s_log_std' holds .*{message}")
+    _refused(adapter, rf"tensor '{Q_PROJ}\.s_log_std' has .*{message}")
 
 
 def test_choices_with_one_token_are_named(adapter: Path) -> None:
