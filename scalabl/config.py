@@ -154,7 +154,7 @@ class Calibration(BaseModel):
             except ValueError:
                 valid = False
             if not valid:
-                raise ValueError(f"calibration has the level {level!r}; a level is a number between 0 and 1 like '0.9'")
+                raise ValueError(f"calibration has thresholds for the level {level!r}; use a level like '0.9'")
         return self
 
     @property

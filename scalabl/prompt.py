@@ -1,4 +1,4 @@
-"""Prompts: fills a task's template with a text and its choices, and tokenizes it. Needs the tokenizer, not the model."""
+"""Prompts: fills a task's template with a text and its choices, and tokenises it. Needs the tokenizer, not the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Prompter:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = task
         self._tokenizer = tokenizer
-        # Calling the backend directly halves the time: transformers' wrapper takes as long as the tokenizing itself.
+        # Calling the backend directly halves the time: transformers' wrapper takes as long as tokenising itself.
         self._backend = tokenizer.backend_tokenizer if _adds_nothing(type(tokenizer)) else None
         if task.chat and not tokenizer.chat_template:
             raise PromptError("task.chat is true but the tokenizer has no chat template; set chat to false")

@@ -1,12 +1,12 @@
-"""int8 quantization on a CPU: linear layers with 8-bit weights and activations that replace a base model's own.
+"""int8 quantisation on a CPU: linear layers with 8-bit weights and activations that replace a base model's own.
 
 Each row of the input has its own scale, so that a row's result does not depend on the other rows of the batch. torch's
-dynamic quantization has one scale for the whole tensor, and one outlier token (the first token of most models) makes it too
+dynamic quantisation has one scale for the whole tensor, and one outlier token (the first token of most models) makes it too
 coarse for all others. Input channels that are large in every token are scaled down, and their weights up (SmoothQuant: Xiao
 et al., ICML 2023, arXiv 2211.10438, eq. 4 with alpha = 1/2). The size of the channels is measured on random tokens with a
 fixed seed, so that no data are needed and all replicas get the same result.
 
-The products are computed by oneDNN (`torch.ops.onednn`), because torch's own quantized tensors are deprecated. The
+The products are computed by oneDNN (`torch.ops.onednn`), because torch's own quantised tensors are deprecated. The
 bitsandbytes formats for GPUs are in `pretrained`.
 """
 
@@ -90,7 +90,7 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight_as_multiplied(self) -> Tensor:
-        """[d_out, d_in] float32, the de-quantized weights. The packed ones cannot be read, so they multiply the identity."""
+        """[d_out, d_in] float32, the de-quantised weights. The packed ones cannot be read, so they multiply the identity."""
         unit = torch.full((self.in_features, self.in_features), ZERO, dtype=torch.uint8)
         unit.diagonal().add_(1)
         return (self._product(unit) * self.narrowing.unsqueeze(1)).T

@@ -1,4 +1,4 @@
-"""Reads labelled examples from JSONL files and validates every row. Tokenizing them is in `encoded`."""
+"""Reads labelled examples from JSONL files and validates every row. Tokenising them is in `encoded`."""
 
 from __future__ import annotations
 

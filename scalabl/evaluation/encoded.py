@@ -23,7 +23,7 @@ class EncodedSet:
 
 
 def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
-    """The tokenized prompts of a data set for a task.
+    """The tokenised prompts of a data set for a task.
 
     Raises:
         DatasetError: a row's choices are not the task's, or it cannot become a prompt; the message gives file and line.

@@ -1,6 +1,6 @@
-"""Measures how quantizing the base model changes answers: the same inputs and draws before and after.
+"""Measures how quantising the base model changes answers: the same inputs and draws before and after.
 
-The quantization itself is in `base`.
+The quantisation itself is in `base`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OFFERED = ("yes", "no", "it depends", "that cannot be known")  # the choices of 
 
 
 class Probes:
-    """The probe inputs, which each adapter answers before and after quantization.
+    """The probe inputs, which each adapter answers before and after quantisation.
 
     Args:
         file: a file for `dataset.read_examples`, whose answers are ignored; None for `QUERIES`.
@@ -75,7 +75,7 @@ class Probes:
 
 
 class QuantizationChange(BaseModel):
-    """How much quantizing the base model changes an adapter's answers to the probe inputs."""
+    """How much quantising the base model changes an adapter's answers to the probe inputs."""
 
     inputs: int = Field(description="Number of probe inputs.")
     num_samples: int = Field(description="Posterior samples for each input.")
@@ -116,7 +116,7 @@ def load_and_ask(
     adapters: Mapping[str, Path],
     ask: Callable[[ScalaBLModel, Pretrained], Predictive],
 ) -> tuple[Pretrained, dict[str, Predictive]]:
-    """Load a quantized base model; also returns each adapter's predictive on the base model before quantization.
+    """Load a quantised base model; also returns each adapter's predictive on the base model before quantisation.
 
     If the base model does not fit into memory without quantization, there are no such predictives, and this is logged.
 

@@ -1,4 +1,4 @@
-"""One forward pass: adapted layers, draws, base model plus adapter -> logits [B, K, C].
+"""One forward pass: adapted layers, posterior draws, base model plus adapter -> logits [B, K, C].
 
-Which passes to run, and what they may leave out, is decided in `passes`.
+Which passes to run, and which shortcuts they may take, is decided in `passes`.
 """

@@ -1,6 +1,6 @@
-"""Several adapters over one base model: which one is attached, and how one takes the place of another.
+"""Several adapters on one base model: which one is attached, and how one adapter replaces another.
 
-What an adapter attaches is decided in `scalabl_model`.
+Which modules an adapter replaces is decided in `scalabl_model`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 class Host:
     """A base model's own modules, as they were before any adapter, and the adapter that is attached now.
 
-    There is one host for each base model. It is made, and the base frozen, with the first adapter; it keeps the whole head,
-    from which each adapter cuts its own. Nothing is locked: passes, `attach` and `detach` belong to one thread. Building
-    an adapter only reads `modules`, which never change, so that any thread may do it while passes run.
+    There is one host for each base model. It is created, and the base model frozen, with the first adapter. It keeps the
+    complete head, from which each adapter copies its rows. There are no locks: one thread runs passes, attaches and
+    detaches. Building an adapter only reads `modules`, which never change, so any thread may do it while passes run.
 
     Attributes:
-        modules: every module of the base by its path.
-        head_name, head: the output head, None where the model has none.
-        attached: the adapter that is attached, None for none.
+        modules: every module of the base model by its path.
+        head_name, head: the output head; None if the model has none.
+        attached: the adapter that is attached; None if there is none.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -43,37 +43,37 @@ class Host:
 
     @staticmethod
     def forget(base: PreTrainedModel) -> None:
-        """To be called before modules of the base are replaced for good; adapters made for it cannot be used afterwards."""
+        """Drop the host before modules of the base are replaced for good; existing adapters cannot be used afterwards."""
         host: Host | None = base.__dict__.pop("_scalabl_host", None)
         if host is not None and host.attached is not None:
             host.attached.detach()
 
 
 class Hooks(Protocol):
-    """What is attached and detached with an adapter beside its modules."""
+    """Hooks on the base model that are attached and detached together with an adapter."""
 
     def attach(self) -> None: ...
     def detach(self) -> None: ...
 
 
 class Attachment:
-    """The modules with which one adapter replaces the base's own.
+    """The modules and hooks of one adapter, which can be put into the base model and taken out again.
 
     Args:
-        replacements: path in the base -> the module that takes its place.
-        hooks: on the base's other modules.
+        replacements: path in the base model -> the module that replaces the one there.
+        hooks: hooks on other modules of the base model.
     """
 
     def __init__(self, host: Host, replacements: Mapping[str, nn.Module], hooks: Hooks) -> None:
         self._host, self._hooks = host, hooks
-        # The parents' own tables: replacing a module is one assignment, microseconds for a whole model.
+        # Parents' module tables are changed directly: one assignment for each module, microseconds for a whole model.
         self._slots: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
         for path, replacement in replacements.items():
             parent, _, leaf = path.rpartition(".")
             self._slots.append((host.modules[parent]._modules, leaf, replacement, host.modules[path]))
 
     def attach(self) -> None:
-        """Attach the adapter in place of the one that is attached; nothing happens when it is this one."""
+        """Attach this adapter, after detaching another one if there is one. Does nothing if it is already attached."""
         if self._host.attached is self:
             return
         if self._host.attached is not None:
@@ -84,7 +84,7 @@ class Attachment:
         self._host.attached = self
 
     def detach(self) -> None:
-        """Give the base its own modules back; nothing happens when another adapter is attached."""
+        """Restore the base model's own modules. Does nothing if this adapter is not attached."""
         if self._host.attached is not self:
             return
         for table, leaf, _, original in self._slots:

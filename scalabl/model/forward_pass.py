@@ -1,7 +1,7 @@
-"""The object that describes one forward pass, and the one place where the running pass can be found.
+"""The object that describes one forward pass, and the lookup of the pass that is running. Passes run in `scalabl_model`.
 
-Adapted layers, trunk hooks, the head and the attention of packed passes are called by transformers, with transformers'
-arguments. What else they need to know, they read from the pass that runs on their thread.
+transformers calls the adapted layers, trunk hooks, head and packed attention with its own arguments. Anything else that they
+need, they read from the pass that is running on their thread.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class RowSamples:
     """Which posterior sample each row of a pass uses.
 
     Attributes:
-        s: [S, P], sampled subspace scalars; P is the total over the adapted layers, each owning R columns.
+        s: [S, P], sampled subspace scalars; P is the total over the adapted layers, each of which has R columns.
         sample: [M] int64, the row of `s` for each row of the pass.
-        fan_out: consecutive rows that are samples of one input; 1 where their numbers differ.
-        inputs: [M] int64, the input of each row; None where each row has an input of its own.
-        draws: `Draws.key` of the different draws, in the order in which their samples stand in `s`; needed with a past.
+        fan_out: the number of consecutive rows that are samples of one input; 1 if inputs have different numbers.
+        inputs: [M] int64, the input of each row; None if each row has an input of its own.
+        draws: `Draws.key` of the distinct draws, in the order of their samples in `s`; needed with a past.
     """
 
     s: Tensor
@@ -39,18 +39,19 @@ class RowSamples:
 
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """One pass over B right-padded inputs and M rows. Nothing of it changes once it is made.
+    """One pass over B right-padded inputs that fan out to M rows, one for each sample of an input. Immutable.
 
-    Causal attention never looks right, so right padding needs no mask and cannot reach an answer.
+    With causal attention a token never sees those to its right, so right padding needs no mask and changes no answer.
 
     Attributes:
         input_ids: [B, T] int64. lengths: [B] int64, 1 <= lengths <= T.
-        samples: what the rows are; None runs the base model without its adapter, with one row for each input.
-        packing: where the rows' tokens lie in a pass without padding; the inputs then stand in order of their lengths.
-        states: [B, T, D], what `ScalaBLModel.trunk_states` gave for the same inputs; the trunk then does not run.
-        past: the tokens before these, the same ones for all inputs.
-        keeps: whether the pass's keys and values are wanted, those of its past included.
-        spreads_in_blocks: whether rows fan out before the first adapted decoder block; else at the head. The model sets it.
+        samples: the posterior samples of the rows; None runs the base model without the adapter, one row for each input.
+        packing: the token positions of a packed pass (one without padding); its inputs are in order of length.
+        states: [B, T, D], the output of `ScalaBLModel.trunk_states` for the same inputs; the trunk is then not run.
+        past: the tokens before these, the same for all inputs.
+        keeps: whether to store the pass's keys and values, including those of its past.
+        spreads_in_blocks: whether rows fan out before the first adapted decoder block, rather than at the head. The model
+            sets it.
     """
 
     input_ids: Tensor
@@ -64,7 +65,7 @@ class ForwardPass:
 
     @property
     def inputs(self) -> Tensor | None:
-        """[M], the input of each row; None where nothing fans out."""
+        """[M], the input of each row; None if rows do not fan out."""
         return None if self.samples is None else self.samples.inputs
 
     @property
@@ -85,7 +86,7 @@ class ForwardPass:
 
     @cached_property
     def token_ids(self) -> Tensor:
-        """What the base model is given: [B, T], or [1, N] without padding."""
+        """The token ids that the base model gets: [B, T], or [1, N] in a packed pass."""
         return self.input_ids if self.packing is None else self.packing.pack(self.input_ids)
 
     @cached_property
@@ -102,15 +103,15 @@ _thread = _Thread()
 
 
 def running() -> ForwardPass | None:
-    """The pass that runs on this thread; None outside of one."""
+    """The pass that is running on this thread; None if there is none."""
     return _thread.forward_pass
 
 
 class enter(AbstractContextManager[None]):
-    """The pass runs on this thread until the block ends, however it ends. It may be entered again afterwards.
+    """Context manager: makes a pass the running one on this thread until the block ends, even by an exception.
 
     Raises:
-        RuntimeError: another pass runs on this thread.
+        RuntimeError: another pass is running on this thread.
     """
 
     def __init__(self, forward_pass: ForwardPass) -> None:
@@ -126,10 +127,10 @@ class enter(AbstractContextManager[None]):
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The rule for gradient checkpointing: a layer that runs again in the backward pass runs in the pass of its first run.
+    """Gradient checkpointing: a layer that is recomputed in the backward pass sees the pass of its first computation.
 
-    For `context_fn` of `torch.utils.checkpoint.checkpoint`, which calls it before the first run and enters the second
-    context for the run in the backward pass, when no pass runs any more.
+    For the argument `context_fn` of `torch.utils.checkpoint.checkpoint`. It is called before the first computation, and the
+    second context is entered for the recomputation, when no pass is running any more.
     """
     forward_pass = running()
     return nullcontext(), nullcontext() if forward_pass is None else enter(forward_pass)

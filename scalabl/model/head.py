@@ -1,4 +1,4 @@
-"""The language model's head, cut to the choice tokens and read at one position. Adapting it is `layer`'s."""
+"""The language model's output head, reduced to the choice tokens and read at one position. It is adapted in `layer`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from scalabl.model.forward_pass import running
 
 
 class ChoiceHead(nn.Module):
-    """A language model's head cut to the rows of the choice tokens, and read at each row's last position only.
+    """A language model's head with the rows of the choice tokens only, computed at each row's last position only.
 
     Args:
-        inner: [..., D] -> [..., C], the cut head, adapted or not.
+        inner: [..., D] -> [..., C], the reduced head, adapted or not.
 
     Raises:
         RuntimeError: it is called outside of a pass.
@@ -41,7 +41,7 @@ class ChoiceHead(nn.Module):
 def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:
     """The rows of a language model's head that belong to the choice tokens, as a linear layer [D] -> [C].
 
-    The rows are copied, so embeddings tied to the head keep their own.
+    The rows are copied, so embeddings that share the head's weight are not affected.
 
     Raises:
         ValueError: a token is outside the vocabulary, or the head's weight cannot be read row by row (quantised).

@@ -1,4 +1,4 @@
-"""The adapted layer. Which layers are adapted is decided in `scalabl_model`, what rows it sees in `forward_pass`."""
+"""The adapted linear layer. `scalabl_model` decides which layers are adapted, `forward_pass` describes a pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalabl.model.packing import Packing
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """True for what `SubspaceLinear` can wrap: `nn.Linear` and its quantised relatives, and GPT-2's `Conv1D`."""
+    """Whether `SubspaceLinear` can wrap a module: `nn.Linear`, quantised linear layers and GPT-2's `Conv1D`."""
     return isinstance(module, nn.Linear | Conv1D) or (
         isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
     )
@@ -30,18 +30,18 @@ def _features(module: nn.Module) -> tuple[int, int]:
 class SubspaceLinear(nn.Module):
     """A frozen linear layer plus its Bayesian low-rank part: W_k = W0 + scaling * B diag(s_k) A, s_k ~ N(mu, sigma^2).
 
-    The base layer is called, never read: quantised, sharded or transposed weights stay as they are.
+    The base layer is called but its weights are never read, so they may be quantised, sharded or transposed.
 
     Args:
         base: the layer to adapt, mapping [..., d_in] to [..., d_out].
         rank: R, the number of stochastic scalars.
         scaling: alpha / R.
-        columns: where this layer's scalars stand in the model-wide table of samples.
+        columns: this layer's columns in the model-wide table of sampled scalars.
 
     Attributes:
-        shared_input: no stochastic layer stands before this one, so that all samples of an input bring the same x.
+        shared_input: whether x is the same for all samples of an input, because no stochastic layer comes before this one.
 
-    Parameters (float32 when made): lora_A [R, d_in], lora_B [d_out, R], s_mean [R], s_log_std [R].
+    Parameters (float32 at first): lora_A [R, d_in], lora_B [d_out, R], s_mean [R], s_log_std [R].
     """
 
     def __init__(self, base: nn.Module, rank: int, scaling: float, columns: slice) -> None:
@@ -59,25 +59,25 @@ class SubspaceLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, std_init: float = 0.05) -> None:
-        """The paper's start: A and mu from the SVD of a Kaiming matrix, B zero, sigma ~ U(std_init / sqrt 2, std_init).
+        """The paper's initial values: A and mu from the SVD of a Kaiming matrix, B = 0, sigma ~ U(std_init / sqrt 2, std_init).
 
-        Where R exceeds d_in the surplus rows of A are zero with mu 0, so that the layer stays well defined.
+        If R exceeds d_in, the surplus rows of A and entries of mu are 0.
         """
         matrix = torch.empty(self.rank, self.d_in)
-        bound = 1.0 / math.sqrt(self.d_in)  # kaiming_uniform_ with a = sqrt 5, as nn.Linear starts
+        bound = 1.0 / math.sqrt(self.d_in)  # as in nn.Linear: kaiming_uniform_ with a = sqrt 5
         matrix.uniform_(-bound, bound, generator=generator)
         _, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-        kept = singular.shape[0]
-        self.lora_A.zero_()[:kept].copy_(right)
-        self.s_mean.zero_()[:kept].copy_(singular)
+        full_rank = singular.shape[0]
+        self.lora_A.zero_()[:full_rank].copy_(right)
+        self.s_mean.zero_()[:full_rank].copy_(singular)
         self.lora_B.zero_()
         spread = torch.rand(self.rank, generator=generator)
         self.s_log_std.copy_(torch.log(std_init * (math.sqrt(0.5) + (1 - math.sqrt(0.5)) * spread)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, ..., d_in] -> [M, ..., d_out], each row with its posterior sample of the running pass.
+        """[M, ..., d_in] -> [M, ..., d_out], each row with its posterior sample in the running pass.
 
-        Without a pass, or in a pass without samples, it is the base layer alone.
+        Outside of a pass, and in a pass without samples, only the base layer is applied.
         """
         forward_pass = running()
         if forward_pass is None or forward_pass.samples is None:
@@ -95,7 +95,7 @@ class SubspaceLinear(nn.Module):
         return self._project(y, x, samples.s, samples.sample)
 
     def _packed(self, x: Tensor, samples: RowSamples, packing: Packing) -> Tensor:
-        """[N, d_in] -> [N, d_out] for N tokens of all rows, or one of each row where only that is computed."""
+        """[N, d_in] -> [N, d_out] for the N tokens of all rows, or for each row's last token if only that is computed."""
         if x.shape[0] != packing.rows.tokens:
             return self._project(self.base(x), x, samples.s, samples.sample)
         once = self.shared_input and samples.inputs is not None
@@ -105,7 +105,7 @@ class SubspaceLinear(nn.Module):
     def _project(self, y: Tensor, x: Tensor, s: Tensor, sample: Tensor) -> Tensor:
         return subspace_projection(
             y,
-            x.to(y),  # on another device, where a device map parts the layer from the one before
+            x.to(y),  # x may be on another device, if a device map divides the model here
             self.lora_A.to(y.dtype),
             self.lora_B.to(y.dtype),
             s[:, self._columns].to(y.device),

@@ -1,8 +1,8 @@
-"""Attention of passes without padding: the model's own, over rows of one length at a time.
+"""Attention of packed passes, which have no padding: SDPA attention over the rows of one length at a time.
 
-The tokens of all rows lie end to end in one row (`packing`). Every layer of a decoder but attention treats each token by
-itself. transformers lets an attention function and its masks be registered by name; a packed pass runs under that name.
-Whether an architecture takes both is found out at start-up, in `passes.probes`.
+All rows' tokens are concatenated in one row (`packing`). Only attention needs to know the rows: every other layer of a
+decoder treats each token by itself. transformers lets an attention function and a mask function be registered under a name;
+during a packed pass the model uses this name. At start-up, `passes.probes` tests whether it works for an architecture.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from scalabl.model.forward_pass import ForwardPass, running
 from scalabl.model.pass_cache import with_past
 
 NAME = "scalabl_packed"
-INNER = "sdpa"  # the attention that a model must use by itself
+INNER = "sdpa"  # the attention that the model must be configured with
 
 
 class _Masks:
-    """What the model takes for its attention mask: one for each length, made when it is first needed."""
+    """Stands in for the model's attention mask: one mask for each row length, created when it is first needed."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._by_length: dict[int, Tensor | None] = {}
 
     def of(self, length: int, before: int) -> Tensor | None:
-        """[1, 1, length, before + length], True where a token is seen; None for the causal one."""
+        """Mask [1, 1, length, before + length], True where a token is seen; None for the ordinary causal mask."""
         if length not in self._by_length:
             mask = sdpa_mask(batch_size=1, q_length=length, kv_length=before + length, **self._arguments)
             self._by_length[length] = mask
@@ -45,14 +45,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """[1, H, N, d] each -> [1, N, H, d]."""
     forward_pass = running()
-    assert forward_pass is not None  # the name is set within `packed` alone
+    assert forward_pass is not None  # the name is only set inside `packed`
     assert forward_pass.packing is not None
     layout = forward_pass.packing.layout_of(query.shape[2])
     outputs, start, first = [], 0, 0
     for rows, length in layout.groups:
         q, k, v = (_group(tensor, start, rows, length) for tensor in (query, key, value))
         if forward_pass.past is not None:
-            block = int(module.layer_idx)  # type: ignore[arg-type]  # an attention's own number
+            block = int(module.layer_idx)  # type: ignore[arg-type]  # the index of its decoder block
             k, v = with_past(forward_pass, block, k, v, first)
         mask = None if attention_mask is None else attention_mask.of(length, k.shape[2] - length)
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0].flatten(0, 1))
@@ -75,15 +75,15 @@ AttentionMaskInterface.register(NAME, _masks)
 
 
 def may_pack(base: PreTrainedModel) -> bool:
-    """Whether to try passes without padding: on a CPU, where a call costs little beside padding, and with SDPA attention."""
+    """Whether to try packed passes: with SDPA attention on a CPU, where more calls of it cost less than padding."""
     return not is_divided(base) and base.device.type == "cpu" and bool(base.config._attn_implementation == INNER)
 
 
 @contextmanager
 def packed(base: PreTrainedModel, forward_pass: ForwardPass) -> Iterator[dict[str, Tensor]]:
-    """The base model's attention is the packed one within; yields the arguments that such a pass needs beside token ids.
+    """Switches the base model to packed attention; yields the arguments that a packed pass needs besides token ids.
 
-    Nothing changes, and there are no arguments, for a pass without a packing.
+    For a pass that is not packed, nothing changes and there are no such arguments.
     """
     packing = forward_pass.packing
     if packing is None:
@@ -92,7 +92,7 @@ def packed(base: PreTrainedModel, forward_pass: ForwardPass) -> Iterator[dict[st
     before = base.config._attn_implementation
     base.config._attn_implementation = NAME
     try:
-        # With a mask of its own transformers does not look for packed rows by itself, which costs a mask of N x N.
+        # With an explicit mask transformers does not detect packed rows by itself, which would create a mask of N x N.
         ones = torch.ones(1, packing.inputs.tokens, dtype=torch.int64, device=packing.position_of_token.device)
         positions = packing.position_of_token + (0 if forward_pass.past is None else forward_pass.past.length)
         yield {"position_ids": positions.unsqueeze(0), "attention_mask": ones}

@@ -1,4 +1,7 @@
-"""Where tokens lie in a pass without padding: end to end in one row. The attention of such a pass: `packed_attention`."""
+"""The token positions of a packed pass, which has no padding: all rows' tokens are concatenated in one row.
+
+The attention of such a pass is in `packed_attention`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows that lie end to end, those of one length together.
+    """Concatenated rows, in groups of equal length.
 
     Attributes:
-        groups: (rows, tokens of each) in their order.
-        tokens: of all rows.
-        last: [rows], where each one's last token lies.
+        groups: (number of rows, tokens of each) of consecutive groups.
+        tokens: number of tokens of all rows.
+        last: [rows], the position of each row's last token.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -25,7 +28,7 @@ class Layout:
 
     @classmethod
     def of(cls, lengths: Tensor) -> Layout:
-        """Of rows of these lengths, [rows], neighbours where they are equal."""
+        """The layout of rows of these lengths [rows], in which equal lengths are consecutive."""
         length, count = torch.unique_consecutive(lengths, return_counts=True)
         ends = lengths.cumsum(0)
         return cls(tuple(zip(count.tolist(), length.tolist(), strict=True)), int(ends[-1]), ends - 1)
@@ -33,14 +36,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where everything lies in a pass over B inputs, in order of their lengths, and over M rows, several for each input.
+    """The layouts of a packed pass over B inputs in order of length (N tokens) that fan out to M rows (N' tokens).
 
     Attributes:
         inputs, rows: the layouts before and after inputs fan out.
-        input_of_token, position_of_token: [N] for each of the inputs' tokens.
-        row_of_token: [N'] for each of the rows' tokens.
-        source: [N'], the inputs' token that each of the rows' tokens is a copy of.
-        copy: [N], the first of the rows' tokens that are copies of each of the inputs' tokens.
+        input_of_token, position_of_token: [N], for each token of the inputs: its input, and its position in that input.
+        row_of_token: [N'], the row of each token of the rows.
+        source: [N'], for each token of the rows: the token of the inputs of which it is a copy.
+        copy: [N], for each token of the inputs: its first copy among the tokens of the rows.
     """
 
     inputs: Layout
@@ -53,7 +56,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Tensor, counts: Sequence[int]) -> Packing:
-        """Of inputs of these lengths [B], ascending, with so many rows each."""
+        """The packing of inputs with these lengths [B], ascending, and these numbers of rows."""
         device = lengths.device
         of_row = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
         starts = lengths.cumsum(0) - lengths
@@ -75,7 +78,7 @@ class Packing:
         )
 
     def layout_of(self, tokens: int) -> Layout:
-        """The layout that has so many tokens: with as many rows as inputs, the two are one."""
+        """The layout with this number of tokens; if there are as many rows as inputs, the two layouts are equal."""
         return self.inputs if tokens == self.inputs.tokens else self.rows
 
     def pack(self, padded: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""A pass's past in the form in which transformers takes it: a `Cache`.
+"""The key-value cache of one pass, as a transformers `Cache`: joins a cached prefix with the pass's own tokens.
 
-Transformers' own cache holds what was computed for every row. This one is given one row for each sample (and one for all of
-them in the trunk), spreads it over the rows of a pass a block at a time, and holds only what the pass is to keep.
+Transformers' own cache has keys and values for every row. Here the prefix has them once for each sample (in the trunk once
+for all samples); they are copied to the rows of the pass one block at a time. Keys and values of the pass itself are stored
+only if it asks for that. Which prefixes are cached from pass to pass is decided in `passes.prefix_cache`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from scalabl.model.past import KeysValues, Prefix
 
 
 def with_past(forward_pass: ForwardPass, block: int, keys: Tensor, values: Tensor, first: int = 0) -> KeysValues:
-    """Keys and values of a decoder block for its rows from the `first` on, with those of the pass's past before them.
+    """Put the keys and values of the pass's past before those of a decoder block: [rows, heads, T, d] -> [.., P + T, d].
 
-    [rows, heads, T, d] each -> [rows, heads, P + T, d].
+    Args:
+        first: the number of the first row in the pass.
     """
     past = forward_pass.past
     if past is None:
@@ -48,30 +50,30 @@ class PassCache(Cache):  # type: ignore[misc]  # transformers does not type this
     """The cache of one pass.
 
     Args:
-        num_blocks: decoder blocks of the model.
+        num_blocks: number of decoder blocks of the model.
     """
 
     def __init__(self, forward_pass: ForwardPass, num_blocks: int) -> None:
         self.forward_pass = forward_pass
-        cache = cast(PassCache, weakref.proxy(self))  # no reference cycle, so that what it holds is freed with it
+        cache = cast(PassCache, weakref.proxy(self))  # avoids a reference cycle, so that memory is freed at once
         self._blocks = [_BlockCache(cache, block) for block in range(num_blocks)]
         super().__init__(layers=list(self._blocks))
 
     @property
     def past_length(self) -> int:
-        """P, the tokens before the pass's own."""
+        """P, the number of tokens before the pass's own."""
         return 0 if self.forward_pass.past is None else self.forward_pass.past.length
 
     def prefix(self, shared: int) -> Prefix:
-        """The keys and values that the pass has kept, of its own tokens and those before.
+        """The keys and values that the pass stored, of its own tokens and the past.
 
         Args:
-            shared: the first decoder blocks, which computed one row for all samples.
+            shared: the number of first decoder blocks that computed one row for all samples.
 
         Raises:
             ValueError: a block has computed no keys and values.
         """
-        layers = tuple(block.kept for block in self._blocks if block.kept is not None)
+        layers = tuple(block.stored for block in self._blocks if block.stored is not None)
         if len(layers) != len(self._blocks):
             raise ValueError("a decoder block computed no keys and values of its own")
         return Prefix(layers, shared)
@@ -80,24 +82,24 @@ class PassCache(Cache):  # type: ignore[misc]  # transformers does not type this
 class _BlockCache(CacheLayerMixin):  # type: ignore[misc]  # as above
     """One decoder block's part of a `PassCache`."""
 
-    is_sliding = False  # all tokens are there, and the mask says which of them count
+    is_sliding = False  # the cache has all tokens, and the mask says which of them are seen
 
     def __init__(self, cache: PassCache, block: int) -> None:
         super().__init__()
         self._cache, self._block = cache, block
-        self.kept: KeysValues | None = None
+        self.stored: KeysValues | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is allocated beforehand."""
+        """Required by transformers; nothing is allocated in advance."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
-        """The pass's own keys and values, with those before them. A packed pass joins them in its attention instead."""
+        """The pass's own keys and values, after those of its past. A packed pass adds the past in its attention."""
         forward_pass = self._cache.forward_pass
         if forward_pass.packing is not None:
             return key_states, value_states
         whole = with_past(forward_pass, self._block, key_states, value_states)
-        if forward_pass.keeps:  # without a past it is a copy, since the tensors may be views of something larger
-            self.kept = whole if forward_pass.past is not None else (key_states.clone(), value_states.clone())
+        if forward_pass.keeps:  # without a past, copy: the tensors may be views of larger ones
+            self.stored = whole if forward_pass.past is not None else (key_states.clone(), value_states.clone())
         return whole
 
     def get_seq_length(self) -> int:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that stand before a pass's own, as plain data. `pass_cache` gives them to transformers."""
+"""Keys and values of the tokens before those of a pass, as plain data. `pass_cache` hands them to transformers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first P tokens of a prompt under S samples.
+    """Keys and values of the first P tokens of a prompt under S posterior samples.
 
     Attributes:
-        layers: keys and values of each decoder block, [S, heads, P, d]; [1, heads, P, d] in the first `shared` blocks.
+        layers: (keys, values) of each decoder block, [S, heads, P, d]; [1, heads, P, d] in the first `shared` blocks.
+        shared: the number of first blocks whose keys and values are the same for all samples.
     """
 
     layers: tuple[KeysValues, ...]
@@ -30,7 +31,7 @@ class Prefix:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
     def samples(self, start: int, stop: int) -> Prefix:
-        """Samples `start` to `stop` - 1, without a copy."""
+        """The prefix under samples `start` to `stop` - 1; views, not copies."""
         if self.shared == len(self.layers) or (start, stop) == (0, len(self.layers[-1][0])):
             return self
         rest = tuple((keys[start:stop], values[start:stop]) for keys, values in self.layers[self.shared :])
@@ -42,8 +43,8 @@ class Past:
     """The prefix that all inputs of a pass have in common, under each of the pass's draws.
 
     Attributes:
-        parts: `Draws.key` -> prefixes whose samples, one prefix after another, are those of the draws; at least one entry.
-        length: P, how many tokens of each prefix count.
+        parts: `Draws.key` -> prefixes whose samples, concatenated, are those of the draws; at least one entry.
+        length: P, how many tokens of each prefix are used.
     """
 
     parts: Mapping[Hashable, Sequence[Prefix]]
@@ -51,5 +52,5 @@ class Past:
 
     @property
     def shared(self) -> int:
-        """The first decoder blocks, whose keys and values are the same for every sample."""
+        """The number of first decoder blocks whose keys and values are the same for every sample."""
         return next(iter(self.parts.values()))[0].shared

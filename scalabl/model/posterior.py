@@ -1,4 +1,4 @@
-"""Posterior draws and the KL divergence to the prior: pure functions of numbers, without a model."""
+"""Posterior draws and the KL divergence to the prior, as pure functions. The adapter's parameters are in `layer`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class Draws:
 
     Attributes:
         epsilon: [K, P] float32 on the CPU; P is the number of stochastic scalars, in the model's layer order.
-        start: the place of the first in the sequence that `draw` gives for seed and scheme; None for draws that were made in
-            another way.
+        start: the position of the first draw in the sequence that `draw` gives for seed and scheme; None for other draws.
     """
 
     seed: int
@@ -38,7 +37,7 @@ class Draws:
 
     @cached_property
     def key(self) -> Hashable:
-        """Equal for equal draws: those with one key may share rows of a pass, and the prefixes that are kept for them."""
+        """Equal for equal draws: draws with the same key can share sampled scalars in a pass, and cached prefixes."""
         if self.start is None:
             return blake2b(self.epsilon.numpy().tobytes(), digest_size=16).digest(), *self.epsilon.shape
         return self.seed, self.scheme, self.start, *self.epsilon.shape
@@ -48,7 +47,7 @@ class Draws:
         return replace(self, epsilon=self.epsilon[start:stop], start=None if self.start is None else self.start + start)
 
     def scaled(self, factor: float) -> Draws:
-        """The same draws, each a multiple as far from the mean: those of a posterior whose sigma is a multiple as large."""
+        """The same draws times a factor: as drawn from a posterior whose sigma is larger by that factor."""
         return replace(self, epsilon=factor * self.epsilon, start=None)
 
 
@@ -81,9 +80,9 @@ def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_S
     elif scheme == "sobol":
         largest = torch.quasirandom.SobolEngine.MAXDIM
         if dimension > largest:
-            raise ValueError(f"sobol draws reach {largest} dimensions and this adapter has {dimension}; use antithetic")
+            raise ValueError(f"sobol draws support {largest} dimensions and this adapter has {dimension}; use antithetic")
         engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch
-        # The scramble can land on 0 exactly, where the inverse normal CDF is infinite: keep half a step away from 0 and 1.
+        # A scrambled point can be exactly 0, where the inverse normal CDF is infinite: stay half a step away from 0 and 1.
         uniform = engine.draw(num_samples, dtype=torch.float64).clamp(2.0**-31, 1 - 2.0**-31)
         epsilon = torch.special.ndtri(uniform)
     else:

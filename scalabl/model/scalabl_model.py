@@ -29,7 +29,7 @@ from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_dr
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
-GRADIENT_TOKENS = 2048  # rows x padded length that a graph for derivatives holds at once
+GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
 
 
 def _layer_index(name: str) -> int | None:
@@ -38,7 +38,7 @@ def _layer_index(name: str) -> int | None:
 
 
 def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
-    """Names of the modules to adapt, in the base model's own order; an unmatched target is an error."""
+    """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
     layers = config.layers_to_transform
     chosen, matched, seen_layers = [], set(), set()
     for name, module in host.modules.items():
@@ -64,15 +64,15 @@ def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
 class ScalaBLModel(nn.Module):
     """A transformers causal language model whose target modules carry a ScalaBL adapter.
 
-    The base model is frozen and changed in place while the adapter is attached: its target modules become `SubspaceLinear`
-    and its head is cut to the task's choice tokens, so that the vocabulary is never multiplied out. Embeddings tied to the
-    head keep their own weights. Any number of adapters share one base model, whose weights exist once; a pass attaches the
-    adapter that it needs.
+    The base model is frozen, and changed in place while the adapter is attached: its target modules become
+    `SubspaceLinear`, and its head is reduced to the task's choice tokens, so that logits of the whole vocabulary are never
+    computed. Any number of adapters share one base model, whose weights exist once; a pass attaches the adapter that it
+    needs.
 
-    Not re-entrant and not locked: one thread at a time runs, attaches or detaches the adapters of one base model.
+    There are no locks: only one thread at a time may run, attach or detach the adapters of one base model.
 
     Args:
-        attach: False leaves the base as it is until the first pass, so that another thread may be running it meanwhile.
+        attach: False leaves the base model unchanged until the first pass, so that another thread may run it meanwhile.
 
     Raises:
         AdapterError: the configuration does not fit the base model; the message names the module, layer or token.
@@ -102,14 +102,14 @@ class ScalaBLModel(nn.Module):
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
-        self.packs = False  # whether `logits` runs without padding; see `passes.probes`
+        self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
         self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
         if attach:
             self.attach()
 
     def attach(self) -> None:
-        """Attach this adapter to the base model, in place of the one that is attached."""
+        """Attach this adapter to the base model, instead of any other adapter."""
         self._attachment.attach()
 
     def detach(self) -> None:
@@ -118,7 +118,7 @@ class ScalaBLModel(nn.Module):
 
     @property
     def num_stochastic_parameters(self) -> int:
-        """P: the scalars that are drawn, R per adapted layer."""
+        """P: the number of scalars that are drawn, R for each adapted layer."""
         return self.config.r * len(self.adapted)
 
     @property
@@ -132,18 +132,18 @@ class ScalaBLModel(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Decoder blocks of the base model."""
+        """The number of decoder blocks of the base model."""
         return int(self.base.config.get_text_config(decoder=True).num_hidden_layers)
 
     @property
     def shared_blocks(self) -> int:
-        """The first decoder blocks, whose keys and values are the same whatever is drawn; they run once for each input."""
+        """The number of first decoder blocks that run once for each input: no draw changes their keys and values."""
         if not self.trunk.verified:
             return 0
         return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything trainable, named as in the adapter file: `<module>.lora_A` and so on."""
+        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
         return {
             f"{name}.{kind}": getattr(layer, kind)
             for name, layer in self.adapted.items()
@@ -151,7 +151,7 @@ class ScalaBLModel(nn.Module):
         }
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
-        """A fresh, untrained adapter: the paper's initialisation, B = 0."""
+        """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
         generator = torch.Generator().manual_seed(seed)
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
@@ -178,7 +178,7 @@ class ScalaBLModel(nn.Module):
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
 
     def warm_up(self) -> None:
-        """Run the adapted layers at every launch shape that serving can meet, so that no request waits for a compiler."""
+        """Run the kernel at every launch shape that serving uses, so that no request waits for its compilation."""
         if not runs_fused(self.device):
             return
         for rows in WARM_UP_ROWS:
@@ -188,7 +188,7 @@ class ScalaBLModel(nn.Module):
         """One forward pass: logits [M, C] float32 at each row's last position, before the temperature.
 
         Raises:
-            RuntimeError: a pass runs on this thread already.
+            RuntimeError: another pass is running on this thread.
         """
         return self._run(forward_pass)[0]
 
@@ -203,11 +203,11 @@ class ScalaBLModel(nn.Module):
         return logits.to(self.device), cache
 
     def _fitted(self, wanted: ForwardPass) -> ForwardPass:
-        """The same pass as this base model can run it: where rows do not fan out, there is one for each from the start."""
+        """The pass in the form that this base model supports: if rows cannot fan out, inputs are copied before the pass."""
         samples, inputs = wanted.samples, wanted.inputs
         if samples is None or inputs is None or self.trunk.verified:
             return replace(wanted, spreads_in_blocks=bool(self.trunk.blocks))
-        assert wanted.packing is None  # needs the trunk to be verified
+        assert wanted.packing is None  # packed passes need a verified trunk
         ids, lengths = wanted.input_ids[inputs], wanted.lengths[inputs]
         return replace(wanted, input_ids=ids, lengths=lengths, samples=replace(samples, inputs=None))
 
@@ -216,7 +216,7 @@ class ScalaBLModel(nn.Module):
 
     @torch.inference_mode()
     def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """[B, T] -> [B, T, D], what enters the first adapted block; needs `trunk.has_states`."""
+        """The input of the first adapted block, [B, T] -> [B, T, D]; needs `trunk.has_states`."""
         self.attach()
         lengths = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
         forward_pass = ForwardPass(input_ids, lengths, past=past)
@@ -226,7 +226,7 @@ class ScalaBLModel(nn.Module):
 
     @torch.inference_mode()
     def prefix(self, tokens: Sequence[int], draws: Draws, past: Past | None = None) -> Prefix:
-        """Keys and values of these tokens, and of those before them, under each draw, in one pass.
+        """Compute the keys and values of these tokens under each draw, in one pass; those of the past come before them.
 
         Raises:
             ValueError: the base model computes no keys and values in one of its blocks.
@@ -234,7 +234,7 @@ class ScalaBLModel(nn.Module):
         ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
         samples, _ = self._row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
-        assert cache is not None  # it keeps
+        assert cache is not None  # because `keeps` is set
         return cache.prefix(self.shared_blocks)
 
     @torch.inference_mode()
@@ -253,7 +253,7 @@ class ScalaBLModel(nn.Module):
     def logits_each(
         self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None, past: Past | None = None
     ) -> list[Tensor]:
-        """As `logits`, with draws (and so K) of its own for each input: B tensors [K_b, C], still one forward pass.
+        """As `logits`, but each input has its own draws (and so its own K): B tensors [K_b, C], still in one forward pass.
 
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
@@ -279,7 +279,7 @@ class ScalaBLModel(nn.Module):
         return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
     def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
-        """The rows of inputs that have these draws, and how many rows each input has; equal draws are sampled once."""
+        """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""
         tables: dict[Hashable, tuple[int, Draws]] = {}  # key of the draws -> (its first row in s, draws)
         first = 0
         for of_input in draws:
@@ -298,11 +298,11 @@ class ScalaBLModel(nn.Module):
     def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
         """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
 
-        Every row has scalars of its own, so that a reverse pass of the sum of each row's own choice gives all of J. What
-        that pass needs of every layer would not fit for all rows: it is held for some of them at a time.
+        There is a row, with scalars of its own, for each active choice of each input. One reverse pass of the sum of the
+        rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit memory.
 
         Args:
-            active: [B, C] bool, the choices whose derivatives are wanted, at least one for each input.
+            active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
             max_tokens: rows x padded length in one graph; a single row may exceed it.
 
         Returns:
@@ -336,5 +336,5 @@ class ScalaBLModel(nn.Module):
 
 
 def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:
-    """What tells a transformers model of its cache, or that it has none."""
+    """The arguments that give a transformers model this cache, or none."""
     return {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}

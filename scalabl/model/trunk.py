@@ -1,8 +1,8 @@
-"""The trunk: decoder blocks before the first adapted one, which run once for each input and not for each sample.
+"""The trunk: decoder blocks before the first adapted one, which run once for each input instead of once for each sample.
 
-Rows fan out to posterior samples by hooks on the blocks after the trunk, with whatever arguments the architecture gives
-them, so that no architecture's forward is copied here. Another pair of hooks has the last block's MLP compute only the
-position that is read. Whether both are exact for a base model is found out at start-up, in `passes.probes`.
+Hooks on the blocks after the trunk copy each input's row for its posterior samples (the rows "fan out"). They treat whatever
+arguments an architecture gives its blocks, so that no architecture's forward is copied here. Another pair of hooks makes the
+last block's MLP compute only the position whose logits are read. At start-up, `passes.probes` tests whether both are exact.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from scalabl.model.attachment import Host
 from scalabl.model.forward_pass import running
 
-Path = tuple[int | str, ...]  # of an argument: its place or name, and the places or keys within it
+Path = tuple[int | str, ...]  # of a tensor among arguments: the argument's place or name, then indices or keys within it
 Change = Callable[[Tensor, Path], Tensor]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block's forward: by place, by name
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a block's forward
 
 
 def _blocks_of(host: Host, adapted: Sequence[str]) -> tuple[list[nn.Module], int] | None:
-    """(all decoder blocks, the first that holds one of `adapted`); None where these are not all in one list of blocks."""
+    """(all decoder blocks, index of the first with an adapted module); None if they are not in one list of blocks."""
     lists: set[str] = set()
     first: list[int] = []
     for name in adapted:
@@ -41,7 +41,7 @@ def _blocks_of(host: Host, adapted: Sequence[str]) -> tuple[list[nn.Module], int
 
 
 class _EndOfTrunk(Exception):
-    """Ends a pass where the trunk ends."""
+    """Raised by a hook to end a pass after the trunk."""
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
@@ -54,25 +54,25 @@ class Trunk:
         adapted: names of the adapted modules without the head.
 
     Attributes:
-        depth: how many blocks come before any adapted one; all of them when only the head is adapted.
-        possible: whether the adapted modules are in one list of blocks.
-        verified: whether rows fan out after the trunk, which gave the numbers of a pass without it.
-        trims: whether the last block's MLP computes only the position that is read, which gave the same numbers too.
+        depth: the number of blocks before the first adapted one; 0 if only the head is adapted (`blocks` is empty then).
+        possible: whether all adapted modules are in one list of blocks.
+        verified: whether rows fan out after the trunk; `passes.probes` sets it if that changes no logit.
+        trims: whether the last block's MLP computes only the position that is read; set likewise.
     """
 
     def __init__(self, host: Host, adapted: Sequence[str]) -> None:
         blocks = _blocks_of(host, adapted) if adapted else None
         self.possible, self.verified, self.trims = blocks is not None or not adapted, False, False
         self.blocks, self.depth = blocks or ([], 0)
-        # Arguments of a block that have no entry for each input, though they may be as long as there are inputs; and those
-        # of a packed pass, [1, N, ...], that have an entry for each token.
+        # Arguments of a block without an entry for each input, even if their length equals the number of inputs; and
+        # arguments of a packed pass, [1, N, ...], with an entry for each token.
         self._shared_arguments: frozenset[Path] = frozenset()
         self._token_arguments: frozenset[Path] = frozenset()
         self._handles: list[RemovableHandle] = []
 
     @property
     def has_states(self) -> bool:
-        """Whether its output can be kept, so that a later pass begins after it."""
+        """Whether its output can be stored, so that a later pass can begin after the trunk."""
         return self.verified and bool(self.blocks) and self.depth > 0
 
     def attach(self) -> None:
@@ -84,10 +84,10 @@ class Trunk:
             self._handles += [mlp.register_forward_pre_hook(self._trim), mlp.register_forward_hook(self._widen)]
 
     def _fan_out(self, *, first: bool) -> Callable[..., Arguments | None]:
-        """A hook on a block after the trunk: what has an entry for each input gets one for each row.
+        """A hook on a block after the trunk: arguments with an entry for each input get one for each row.
 
         Args:
-            first: it is the first of them, where the hidden states fan out, or come from a trunk that ran before.
+            first: whether it is the first such block, where hidden states fan out or come from a stored trunk output.
         """
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -108,7 +108,7 @@ class Trunk:
                 rest = _changed(rest, self._spread_tokens(source))
             elif inputs is not None:
                 hidden = hidden[inputs.to(hidden.device)] if first else hidden
-                if forward_pass.num_inputs > 1:  # what has one entry for all inputs is broadcast to all rows as well
+                if forward_pass.num_inputs > 1:  # with a single input, arguments are broadcast to all rows
                     rest = _changed(rest, self._spread_inputs(inputs, forward_pass.num_inputs))
             places = tuple(rest[place] for place in range(1, len(args)))
             return (hidden, *places), {name: value for name, value in rest.items() if isinstance(name, str)}
@@ -116,7 +116,7 @@ class Trunk:
         return before
 
     def _spread_inputs(self, inputs: Tensor, num_inputs: int) -> Change:
-        """The tensors that have an entry for each input, with one for each row."""
+        """The change that gives tensors with an entry for each input an entry for each row."""
 
         def change(value: Tensor, path: Path) -> Tensor:
             if not value.dim() or value.shape[0] != num_inputs or path in self._shared_arguments:
@@ -126,13 +126,14 @@ class Trunk:
         return change
 
     def _spread_tokens(self, source: Tensor) -> Change:
-        """The tensors that have an entry for each of the inputs' tokens, with one for each of the rows' tokens."""
+        """The change that gives tensors with an entry for each token of the inputs an entry for each token of the rows."""
         return lambda value, path: value[:, source.to(value.device)] if path in self._token_arguments else value
 
     def _trim(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """[M, T, D] -> [M, 1, D]: the block adds the MLP's output to every position, and only this one is read.
+        """A hook before the last MLP: keeps only the position whose logits are read, [M, T, D] -> [M, 1, D].
 
-        [1, N, D] -> [1, M, D] of a packed pass.
+        The block adds the MLP's output to every position by broadcasting; the others are never read. In a packed pass
+        [1, N, D] -> [1, M, D].
         """
         forward_pass = running()
         if not self.trims or forward_pass is None or not args:
@@ -143,7 +144,7 @@ class Trunk:
         return hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1), *args[1:]
 
     def _widen(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """[1, M, D] -> [1, N, D], zeros where a packed pass has not computed the MLP."""
+        """A hook after the last MLP of a packed pass: [1, M, D] -> [1, N, D], zeros where the MLP was not computed."""
         forward_pass = running()
         if not self.trims or forward_pass is None or forward_pass.packing is None:
             return None
@@ -158,12 +159,12 @@ class Trunk:
         self._handles.clear()
 
     def learn(self, run: Callable[[int], object]) -> None:
-        """Find out which arguments of a block have no entry for each input: their size does not follow the number of inputs.
+        """Find out which arguments of a block have no entry for each input: those whose length is not the number of inputs.
 
-        An argument that short inputs do not have, such as the mask of a sliding window, is judged by its size alone.
+        An argument that short inputs do not have, such as the mask of a sliding window, is later judged by its length alone.
 
         Args:
-            run: runs a pass over so many inputs, in which nothing fans out.
+            run: runs a pass over this number of inputs, in which nothing fans out.
         """
         seen: dict[int, dict[Path, int]] = {}
 
@@ -185,15 +186,15 @@ class Trunk:
         """Find out which arguments of a packed pass have an entry for each token.
 
         Args:
-            run: runs a packed pass over so many inputs, in which nothing fans out; returns its number of tokens.
+            run: runs a packed pass over this number of inputs, in which nothing fans out; returns its number of tokens.
         """
         seen: dict[int, dict[Path, int]] = {}
         tokens: list[int] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = {place: value for place, value in enumerate(args) if place} | kwargs
-            found = {path: tensor.shape[1] for path, tensor in _tensors(rest, ()) if tensor.dim() > 1 and len(tensor) == 1}
-            seen.setdefault(len(tokens), {}).update(found)
+            sizes = {path: tensor.shape[1] for path, tensor in _tensors(rest, ()) if tensor.dim() > 1 and len(tensor) == 1}
+            seen.setdefault(len(tokens), {}).update(sizes)
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks[self.depth :]]
         try:
@@ -206,7 +207,7 @@ class Trunk:
         self._token_arguments = frozenset(path for path, sizes in both.items() if sizes == tokens)
 
     def states(self, run: Callable[[], object]) -> Tensor:
-        """What enters the first block after the trunk [B, T, D] in the pass `run`, which goes no further."""
+        """The input of the first block after the trunk, [B, T, D], in the pass `run`, which is ended there."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _EndOfTrunk(_hidden(args, kwargs))
@@ -218,13 +219,13 @@ class Trunk:
             return end.states
         finally:
             handle.remove()
-        raise AssertionError("the pass did not come to the first adapted block")
+        raise AssertionError("the pass ended without running the first adapted block")
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """The blocks of the trunk only pass their input on: for a pass that starts from the trunk's output."""
+        """Makes the blocks of the trunk return their input unchanged, for a pass that starts from the trunk's output."""
         skipped = self.blocks[: self.depth]
-        # A block's forward may have been wrapped before, as by accelerate.
+        # accelerate, for example, may have replaced a block's forward; that one is restored.
         own = [block.__dict__.get("forward") for block in skipped]
         for block in skipped:
             block.forward = _pass_on
@@ -248,20 +249,20 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor with dimensions in nested tuples, lists and dicts, with its path."""
+    """(path, tensor) of every tensor with dimensions in nested tuples, lists and dicts."""
     if isinstance(value, Tensor) and value.dim():
         yield path, value
     elif isinstance(value, tuple | list | dict):
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(each, (*path, key))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, (*path, key))
 
 
 def _changed(value: Any, change: Change, path: Path = ()) -> Any:
-    """The same nested tuples, lists and dicts, with each tensor as `change` has it."""
+    """A copy of nested tuples, lists and dicts in which `change` is applied to every tensor."""
     if isinstance(value, Tensor):
         return change(value, path)
     if isinstance(value, tuple | list):
-        return type(value)(_changed(each, change, (*path, place)) for place, each in enumerate(value))
+        return type(value)(_changed(item, change, (*path, place)) for place, item in enumerate(value))
     if isinstance(value, dict):
-        return {key: _changed(each, change, (*path, key)) for key, each in value.items()}
+        return {key: _changed(item, change, (*path, key)) for key, item in value.items()}
     return value

@@ -66,7 +66,7 @@ class Rule:
         if not 0 < self.allowed < (1 if self.target == "decision" else math.inf):
             raise ValueError(f"tolerance is {self.tolerance}; it must be above 0, and below 1 for a decision")
         if not 1 <= self.first <= self.most:
-            raise ValueError(f"first is {self.first} and most is {self.most}; they must satisfy 1 <= first <= most")
+            raise ValueError(f"first is {self.first} and most is {self.most}; first must be from 1 to most")
 
     @property
     def allowed(self) -> float:

@@ -46,7 +46,7 @@ def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
         (ROW | {"text": 3}, "needs a string under 'text' or 'question'"),
         (ROW | {"text": " \n"}, "text: the text is empty"),
         (ROW | {"text": "\ud800"}, "text: the text is not valid Unicode"),
-        (ROW | {"context": 3}, "'context' is not a string"),
+        (ROW | {"context": 3}, "'context' must be a string"),
         (ROW | {"choices": ["a"]}, "'choices' must be a list of at least two"),
         (ROW | {"choices": ["a", ""]}, "'choices' must be a list of at least two"),
         (ROW | {"answer": 2}, "'answer' is 2; it must be an index from 0 to 1"),

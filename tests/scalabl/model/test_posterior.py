@@ -93,7 +93,7 @@ def test_the_zero_draw_is_one_sample_at_the_mean() -> None:
         ((0, 0, 1, "gaussian"), "num_samples and dimension must be at least 1, got 0 and 1"),
         ((0, 1, 0, "gaussian"), "got 1 and 0"),
         ((0, 1, 1, "halton"), "draw scheme 'halton' is unknown; use one of gaussian, antithetic, sobol"),
-        ((0, 1, 21202, "sobol"), "sobol draws reach 21201 dimensions and this adapter has 21202; use antithetic"),
+        ((0, 1, 21202, "sobol"), "sobol draws support 21201 dimensions and this adapter has 21202; use antithetic"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments: Any, message: str) -> None:

@@ -170,8 +170,8 @@ def test_quantiles_are_students(degrees: int, tail: float) -> None:
         ({"tolerance": 0.0}, "tolerance is 0.0"),
         ({"tolerance": 1.0}, "below 1 for a decision"),
         ({"target": "probabilities", "tolerance": math.nan}, "tolerance is nan"),
-        ({"first": 0}, "first round has 0 samples"),
-        ({"first": 16, "most": 8}, "there are at most 8"),
+        ({"first": 0}, "first is 0 and most is 64; first must be"),
+        ({"first": 16, "most": 8}, "first is 16 and most is 8; first must be"),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
