@@ -1,6 +1,6 @@
-"""The one operation that every posterior sample needs: `subspace_projection`.
+"""The low-rank operation of the adapted layers, `subspace_projection`, as a Triton kernel and in plain torch.
 
-Nothing here knows of language models, adapters on disk or HTTP.
+Language models and adapters are in `scalabl`, the server in `scalabl_server`.
 """
 
 from scalabl_kernels.projection import runs_fused, subspace_projection

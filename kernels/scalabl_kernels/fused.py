@@ -1,8 +1,9 @@
 """`subspace_projection` as one Triton kernel: shrink, per-sample scale, expand and add, in a single launch.
 
-y[m] += scaling * B (s[sample[m]] * (A x[m])). A and B are shared by every posterior sample and only s differs, so the grid
-is dense over rows, and each row gathers its r scalars; nothing is sorted. u = A x stays in registers: nothing of size M x R
-or K x weights is ever in device memory. Products accumulate in float32 and are added to y in float32, then rounded once.
+y[m] += scaling * B (s[sample[m]] * (A x[m])). All posterior samples share A and B, and only s differs. So the grid simply
+runs over the rows, each row loads its own r scalars, and rows need not be sorted. u = A x stays in registers, so that no
+tensor of size M x R or K x weights is ever in device memory. Products are accumulated and added to y in float32, and rounded
+once. The plain torch form is in `reference`; `projection` chooses between the two.
 
 Source of the formula: Samplawski et al. 2025 (arXiv 2506.21408), W_k = W0 + scaling * B diag(s_k) A.
 """
@@ -29,7 +30,7 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One adapter's part for the rows in `mine`."""
+    """Adds one adapter's product to the rows in `mine`."""
     # Shrink: u = A x, [BLOCK_M, PADDED_RANK].
     u = tl.zeros([BLOCK_M, PADDED_RANK], dtype=tl.float32)
     for start in range(0, d_in, BLOCK_K):
@@ -66,7 +67,7 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
             tl.store(y_tile, total.to(y.dtype.element_ty), mask=y_ok)
 
 
-# Numbers that change from batch to batch must not make Triton compile another kernel.
+# Without this, Triton would compile another kernel for some values of these numbers, which change from batch to batch.
 @triton.jit(do_not_specialize=["num_rows", "tokens", "fan_out", "blocks"])  # type: ignore[untyped-decorator]  # as above
 def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     y, x, lora_a, lora_b, s, sample, adapter,
@@ -75,7 +76,7 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
     tokens,  # rows of x that share a leading index
     fan_out,  # rows of y for each row of x
     d_in, d_out,
-    blocks,  # blocks of y's columns that a program does
+    blocks,  # blocks of y's columns that one program computes
     y_row, y_token, y_column, x_row, x_token, x_column, s_row,  # strides in elements
     RANK: tl.constexpr,
     PADDED_RANK: tl.constexpr,
@@ -84,7 +85,7 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,  # for the interpreter, which multiplies the bit patterns of bfloat16
+    UPCAST: tl.constexpr,  # for Triton's interpreter, which would multiply the bit patterns of bfloat16
 ):  # fmt: skip
     """Grid: (blocks of x's rows, blocks of y's columns). A row is (leading index, token)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,7 +105,7 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
             RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
         )  # fmt: skip
     else:
-        # Rows come in any order of adapters: each adapter of the block does its own rows, the others are skipped.
+        # Rows of different adapters may be mixed: each adapter that has rows in this block is applied to its own rows.
         which_of_row = tl.load(adapter + leading, mask=row_ok, other=-1)
         for which in range(NUM_ADAPTERS):
             mine = which_of_row == which
@@ -117,7 +118,7 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
 
 
 def _as_rows(tensor: Tensor) -> Tensor | None:
-    """[M, ..., d] as a view [M, tokens, d], or None where the middle dimensions have no one stride."""
+    """[M, ..., d] as a view [M, tokens, d], or None if the middle dimensions cannot be merged into one stride."""
     if tensor.dim() == 2:
         return tensor.unsqueeze(1)
     try:
@@ -127,7 +128,7 @@ def _as_rows(tensor: Tensor) -> Tensor | None:
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The launch table's row for a device."""
+    """The entry of the launch table for a device."""
     if device.type != "cuda":  # the interpreter
         return nearest("sm_80")
     if torch.version.hip is not None:
@@ -146,18 +147,18 @@ def subspace_projection_fused(
     scaling: float,
     adapter: Tensor | None,
 ) -> None:
-    """Shapes as in `kernels.subspace_projection`, lora_a [L, R, d_in] and lora_b [L, d_out, R]; adds into y."""
+    """Launch the kernel, which adds into y. Shapes as in `projection`; lora_a is [L, R, d_in] and lora_b [L, d_out, R]."""
     if y.numel() == 0:
         return
     into, rows = _as_rows(y), _as_rows(x)
-    if into is None:  # rows without a stride: through a copy
+    if into is None:  # y cannot be viewed as rows: work on a copy
         copy = y.contiguous()
         subspace_projection_fused(copy, x, lora_a, lora_b, s, sample, scaling, adapter)
         y.copy_(copy)
         return
     if rows is None:
         rows = x.contiguous().view(x.shape[0], -1, x.shape[-1])
-    # Matrices as small as these are copied rather than read with a stride.
+    # These are small: copying is cheaper than strided reads.
     lora_a, lora_b, sample = lora_a.contiguous(), lora_b.contiguous(), sample.contiguous()
     s = s if s.stride(1) == 1 else s.contiguous()
     num_adapters, rank, d_in = lora_a.shape

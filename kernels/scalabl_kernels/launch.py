@@ -1,4 +1,4 @@
-"""Launch shapes of the Triton kernel: a small table per architecture, and the rule that picks a row of it."""
+"""Launch shapes of the Triton kernel: a small table for each architecture, and the rule that selects a shape."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 
 Precision = Literal["ieee", "tf32x3"]
 
-# At most this many rows are "few": the tile is as small as the matrix instruction allows and the output's columns are
-# split over a second grid axis, so that the chip is not left idle.
+# Up to this number of rows, the tile is as small as the matrix instruction allows, and the output's columns are split over
+# a second grid axis, so that the whole chip has work.
 FEW_ROWS = 256
-# Above this padded rank the many-row tiles do not fit the registers.
+# Above this padded rank the tiles for many rows do not fit into the registers.
 WIDE_RANK = 64
-# Above this rank no tile was found that fits: `subspace_projection` runs in plain torch.
+# Above this rank no tile was found that fits, and `subspace_projection` runs in plain torch.
 MAX_RANK = 128
 
 
@@ -21,9 +21,10 @@ class LaunchShape:
     """One way to launch the kernel.
 
     Attributes:
-        block_m: rows of x in a program. block_k: columns of x a step of the shrink. block_n: columns of y a step of the
-            expand.
-        num_warps, num_stages: as Triton means them.
+        block_m: rows of x in a program.
+        block_k: columns of x in a step of the shrink (A x).
+        block_n: columns of y in a step of the expand (B u).
+        num_warps, num_stages: Triton's launch options.
     """
 
     block_m: int
@@ -35,12 +36,12 @@ class LaunchShape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the kernel is compiled for.
+    """A GPU architecture for which the kernel is compiled.
 
     Attributes:
-        name: as Triton's compiler knows it: sm_80, sm_90, sm_100, gfx942.
-        processors: streaming multiprocessors or compute units of the chip in `roofline.CHIPS`.
-        fp32: how float32 products are made: three TF32 products on NVIDIA, native on AMD.
+        name: its name in Triton's compiler: sm_80, sm_90, sm_100, gfx942.
+        processors: number of streaming multiprocessors or compute units of the chip in `roofline.CHIPS`.
+        fp32: how float32 products are computed: three TF32 products on NVIDIA, native on AMD.
         few, many, wide: the launch shapes for few rows, many rows, and many rows of a padded rank above WIDE_RANK, each by
             bytes per element.
     """
@@ -55,7 +56,7 @@ class Architecture:
 
 _FEW_NVIDIA = {2: LaunchShape(16, 128, 128, 4, 3), 4: LaunchShape(16, 64, 64, 4, 2)}
 _FEW_AMD = {2: LaunchShape(16, 128, 128, 4, 2), 4: LaunchShape(16, 64, 64, 4, 2)}
-# At a rank of 128 a many-row tile of float32 spills everywhere, and one of two bytes on AMD: few-row tiles there.
+# At rank 128 a many-row tile spills registers, in float32 on all chips and in two bytes on AMD: few-row tiles instead.
 _WIDE_NVIDIA = {2: LaunchShape(64, 64, 64, 8, 3), 4: _FEW_NVIDIA[4]}
 
 TABLE: dict[str, Architecture] = {
@@ -95,7 +96,7 @@ TABLE: dict[str, Architecture] = {
 
 
 def nearest(name: str) -> Architecture:
-    """The table's row for a device: its own, or that of the closest older one; AMD devices share theirs."""
+    """The table's entry for an architecture: its own, or the closest older one's; all AMD devices share one."""
     if name in TABLE:
         return TABLE[name]
     if not name.startswith("sm_"):
@@ -106,7 +107,7 @@ def nearest(name: str) -> Architecture:
 
 
 def padded_rank(rank: int) -> int:
-    """The rank as the matrix instructions want it: a power of two, at least 16."""
+    """The rank, rounded up for the matrix instructions: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
@@ -118,9 +119,9 @@ def choose(architecture: Architecture, rows: int, rank: int, bytes_per_element: 
 
 
 def blocks_per_program(architecture: Architecture, shape: LaunchShape, rows: int, d_out: int) -> int:
-    """How many blocks of y's columns a program does: all of them, unless there are too few row blocks to fill the chip.
+    """How many blocks of y's columns one program computes: all, unless there are too few row blocks to fill the chip.
 
-    Each program along the columns recomputes its rows' shrink, which is cheap for few rows and not done for many.
+    If the columns are split, each program computes the shrink of its rows again, which is cheap for few rows.
     """
     row_blocks = -(-rows // shape.block_m)
     column_blocks = -(-d_out // shape.block_n)
@@ -128,5 +129,5 @@ def blocks_per_program(architecture: Architecture, shape: LaunchShape, rows: int
     return -(-column_blocks // splits)
 
 
-# One number of rows for each launch shape that a model with one rank and one dtype can meet.
+# One number of rows for each launch shape that a model with one rank and one dtype can need.
 WARM_UP_ROWS = (1, FEW_ROWS + 1)

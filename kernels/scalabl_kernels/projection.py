@@ -1,4 +1,7 @@
-"""The dispatcher: checks the operands and picks the form of `subspace_projection` that runs on their device."""
+"""The dispatcher: checks the operands of `subspace_projection` and runs the form for their device.
+
+The forms themselves are in `fused` (Triton) and `reference` (plain torch).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def _fused(
     subspace_projection_fused(y, x, a, b, s, sample, scaling, adapter)
 
 
-# Triton's interpreter, and checkers that stand in for a GPU, run the kernel on CPU tensors: slow, and the way to test it.
+# For tests: Triton's interpreter, and checkers that replace a GPU, can run the kernel on CPU tensors, slowly.
 FUSED_ON_CPU = "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("SCALABL_FUSED_ON_CPU"))
 torch.library.impl(OPERATOR, "cpu", _fused if FUSED_ON_CPU else _plain)
 torch.library.impl(OPERATOR, "cuda", _fused)  # ROCm's devices have this name as well
@@ -48,7 +51,7 @@ torch.library.register_fake(OPERATOR, lambda *operands: None)
 
 
 def runs_fused(device: torch.device) -> bool:
-    """Whether `subspace_projection` launches the Triton kernel on a device, rather than its plain form."""
+    """Whether `subspace_projection` runs the Triton kernel on a device, rather than plain torch."""
     return device.type == "cuda" or FUSED_ON_CPU
 
 
@@ -76,13 +79,15 @@ def subspace_projection(
         sample: [M] int64, the row of `s` that each row of y uses.
         scaling: alpha / R.
         adapter: [M / F] int64, the adapter of each row of x; None for one adapter.
-        inplace: add into y and return it; otherwise leave y alone. Where a gradient is wanted, it runs in plain torch.
+        inplace: add into y and return it; otherwise y does not change.
+
+    If any operand requires a gradient, the operation runs in plain torch.
 
     Returns:
         [M, ..., d_out]: y itself when `inplace`, a new tensor otherwise.
 
     Raises:
-        ValueError: when the shapes do not fit one another; the message names the operand.
+        ValueError: the shapes do not match; the message names the operand.
 
     Source: Samplawski et al. 2025 (arXiv 2506.21408), W_k = W0 + scaling * B diag(s_k) A.
     """
@@ -113,7 +118,7 @@ def subspace_projection(
     into = y if inplace else y.clone()
     if torch.compiler.is_compiling():
         torch.ops.scalabl.subspace_projection_(into, x, lora_a, lora_b, s, sample, scaling, adapter)
-    else:  # past the operator's dispatch, which costs more than a small projection
+    else:  # call it directly: the operator's dispatch costs more than a small projection
         form = _fused if runs_fused(y.device) else _plain
         form(into, x, lora_a, lora_b, s, sample, scaling, adapter)
     return into

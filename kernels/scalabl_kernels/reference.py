@@ -1,4 +1,4 @@
-"""`subspace_projection` in plain torch: the reference for every other form, and the form that runs on a CPU."""
+"""`subspace_projection` in plain torch: the reference for the Triton kernel (`fused`), and the form that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def subspace_projection_torch(
     *,
     inplace: bool,
 ) -> Tensor:
-    """Shapes as in `kernels.subspace_projection`. Differentiable in y, x, A, B and s when not `inplace`."""
+    """Shapes as in `projection.subspace_projection`. Differentiable in y, x, A, B and s if not `inplace`."""
     if adapter is None:
         return _one_adapter(y, x, lora_a, lora_b, s, sample, scaling, inplace=inplace)
     fan_out = y.shape[0] // x.shape[0]
@@ -42,7 +42,7 @@ def _one_adapter(
         u = u.repeat_interleave(y.shape[0] // x.shape[0], dim=0)
     u = u * per_row  # [M, ..., R]
     if inplace and y.is_contiguous():
-        # One pass over y: the product is accumulated into it, never held beside it.
+        # The product is accumulated directly into y, without a temporary tensor of its size.
         flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
         flat.addmm_(u if u.dim() == 2 else u.flatten(0, -2), lora_b.t(), alpha=scaling)
         return y

@@ -59,7 +59,7 @@ class SubspaceLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, std_init: float = 0.05) -> None:
-        """The paper's initial values: A and mu from the SVD of a Kaiming matrix, B = 0, sigma ~ U(std_init / sqrt 2, std_init).
+        """As in the paper: A and mu from the SVD of a Kaiming matrix, B = 0, sigma ~ U(std_init / sqrt 2, std_init).
 
         If R exceeds d_in, the surplus rows of A and entries of mu are 0.
         """

@@ -1,4 +1,4 @@
-"""Which passes to run, and what they may leave out: start-up probes, prefix cache, grouping, rounds.
+"""Which passes to run, and which shortcuts they take: start-up probes, prefix cache, grouping, rounds.
 
 How a single pass works is in `model`.
 """

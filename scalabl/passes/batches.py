@@ -1,4 +1,4 @@
-"""Which sequences run together: batches of similar length within a token budget. Running them is done elsewhere."""
+"""Splits sequences into batches of similar length within a token budget. The callers run the batches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 
 def batches(lengths: Sequence[int], num_samples: int, max_batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each within rows * longest <= max_batch_tokens (at least one input).
+    """Yields batches of indices with similar lengths, each with rows * longest <= max_batch_tokens or a single input.
 
     Args:
-        lengths: tokens of each input.
-        num_samples: rows that each input takes.
+        lengths: number of tokens of each input.
+        num_samples: number of rows of each input.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -1,7 +1,7 @@
-"""Which prompts of a batch share a pass: a pass begins after one cached prefix, which all its prompts must have.
+"""Groups the prompts of a batch into passes. A pass begins after one cached prefix, which all its prompts must share.
 
-A batch whose prompts begin differently takes several passes. Each pass has a cost apart from its tokens. It is counted in
-tokens too, and prompts are put into one pass or several by which makes the total smaller.
+Prompts that begin differently may need several passes. Each pass has a fixed cost besides its tokens. It is expressed in
+tokens as well, and prompts share a pass if that makes the total cost smaller. Prefixes are stored in `prefix_cache`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from scalabl.model.posterior import Draws
 from scalabl.passes.prefix_cache import PrefixCache, Table
 
-# The cost of a pass apart from its tokens. On a CPU the weights are read once, however many rows there are: about 0.08 s for
-# SmolLM2-135M on 2 cores, which compute 600 of its tokens a second. Elsewhere it is the launches of kernels.
+# The fixed cost of a pass, in tokens. On a CPU it is reading the weights once, however many rows there are: about 0.08 s for
+# SmolLM2-135M on 2 cores, which compute 600 of its tokens a second. On other devices it is launching the kernels.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 1024
-EXPECTED = 0.25  # how often a prefix is expected to come again, for each time that it came again so far
+EXPECTED = 0.25  # expected further uses of a prefix, for each time that it was used again so far
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Prompts:
 
     Attributes:
         indices: the prompts' indices in the batch.
-        common: length -> name of the prefixes that all of them have and that can be cached.
-        tables: the draws under which they run, each with the rows of one prompt.
-        rows, tokens: of all of them; a token counts once for each row. longest: tokens of the longest prompt.
+        common: length -> name of each cacheable prefix that all prompts share.
+        tables: the draws under which the prompts run -> rows of one prompt.
+        rows, tokens: totals over all prompts; a token counts once for each row.
+        longest: tokens of the longest prompt.
     """
 
     indices: tuple[int, ...]
@@ -50,10 +51,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Group:
-    """A pass: its prompts, and the `length` of the prefix that it does not compute, 0 for none.
+    """A planned pass: its prompts, and the `length` of the shared prefix that it does not compute, 0 for none.
 
     Attributes:
-        cost: in tokens, with what has to be computed before it. reused: tokens of prompts that no pass has to compute.
+        cost: in tokens, including the computation of a prefix that is not cached yet.
+        reused: tokens of the prompts that no pass has to compute.
     """
 
     prompts: Prompts
@@ -63,7 +65,7 @@ class Group:
 
 
 def grouped(cache: PrefixCache, sequences: Mapping[int, Sequence[int]], draws: Mapping[int, Draws]) -> list[Group]:
-    """The passes for these prompts, each prompt under its draws. The cache counts the prefixes that came."""
+    """Plan the passes for these prompts, each under its draws. Updates the cache's counts of prefixes and tokens."""
     groups = _merged(cache, _by_prefix(cache, _single_prompts(cache, sequences, draws)), sequences)
     cache.store.queried_tokens += sum(map(len, sequences.values()))
     cache.store.hit_tokens += sum(group.reused for group in groups)
@@ -71,7 +73,7 @@ def grouped(cache: PrefixCache, sequences: Mapping[int, Sequence[int]], draws: M
 
 
 def _single_prompts(cache: PrefixCache, sequences: Mapping[int, Sequence[int]], draws: Mapping[int, Draws]) -> list[Prompts]:
-    """Each prompt by itself."""
+    """A `Prompts` for each prompt alone."""
     singles = []
     for index, ids in sequences.items():
         table = cache.table(draws[index])
@@ -84,9 +86,9 @@ def _single_prompts(cache: PrefixCache, sequences: Mapping[int, Sequence[int]], 
 
 
 def _by_prefix(cache: PrefixCache, singles: Sequence[Prompts]) -> dict[bytes, Prompts]:
-    """The prompts by the name of their longest useful prefix; the empty name for those without one.
+    """Group prompts by the name of their longest useful prefix; the empty name is for prompts without one.
 
-    Done once all of them are counted, since a prefix may have come for the second time within the batch.
+    All prompts of the batch must be counted before, since a prefix may occur for the second time within the batch.
     """
     by_prefix: dict[bytes, Prompts] = {}
     for prompt in singles:
@@ -96,7 +98,7 @@ def _by_prefix(cache: PrefixCache, singles: Sequence[Prompts]) -> dict[bytes, Pr
 
 
 def _longest_useful(cache: PrefixCache, prompt: Prompts) -> bytes:
-    """The name of the longest prefix that is cached or came before; empty for none."""
+    """The name of the longest prefix that is cached or occurred before; empty for none."""
     for name in reversed(prompt.common.values()):
         if cache.count(name) > 1 or all(cache.store.holds(name, table) for table in prompt.tables):
             return name
@@ -104,7 +106,7 @@ def _longest_useful(cache: PrefixCache, prompt: Prompts) -> bytes:
 
 
 def _merged(cache: PrefixCache, by_prefix: dict[bytes, Prompts], sequences: Mapping[int, Sequence[int]]) -> list[Group]:
-    """Neighbours in one pass where that costs less than two: prompts that begin alike stand next to each other."""
+    """Merge groups whose prompts begin alike, if one pass costs less than two. Sorting puts such groups side by side."""
     rest = _group(cache, by_prefix.pop(b"")) if b"" in by_prefix else None
     neighbours: list[Group] = []
     for prompts in sorted(by_prefix.values(), key=lambda prompts: list(sequences[prompts.indices[0]])):
@@ -124,13 +126,13 @@ def _merged(cache: PrefixCache, by_prefix: dict[bytes, Prompts], sequences: Mapp
 
 
 def _cheaper_together(cache: PrefixCache, one: Group, other: Group) -> Group | None:
-    """Both in one pass; None where two passes cost less."""
+    """Both groups in one pass; None if two passes cost less."""
     both = _group(cache, one.prompts + other.prompts)
     return both if both.cost < one.cost + other.cost else None
 
 
 def _group(cache: PrefixCache, prompts: Prompts) -> Group:
-    """The cheapest pass over these prompts: after the longest cached prefix, the longest worth caching, or none."""
+    """The cheapest pass over these prompts: after the longest cached prefix, after the longest worth caching, or whole."""
     fixed = PASS_TOKENS.get(cache.device, PASS_TOKENS_ELSEWHERE)
     whole = fixed + (prompts.tokens if cache.packs else prompts.rows * prompts.longest)
     best = Group(prompts, 0, whole, 0)
@@ -144,9 +146,9 @@ def _group(cache: PrefixCache, prompts: Prompts) -> Group:
         cost, reused = whole - prompts.rows * length, len(prompts.indices) * length
         for table, rows in prompts.tables.items():
             start = cache.cached_tokens({n: name for n, name in prompts.common.items() if n <= length}, table)
-            if start < length:  # computed in a pass of its own, which pays off each time that the prefix comes again
-                again = EXPECTED * (cache.count(prompts.common[length]) - 1)
-                cost += fixed + rows * (length - start) * (1 - again)
+            if start < length:  # it takes a pass of its own, which pays off whenever the prefix is used again
+                further_uses = EXPECTED * (cache.count(prompts.common[length]) - 1)
+                cost += fixed + rows * (length - start) * (1 - further_uses)
                 reused -= length - start
         if cost < best.cost:
             best = Group(prompts, length, cost, reused)

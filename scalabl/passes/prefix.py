@@ -1,6 +1,6 @@
-"""Whether a kept prefix (the keys and values of a prompt's beginning) changes no answer, found out at start-up.
+"""Start-up probe of the prefix cache: whether a pass that begins after a cached prefix gives the same logits.
 
-Which prefixes are kept is decided in `prefix_cache`.
+Which prefixes are cached is decided in `prefix_cache`. Other shortcuts are tested in `probes`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import PROBE_ERRORS, are_alike
 
 SHORT = 12  # tokens of a probe
-LONGEST_WINDOW = 64  # of attention, that a probe reaches beyond
+LONGEST_WINDOW = 64  # the longest attention window for which a probe has more tokens than the window
 UNLIMITED = 2**62
 
 
 @torch.inference_mode()
 def longest_exact(model: ScalaBLModel) -> int:
-    """Tokens of the longest prompt for which a cached prefix is known to change no logit; 0 where it changes any.
+    """The most tokens of a prompt for which a cached prefix is known to change no logit; 0 if it changes any.
 
-    It is tried out with a few passes, so that it holds for any architecture. Those passes are short: where attention has a
-    longer window than they can reach beyond, or positions are scaled by the prompt's length, the result holds only for
-    prompts below that length.
+    It is tested with a few short passes, so that it works for any architecture. If attention has a window longer than these
+    passes, or positions are scaled above some prompt length, the result is limited to that length.
     """
     window = _window(model.base)
     length = window + SHORT if window <= LONGEST_WINDOW else SHORT
@@ -36,7 +35,7 @@ def longest_exact(model: ScalaBLModel) -> int:
 
 @unrounded()
 def _is_exact(model: ScalaBLModel, length: int) -> bool:
-    """Whether passes that begin after half of so many tokens give the logits of passes over all of them."""
+    """Whether passes that begin after half of `length` tokens give the same logits as passes over all of them."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.base.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, (3, length), generator=generator)
@@ -56,7 +55,7 @@ def _is_exact(model: ScalaBLModel, length: int) -> bool:
     first = tokens[0, :half].tolist()
     try:
         prefixes = {}
-        for draws_of_row in (two, one):  # made in two passes, the second of which goes on from the first
+        for draws_of_row in (two, one):  # computed in two passes, the second of which continues the first
             start = Past({draws_of_row.key: [model.prefix(first[:-1], draws_of_row)]}, half // 2)
             prefixes[draws_of_row.key] = [model.prefix(first[half // 2 :], draws_of_row, start)]
         logits = [
@@ -64,22 +63,23 @@ def _is_exact(model: ScalaBLModel, length: int) -> bool:
             for rest, (_, draws) in zip(rests, probes, strict=True)
         ]
     except PROBE_ERRORS:
-        return False  # it keeps something else, or in another form
+        return False  # the architecture keeps other state than keys and values
     return are_alike(model.base, logits, expected)
 
 
 def _window(base: PreTrainedModel) -> int:
+    """The smallest attention window of the base model, in tokens."""
     config = base.config.get_text_config(decoder=True)
-    given = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((int(window) for window in given if window), default=UNLIMITED)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((int(window) for window in windows if window), default=UNLIMITED)
 
 
 def _unscaled(base: PreTrainedModel) -> int:
-    """The longest prompt for which no rotary embedding scales its positions by the prompt's length."""
+    """The most tokens of a prompt up to which no rotary embedding scales positions by the prompt's length."""
     config = base.config.get_text_config(decoder=True)
-    given = getattr(config, "rope_parameters", None) or {}
-    each = [given, *(value for value in given.values() if isinstance(value, dict))]
-    scaled = [rope for rope in each if rope.get("rope_type") in ("dynamic", "longrope")]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    ropes = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    scaled = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
     return min(
         (int(rope.get("original_max_position_embeddings") or config.max_position_embeddings) for rope in scaled),
         default=UNLIMITED,

@@ -1,8 +1,9 @@
-"""The prefix cache: keys and values of beginnings that prompts share, kept within a bound of bytes and found again.
+"""The prefix cache: stores keys and values of prefixes that prompts share, up to a limit of bytes, and looks them up.
 
-A prefix is named by the chained hash of its blocks of tokens, as in vLLM. It is cached once a second prompt begins with it
-(or at once when it is the template's own text), so that a stream of ever new prompts stores nothing. A cached prefix also
-serves every shorter one that it begins with. Which prompts of a batch share a pass after a prefix is decided in `grouping`.
+A prefix is named by the chained hash of its blocks of tokens, as in vLLM. It is cached when a second prompt begins with it,
+or at once if it is the template's own text, so that a stream of different prompts stores nothing. A cached prefix can be
+used as any shorter prefix of itself. Which prompts of a batch share a pass after a prefix is decided in `grouping`; whether
+caching is exact for a base model is tested in `prefix`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.passes.prefix import longest_exact
 
 BLOCK = 16  # tokens
-FEWEST_BLOCKS = 2  # of a prefix that is not the template's
-FEWEST_TOKENS = 4  # of the template's: a shorter one saves less than the longer pass costs
-REMEMBERED = 2**15  # names whose number of prompts is remembered
-COUNTLESS = 2**16
+FEWEST_BLOCKS = 2  # the shortest cached prefix, unless it is the template's
+FEWEST_TOKENS = 4  # the shortest cached template text: a shorter one saves less than it costs
+REMEMBERED = 2**15  # prefixes whose number of prompts is counted
+COUNTLESS = 2**16  # the count of the template's own prefix: more than any counted one
 
 
 @dataclass(frozen=True)
 class Table:
-    """Draws `start` to `stop` - 1 of a sequence; the sequence is None where the prefix is the same under all draws."""
+    """Draws `start` to `stop` - 1 of a sequence; the sequence is None if the prefix is the same under all draws."""
 
     sequence: Hashable
     start: int
@@ -40,7 +41,7 @@ class CachedPrefix:
     """A prefix under some draws.
 
     Attributes:
-        names: of the prefix and of every shorter one that it serves, the longest last.
+        names: the names of the prefix and of each shorter prefix that it contains, the longest last.
         owner: the adapter's `PrefixCache`.
     """
 
@@ -51,12 +52,13 @@ class CachedPrefix:
 
 
 class PrefixStore:
-    """The cached prefixes of all adapters together; the least recently used one goes first.
+    """The cached prefixes of all adapters together; the least recently used one is removed first.
 
     Attributes:
-        limit: the most bytes. bytes: what is held now.
-        evictions: prefixes that were removed to make room. queried_tokens, hit_tokens: tokens of prompts, and those of them
-            that no pass had to compute.
+        limit: the most bytes to use.
+        bytes: the bytes in use now.
+        evictions: the number of prefixes that were removed to make room.
+        queried_tokens, hit_tokens: tokens of all prompts, and those of them that no pass had to compute.
     """
 
     def __init__(self, limit: int) -> None:
@@ -74,15 +76,15 @@ class PrefixStore:
             self._counts.popitem(last=False)
 
     def count(self, name: bytes) -> int:
-        """How many prompts began with this prefix, as far as is remembered."""
+        """How many prompts began with this prefix; rarely used prefixes are forgotten."""
         return self._counts.get(name, 0)
 
     def holds(self, name: bytes, table: Table) -> bool:
-        """Whether `find` would find it."""
+        """Whether `find` would return prefixes for these draws."""
         return self._covering(name, table) is not None
 
     def find(self, name: bytes, table: Table) -> list[Prefix] | None:
-        """Prefixes of this name whose samples, one prefix after another, make up the table; None where any is missing."""
+        """Prefixes of this name whose samples, concatenated, are those of the table; None if any sample is missing."""
         parts = self._covering(name, table)
         if parts is None:
             return None
@@ -91,25 +93,27 @@ class PrefixStore:
         return [entry.prefix.samples(start, stop) for entry, start, stop in parts]
 
     def _covering(self, name: bytes, table: Table) -> list[tuple[CachedPrefix, int, int]] | None:
-        parts, at = list[tuple[CachedPrefix, int, int]](), table.start
-        while at < table.stop:
-            entries = [e for e in self._by_name.get((name, table.sequence), ()) if e.table.start <= at < e.table.stop]
+        """(cached prefix, first sample, end) of parts that together are the table's samples; None if any is missing."""
+        parts, position = list[tuple[CachedPrefix, int, int]](), table.start
+        while position < table.stop:
+            same_name = self._by_name.get((name, table.sequence), ())
+            entries = [entry for entry in same_name if entry.table.start <= position < entry.table.stop]
             if not entries:
                 return None
-            entry = max(entries, key=lambda e: e.table.stop)
+            entry = max(entries, key=lambda entry: entry.table.stop)
             stop = min(entry.table.stop, table.stop)
-            parts.append((entry, at - entry.table.start, stop - entry.table.start))
-            at = stop
+            parts.append((entry, position - entry.table.start, stop - entry.table.start))
+            position = stop
         return parts
 
     def add(self, entry: CachedPrefix) -> None:
-        """Cache a prefix. Shorter ones under the same draws that it serves too are removed."""
+        """Store a prefix, and remove stored prefixes of it under the same draws, which it replaces."""
         size = entry.prefix.nbytes
         if size > self.limit:
             return
         for name in entry.names:
-            for other in [e for e in self._by_name.get((name, entry.table.sequence), ()) if e.table == entry.table]:
-                if other.names[-1] == name:
+            for other in list(self._by_name.get((name, entry.table.sequence), ())):
+                if other.table == entry.table and other.names[-1] == name:
                     self._remove(other)
         while self.bytes + size > self.limit:
             self._remove(next(iter(self._entries)))
@@ -120,7 +124,7 @@ class PrefixStore:
             self._by_name.setdefault((name, entry.table.sequence), []).append(entry)
 
     def drop(self, owner: object) -> None:
-        """Remove what belongs to one adapter."""
+        """Remove all prefixes of one adapter."""
         for entry in [entry for entry in self._entries if entry.owner is owner]:
             self._remove(entry)
 
@@ -147,15 +151,15 @@ class PrefixCache:
         opening: the tokens that the template puts before every input.
 
     Attributes:
-        longest: tokens of the longest prompt whose prefixes are cached (`longest_exact`); 0 for none.
+        longest: the most tokens of a prompt whose prefixes are cached (`longest_exact`); 0 if none are.
     """
 
     def __init__(self, store: PrefixStore, model: ScalaBLModel, opening: Sequence[int] = ()) -> None:
         self.store, self._model, self._opening = store, model, list(opening)
-        self._salt = os.urandom(16)  # so that two adapters' names differ, and nobody can compute a name beforehand
+        self._salt = os.urandom(16)  # so that names differ between adapters and cannot be predicted
         self.longest = longest_exact(model)
         self._blocks, self._shared = 1, 0
-        self._bytes = (0, 0)  # of a token: in the shared blocks, and for each sample in the others
+        self._bytes = (0, 0)  # bytes of a token: in the shared blocks; for each sample in the others
         if self.longest:
             self._blocks, self._shared = model.num_blocks, model.shared_blocks
             one = model.prefix([0], model.mean_draw())
@@ -169,11 +173,11 @@ class PrefixCache:
 
     @property
     def packs(self) -> bool:
-        """Whether the model's passes leave out padding."""
+        """Whether the model runs packed passes, without padding."""
         return self._model.packs
 
     def names(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Length -> name of each prefix of a prompt that could be cached, ascending; the last token is in none of them."""
+        """Length -> name of each cacheable prefix of a prompt, ascending; none includes the prompt's last token."""
         if len(ids) > self.longest:
             return {}
         names, digest = {}, self._salt
@@ -186,17 +190,17 @@ class PrefixCache:
         return dict(sorted(names.items()))
 
     def see(self, names: dict[int, bytes]) -> None:
-        """Count a prompt that has these prefixes."""
+        """Count a prompt with these prefixes."""
         for length, name in names.items():
             if length >= FEWEST_BLOCKS * BLOCK:
                 self.store.see(name)
 
     def count(self, name: bytes) -> int:
-        """How many prompts had this prefix, as far as is remembered; the template's own counts as countless."""
+        """How many prompts had this prefix; `COUNTLESS` for the template's own."""
         return COUNTLESS if name == self._salt else self.store.count(name)
 
     def table(self, draws: Draws) -> Table | None:
-        """The draws under which a prefix is cached; None for draws that are no part of a seed's sequence."""
+        """The draws under which a prefix is cached; None for draws that are not part of a seed's sequence."""
         if self._shared == self._blocks:
             return Table(None, 0, 1)
         if draws.start is None:
@@ -204,30 +208,30 @@ class PrefixCache:
         return Table((draws.seed, draws.scheme), draws.start, draws.start + draws.num_samples)
 
     def weight(self, num_samples: int) -> float:
-        """The rows in which a token of an input is computed, as a mean over all decoder blocks."""
+        """How many rows compute each token of an input, averaged over all decoder blocks."""
         return (self._shared + (self._blocks - self._shared) * num_samples) / self._blocks
 
     def nbytes(self, length: int, table: Table) -> int:
-        """The bytes of a prefix of so many tokens."""
+        """The size in bytes of a prefix of this many tokens."""
         return length * (self._bytes[0] + self._bytes[1] * (table.stop - table.start))
 
     def past(self, ids: Sequence[int], names: dict[int, bytes], length: int, draws: Sequence[Draws]) -> Past:
-        """The first `length` of these tokens under each of the draws: from the cache, else computed and cached.
+        """The prefix of the first `length` tokens under each of the draws: from the cache, or else computed and stored.
 
         Args:
-            names: of the tokens' prefixes (`names`); `length` is one of theirs.
-            draws: all different.
+            names: the tokens' cacheable prefixes (`names`); `length` must be one of their lengths.
+            draws: must all be different.
         """
         parts = {}
         for wanted in draws:
             table = self.table(wanted)
-            assert table is not None  # `grouping` gives other draws no prefix
+            assert table is not None  # for other draws `grouping` plans no prefix
             prefixes = self.store.find(names[length], table)
             parts[wanted.key] = [self._compute(ids[:length], names, wanted, table)] if prefixes is None else prefixes
         return Past(parts, length)
 
     def _compute(self, tokens: Sequence[int], names: dict[int, bytes], draws: Draws, table: Table) -> Prefix:
-        """A prefix, computed from the longest one that is cached, and then cached itself."""
+        """Compute a prefix, starting from the longest cached part of it, and store it."""
         own = {length: name for length, name in names.items() if length <= len(tokens)}
         start = self.cached_tokens(own, table)
         before = self.store.find(own[start], table) if start else None
@@ -239,7 +243,7 @@ class PrefixCache:
         return prefix
 
     def cached_tokens(self, names: dict[int, bytes], table: Table) -> int:
-        """Tokens of the longest of these prefixes that is cached under these draws; 0 for none."""
+        """The length of the longest of these prefixes that is cached under these draws; 0 for none."""
         return next((length for length in reversed(names) if self.store.holds(names[length], table)), 0)
 
     def clear(self) -> None:

@@ -1,6 +1,7 @@
-"""Start-up probes: each shortcut of a pass is compared with the plain computation, and left off where results differ.
+"""Start-up probes: each shortcut of a pass is compared with the plain computation, and disabled if the results differ.
 
-A shortcut is known by what it computes and not by the name of an architecture, so that this holds for any base model.
+Shortcuts are tested by what they compute, not by the architecture's name, so this works for any base model. The prefix cache
+is tested in `prefix`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from scalabl.model.packed_attention import may_pack
 from scalabl.model.packing import Packing
 from scalabl.model.scalabl_model import ScalaBLModel
 
-PROBE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of an architecture's own code
+PROBE_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+)  # that an architecture's code may raise when a shortcut does not fit it
 
 
 def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether two ways to compute the same logits agree up to rounding."""
-    # A difference in the last bit can take an activation over the edge between two of its 256 values.
+    # With 8-bit activations, a difference in the last bit can change which of the 256 values an activation is rounded to.
     exact = base.dtype == torch.float32 and not rounds_activations(base)
     tolerance = 1e-4 if exact else 2e-2
     return all(
@@ -34,14 +42,14 @@ def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequenc
 @unrounded()
 @torch.no_grad()
 def find_shared_work(model: ScalaBLModel) -> None:
-    """Try each shortcut with this base model and adapter, and turn on those that change no logit.
+    """Test each shortcut with this base model and adapter, and turn on those that change no logit beyond rounding.
 
-    * The trunk (`model.trunk`): rows fan out to samples after the blocks that no sample changes; and the last block's MLP
-      computes only the position that is read.
-    * Passes without padding (`model.packing`). On a CPU only, where attention over one length after the other costs less
-      than padding does.
-    * Adapted layers before which nothing is random multiply each input once: the first of a pass, and every other layer
-      that is given the very same tensor (q, k and v of one attention).
+    * The trunk (`model.trunk`): rows fan out to samples only after the blocks that are the same for all samples; and the
+      last block's MLP computes only the position whose logits are read.
+    * Packed passes, without padding (`model.packing`). On a CPU only, where separate attention calls for each length cost
+      less than padding.
+    * Adapted layers whose input is the same for all samples multiply it once for each input: the first layer of a pass, and
+      layers that get the same tensor (q, k and v of one attention).
     """
     trunk = model.trunk
     if trunk.blocks:
@@ -50,7 +58,7 @@ def find_shared_work(model: ScalaBLModel) -> None:
     trunk.verified = trunk.possible and _agrees(model, expected, fans_out=True, trims=False)
     trunk.trims = bool(trunk.blocks) and _agrees(model, expected, fans_out=trunk.verified, trims=True)
     model.packs = trunk.verified and may_pack(model.base) and _packs_alike(model, expected)
-    calls: list[tuple[str, Tensor, int]] = []  # holding the tensors keeps their memory from being used again
+    calls: list[tuple[str, Tensor, int]] = []  # keeping the tensors alive prevents the reuse of their memory
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, arguments: calls.append((name, arguments[0], arguments[0]._version))
@@ -68,7 +76,7 @@ def find_shared_work(model: ScalaBLModel) -> None:
 
 
 def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
-    """Whether passes without padding are possible and get the numbers of those with it."""
+    """Whether packed passes work and give the same logits as padded ones."""
 
     def run(count: int) -> int:
         ids, lengths = _inputs(model, count)
@@ -86,7 +94,7 @@ def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
 
 
 def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = False) -> list[Tensor]:
-    """Logits of a few inputs under two samples, with and without the trunk, the trimming and padding."""
+    """Logits of a few inputs under two samples, with the given shortcuts turned on or off."""
     generator = torch.Generator().manual_seed(0)
     trunk = model.trunk
     before = trunk.verified, trunk.trims
@@ -105,15 +113,16 @@ def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = Fa
 
 
 def _inputs(model: ScalaBLModel, count: int) -> tuple[Tensor, Tensor]:
-    """(ids [B, 5], lengths [B], ascending): random, for a check of shapes and numbers."""
+    """(ids [B, 5], lengths [B], ascending): random inputs for a probe."""
     vocabulary = model.base.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (count, 5), generator=torch.Generator().manual_seed(count))
     return ids.to(model.device), torch.arange(6 - count, 6, device=model.device)
 
 
 def _agrees(model: ScalaBLModel, expected: list[Tensor], *, fans_out: bool, trims: bool, packs: bool = False) -> bool:
+    """Whether the given shortcuts work and change no logit."""
     try:
         logits = _probe(model, fans_out=fans_out, trims=trims, packs=packs)
     except PROBE_ERRORS:
-        return False  # a block takes its rows in another form: every row runs from start to end, as without a trunk
+        return False  # the architecture does not support the shortcut, which then stays off
     return are_alike(model.base, logits, expected)

@@ -1,4 +1,4 @@
-"""Several passes over the same prompts, as adaptive sampling needs: what no sample changes is computed once.
+"""Several passes over the same prompts, for adaptive sampling: the trunk's output is computed once and reused.
 
 When to stop sampling is decided in `uncertainty.adaptive`.
 """
@@ -20,11 +20,11 @@ from scalabl.passes.prefix_cache import PrefixCache
 
 @dataclass
 class _Part:
-    """The prompts of one pass, which begins after the `start` tokens of a prefix that all of them have.
+    """The prompts of one pass, which begins after a shared prefix of `start` tokens.
 
     Attributes:
-        names: of all prefixes that they have in common (`PrefixCache.names`).
-        states: [B, T, D], the trunk's output for the tokens after the prefix; None until it has run.
+        names: names of all prefixes that the prompts share (`PrefixCache.names`).
+        states: [B, T, D], the trunk's output for the tokens after the prefix; None until it was computed.
     """
 
     indices: Sequence[int]
@@ -37,10 +37,10 @@ class Rounds:
     """A batch of prompts over which more than one pass may run.
 
     Args:
-        sequences: token ids of each prompt, by an index of the caller's.
-        draws: of the first round, by the same indices. Later rounds go on in the same sequences of draws.
+        sequences: token ids of each prompt, by an index that the caller chooses.
+        draws: the draws of the first round, by the same indices. Later rounds continue the same sequences of draws.
         cache: the prefix cache; None to run every prompt from its first token.
-        keeps_trunk: whether there may be more passes than one, so that the trunk's output is worth keeping.
+        keeps_trunk: whether to store the trunk's output, because there may be more than one pass.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Rounds:
             ]
 
     def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
-        """One round: logits [K, C] on the CPU of the prompts that have draws here, by index."""
+        """Run one round over the prompts in `draws`: index -> logits [K, C] on the CPU."""
         logits: dict[int, Tensor] = {}
         for part in self._parts:
             indices = [index for index in part.indices if index in draws]

@@ -1,6 +1,6 @@
-"""The trunk's states of many sequences, kept so that later passes start at the first adapted layer.
+"""Caches the trunk's output for a data set, so that later passes over it start at the first adapted layer.
 
-How the trunk computes them is in `model.trunk`; a prompt's beginning that requests share is kept by `prefix_cache`.
+How the trunk is run is in `model.trunk`. Prefixes that requests share are cached in `prefix_cache`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ BATCH_TOKENS = 4096
 
 
 class TrunkCache:
-    """States [T, D] of every sequence, in the base model's dtype, on the CPU.
+    """The trunk's output states [T, D] of every sequence, in the base model's dtype, on the CPU.
 
     Args:
-        model: whose trunk `has_states`.
-        sequences: token ids of each.
+        model: its trunk must have states (`trunk.has_states`).
+        sequences: token ids of each sequence.
     """
 
     def __init__(self, model: ScalaBLModel, sequences: Sequence[Sequence[int]]) -> None:
@@ -31,11 +31,11 @@ class TrunkCache:
         for batch in batches([len(ids) for ids in sequences], 1, BATCH_TOKENS):
             ids, lengths = TokenBatch.of([sequences[i] for i in batch]).right_padded()
             states = model.trunk_states(ids.to(self._device)).cpu()
-            # Copies: a view would keep the padded batch alive.
+            # Copies, since views would keep the padded batch in memory.
             self._states |= {i: states[row, : lengths[row]].clone() for row, i in enumerate(batch)}
 
     def of(self, indices: Tensor, width: int) -> Tensor:
-        """[B] indices of the sequences -> [B, width, D], right-padded with zeros, which causal attention never sees."""
+        """States [B, width, D] of the sequences with these indices [B], right-padded with zeros."""
         selected = [self._states[i] for i in indices.tolist()]
         padded = selected[0].new_zeros(len(selected), width, selected[0].shape[1])
         for row, states in enumerate(selected):
@@ -44,7 +44,7 @@ class TrunkCache:
 
 
 def trunk_cache(model: ScalaBLModel, sequences: Sequence[Sequence[int]], limit_gib: float) -> TrunkCache | None:
-    """The cache of some sequences; None where there is no trunk to skip, or its states would take more than the limit."""
+    """A trunk cache of these sequences; None if there is no trunk, or if the states would need more than the limit."""
     if not model.trunk.has_states:
         return None
     width = model.base.get_input_embeddings().weight.shape[1]

@@ -1,1 +1,1 @@
-"""Tools around the kernel, never imported by a server: compiling it for absent GPUs, and its roofline."""
+"""Development tools for the kernel: compiling it for GPUs that are not present, and its roofline. Not used by the server."""

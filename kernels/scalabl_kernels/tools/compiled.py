@@ -1,4 +1,4 @@
-"""Compiling the kernel for a device that is not here, and reading what came out: registers, spills, matrix instructions."""
+"""Compiles the kernel for a GPU that is not present, and reads registers, spills and matrix instructions from the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What Triton 3.9 does today, said out loud: it warns that the default will change.
+# This is the default of Triton 3.9. Setting it avoids a warning that the default will change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
@@ -21,7 +21,7 @@ from scalabl_kernels.fused import subspace_projection_kernel
 from scalabl_kernels.launch import Architecture, LaunchShape, Precision, padded_rank
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# What the tensor cores are called in each instruction set. Blackwell runs Ampere's on small tiles.
+# The names of the matrix instructions of each architecture. Blackwell uses Ampere's for small tiles.
 MATRIX_INSTRUCTIONS = {
     "sm_80": ("HMMA",),
     "sm_90": ("HGMMA", "HMMA"),
@@ -33,11 +33,13 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation uses.
+    """The resources that the compiled kernel uses.
 
     Attributes:
-        registers: per thread. spills: bytes of stack, or registers spilled on AMD. shared: bytes per block.
-        matrix: the matrix instruction found, None when products run on the ordinary units.
+        registers: registers for each thread.
+        spills: bytes of stack on NVIDIA, or spilled registers on AMD.
+        shared: bytes of shared memory for each block.
+        matrix: the matrix instruction in the code; None if products run on the ordinary units.
     """
 
     registers: int
@@ -56,13 +58,13 @@ def compile_for(
     pad: int | None = None,
     num_adapters: int = 1,
 ) -> Compiled:
-    """Compile one launch shape as the launcher would for contiguous operands with widths divisible by 16.
+    """Compile one launch shape as the launcher would, for contiguous operands with widths divisible by 16.
 
     Args:
-        precision, pad: other than the launcher's, for controls.
+        precision, pad: values other than the launcher's, for experiments.
 
     Raises:
-        RuntimeError: the compiler refused.
+        RuntimeError: the compilation failed.
     """
     constants = {
         "y_column": 1,
@@ -93,14 +95,14 @@ def compile_for(
     amd = architecture.name.startswith("gfx")
     target = GPUTarget("hip", architecture.name, 64) if amd else GPUTarget("cuda", int(architecture.name[3:]), 32)
     try:
-        made = triton.compile(source, target=target, options=options)
+        binary = triton.compile(source, target=target, options=options)
     except Exception as error:  # the compiler's own classes are not public
         raise RuntimeError(f"{architecture.name} {dtype} rank {rank} {shape}: {error}") from error
-    return _read_amd(made, architecture) if amd else _read_nvidia(made, architecture)
+    return _read_amd(binary, architecture) if amd else _read_nvidia(binary, architecture)
 
 
-def _read_amd(made: Any, architecture: Architecture) -> Compiled:
-    assembly = made.asm["amdgcn"]
+def _read_amd(binary: Any, architecture: Architecture) -> Compiled:
+    assembly = binary.asm["amdgcn"]
 
     def number(key: str) -> int:
         match = re.search(rf"\.{key}:\s+(\d+)", assembly)
@@ -109,14 +111,14 @@ def _read_amd(made: Any, architecture: Architecture) -> Compiled:
     return Compiled(
         registers=number("vgpr_count"),
         spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
-        shared=int(made.metadata.shared),
+        shared=int(binary.metadata.shared),
         matrix=_matrix(assembly, architecture),
     )
 
 
-def _read_nvidia(made: Any, architecture: Architecture) -> Compiled:
+def _read_nvidia(binary: Any, architecture: Architecture) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
@@ -124,7 +126,7 @@ def _read_nvidia(made: Any, architecture: Architecture) -> Compiled:
     return Compiled(
         registers=registers,
         spills=stack if re.search(r"\b(STL|LDL)\b", sass) else 0,
-        shared=int(made.metadata.shared),
+        shared=int(binary.metadata.shared),
         matrix=_matrix(sass, architecture),
     )
 

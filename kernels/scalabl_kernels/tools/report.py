@@ -1,8 +1,8 @@
-"""Compile the kernel for GPUs that are not here, and say what came out: `python -m scalabl_kernels.tools.report [--check]`.
+"""Compiles the kernel for GPUs that are not present and reports what it uses: `python -m scalabl_kernels.tools.report`.
 
 One line for each architecture x dtype x launch shape x rank: registers, spills, shared memory and the matrix instruction,
-read from the machine code. Then the roofline table, computed from shapes and published peaks. `--check` ends with status 1
-where a line breaks a limit. Needs no GPU and runs on none.
+read from the machine code. Then the roofline table, computed from shapes and published peak rates. With `--check` the exit
+status is 1 if a line exceeds a limit. Neither needs nor uses a GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from scalabl_kernels.launch import MAX_RANK, TABLE, WIDE_RANK, LaunchShape
 from scalabl_kernels.tools.roofline import BYTES, CHIPS, base_work, projection_work
 
 RANKS = (8, 16, 32, 64, 128)
-# The most that a thread and a block may use. A thread can name 255 registers; up to WIDE_RANK, where speed matters, 224
-# leave room for two blocks of four warps on a processor. 80 KiB are half of the smallest shared memory in the table (sm_80).
+# The limits for a thread and a block. A thread can address 255 registers; up to WIDE_RANK, where speed matters, 224 leave
+# room for two blocks of four warps on a processor. 80 KiB are half of the smallest shared memory in the table (sm_80).
 MAX_REGISTERS, MAX_REGISTERS_WIDE, MAX_SHARED = 224, 255, 80 * 1024
-# What must be found in the machine code. Few-row tiles are too small for Hopper's and Blackwell's warp-group instructions.
+# The expected matrix instructions. Few-row tiles are too small for Hopper's and Blackwell's warp-group instructions.
 EXPECTED = {
     "sm_80": {"few": "HMMA", "many": "HMMA", "fp32": "HMMA"},
     "sm_90": {"few": "HMMA", "many": "HGMMA", "fp32": "HMMA"},
@@ -34,7 +34,7 @@ ROOFLINE_ROWS, ROOFLINE_WIDTHS = (16, 64, 256, 2048, 8192), (576, 2048, 4096, 81
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: a row of the launch table with a rank, for one adapter or several."""
+    """One compilation: an entry of the launch table with a rank and a number of adapters."""
 
     architecture: str
     dtype: str
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Line:
-    """A case, what its machine code uses, and the limits that it breaks."""
+    """A case, the resources that its machine code uses, and the limits that it exceeds (`faults`)."""
 
     case: Case
     registers: int
@@ -63,7 +63,7 @@ class Line:
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the table with every rank; two adapters once for each row."""
+    """Every entry of the launch table with every rank, and once with two adapters."""
     for architecture in TABLE:
         for dtype in BYTES:
             for rows in ("few", "many"):
@@ -73,29 +73,29 @@ def cases() -> Iterator[Case]:
 
 
 def check(case: Case) -> Line:
-    """Compile one case and hold it against the limits."""
+    """Compile one case and compare it with the limits."""
     from scalabl_kernels.tools.compiled import compile_for
 
-    made = compile_for(TABLE[case.architecture], case.shape, case.dtype, case.rank, num_adapters=case.num_adapters)
+    compiled = compile_for(TABLE[case.architecture], case.shape, case.dtype, case.rank, num_adapters=case.num_adapters)
     expected = EXPECTED[case.architecture]["fp32" if case.dtype == "fp32" else case.rows]
-    # A wide rank runs with a few-row tile where no larger one fits.
+    # A wide rank uses a few-row tile if no larger one fits.
     if case.rank > WIDE_RANK and case.shape == TABLE[case.architecture].few[BYTES[case.dtype]]:
         expected = EXPECTED[case.architecture]["few"]
     most = MAX_REGISTERS_WIDE if case.rank > WIDE_RANK else MAX_REGISTERS
     faults = []
-    if made.spills:
-        faults.append(f"spills {made.spills}")
-    if made.matrix != expected:
-        faults.append(f"matrix instruction {made.matrix}, expected {expected}")
-    if made.registers > most:
-        faults.append(f"{made.registers} registers, at most {most}")
-    if made.shared > MAX_SHARED:
-        faults.append(f"{made.shared} bytes shared, at most {MAX_SHARED}")
-    return Line(case, made.registers, made.spills, made.shared, made.matrix, tuple(faults))
+    if compiled.spills:
+        faults.append(f"spills {compiled.spills}")
+    if compiled.matrix != expected:
+        faults.append(f"matrix instruction {compiled.matrix}, expected {expected}")
+    if compiled.registers > most:
+        faults.append(f"{compiled.registers} registers, at most {most}")
+    if compiled.shared > MAX_SHARED:
+        faults.append(f"{compiled.shared} bytes shared, at most {MAX_SHARED}")
+    return Line(case, compiled.registers, compiled.spills, compiled.shared, compiled.matrix, tuple(faults))
 
 
 def roofline() -> Iterator[dict[str, str | int | float]]:
-    """The operation beside the base layer's product at published peaks, rank 8, K = 16; times in microseconds."""
+    """Roofline times of the operation and of the base layer's product, for rank 8 and K = 16, in microseconds."""
     for architecture, chip in CHIPS.items():
         for width in ROOFLINE_WIDTHS:
             for rows in ROOFLINE_ROWS:
@@ -115,9 +115,9 @@ def roofline() -> Iterator[dict[str, str | int | float]]:
 
 
 def main() -> int:
-    """Print the report; 1 when `--check` was given and a line breaks a limit."""
+    """Print the report; returns 1 if `--check` was given and a line exceeds a limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail on a spill, a missing matrix instruction or a ceiling")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a line exceeds a limit")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     with ProcessPoolExecutor(os.cpu_count()) as pool:

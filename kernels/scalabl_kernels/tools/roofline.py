@@ -1,6 +1,7 @@
-"""What the operation must move and multiply, and the time that takes at a chip's published peaks. Nothing here is measured.
+"""The roofline of the operation: its bytes and operations, and the time they take at a chip's published peak rates.
 
-A floor, not a forecast: it leaves out launches, latency and whatever the caches keep from one kernel to the next.
+Nothing here is measured. The time is a lower bound, not a forecast: it ignores launches and latency, and assumes that caches
+keep nothing from one kernel to the next.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Chip:
-    """Published peaks of a chip, dense products.
+    """Published peak rates of a chip, for dense products.
 
     Attributes:
         bandwidth: of device memory, bytes per second.
-        half, single: operations per second of the matrix units in bf16/fp16, and in float32 as the kernel makes it.
-        source: where the numbers are from.
+        half, single: operations per second of the matrix units in bf16/fp16, and in float32 as the kernel computes it.
+        source: the source of the numbers.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Chip:
     source: str
 
 
-# By the architecture that the kernel is compiled for. float32 on NVIDIA is three TF32 products.
+# By architecture. A float32 product on NVIDIA is three TF32 products.
 CHIPS = {
     "sm_80": Chip("A100", 2.039e12, 312e12, 156e12 / 3, "NVIDIA A100 80GB SXM data sheet"),
     "sm_90": Chip("H100", 3.35e12, 989e12, 494.5e12 / 3, "NVIDIA H100 SXM data sheet"),
@@ -40,23 +41,24 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that must cross device memory, and operations (a multiplication and an addition are two)."""
+    """Bytes that must be read from or written to device memory, and operations (an addition or a multiplication is one)."""
 
     bytes: int
     operations: int
 
     def seconds(self, chip: Chip, dtype: str) -> float:
-        """The longer of the two floors."""
+        """The lower bound of the time: the longer of the times for the bytes and for the operations."""
         return max(self.bytes / chip.bandwidth, self.operations / (chip.single if dtype == "fp32" else chip.half))
 
 
 def projection_work(
     rows: int, d_in: int, d_out: int, rank: int, dtype: str, num_samples: int = 16, fan_out: int = 1
 ) -> Work:
-    """The fused kernel's: x, A, B, s and the indices once, y twice (read and written); padded ranks are multiplied out.
+    """The work of the fused kernel: x, A, B, s and indices are moved once, y twice; products use the padded rank.
 
     Args:
-        rows: M, rows of y; fan_out: rows of y for each row of x.
+        rows: M, the number of rows of y.
+        fan_out: rows of y for each row of x.
     """
     width, padded, inputs = BYTES[dtype], padded_rank(rank), rows // fan_out
     moved = width * (inputs * d_in + 2 * rows * d_out + rank * (d_in + d_out)) + 4 * num_samples * rank + 8 * rows
@@ -64,5 +66,5 @@ def projection_work(
 
 
 def base_work(rows: int, d_in: int, d_out: int, dtype: str) -> Work:
-    """The base layer's matrix product: x, W0 and y once."""
+    """The work of the base layer's matrix product: x, W0 and y are moved once."""
     return Work(BYTES[dtype] * (rows * d_in + d_in * d_out + rows * d_out), 2 * rows * d_in * d_out)
