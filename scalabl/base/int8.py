@@ -162,9 +162,9 @@ def to_int8(model: PreTrainedModel) -> int:
     reach = _reach(model, list(places))
     count = len(places)
     while places:  # one at a time, so that the original weights are freed one by one
-        module, where = places.popitem()
+        module, parents = places.popitem()
         replacement = Int8Linear(module, reach.pop(module))
-        for parent, name in where:
+        for parent, name in parents:
             parent._modules[name] = replacement
     try:
         _run_probe(model)

@@ -49,7 +49,7 @@ def weights_of(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def read_device_map(given: str) -> str | dict[str, int | str]:
+def read_device_map(value: str) -> str | dict[str, int | str]:
     """Read the value of `--device-map`: one of `AUTOMATIC`, or the path of a JSON file.
 
     The file maps module names to devices: a GPU number, a device name or "disk".
@@ -59,24 +59,24 @@ def read_device_map(given: str) -> str | dict[str, int | str]:
     """
     if find_spec("accelerate") is None:
         raise BaseModelError("a device map needs the package accelerate; install it with: pip install accelerate")
-    if given in AUTOMATIC:
-        return given
+    if value in AUTOMATIC:
+        return value
     try:
-        device_map = json.loads(Path(given).read_text(encoding="utf-8"))
+        device_map = json.loads(Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         strategies = ", ".join(AUTOMATIC)
         raise BaseModelError(
-            f"device map {given!r} is neither one of {strategies} nor a readable JSON file: {error}"
+            f"device map {value!r} is neither one of {strategies} nor a readable JSON file: {error}"
         ) from None
     if not isinstance(device_map, dict) or not device_map:
-        raise BaseModelError(f"device map {given!r} must be a JSON object that maps module names to devices")
+        raise BaseModelError(f"device map {value!r} must be a JSON object that maps module names to devices")
     for name, device in device_map.items():
         if isinstance(device, bool) or not isinstance(device, int | str):
             raise BaseModelError(
-                f"device map {given!r}: the device of {name!r} is {device!r}; use a GPU number, a device name or disk"
+                f"device map {value!r}: the device of {name!r} is {device!r}; use a GPU number, a device name or disk"
             )
         if device != "disk":
-            _check_device(given, name, device)
+            _check_device(value, name, device)
     return device_map
 
 
@@ -88,9 +88,9 @@ def left_out(base: nn.Module, device_map: dict[str, int | str]) -> str | None:
     return None
 
 
-def _check_device(given: str, name: str, device: int | str) -> None:
+def _check_device(value: str, name: str, device: int | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise BaseModelError(f"device map {given!r}: the device {device!r} of {name!r} cannot be used: {first}") from None
+        raise BaseModelError(f"device map {value!r}: the device {device!r} of {name!r} cannot be used: {first}") from None

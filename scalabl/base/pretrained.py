@@ -120,13 +120,16 @@ def load_pretrained(
         BaseModelError: the model does not exist, is not a causal language model, has no safetensors weights, or cannot be
             loaded with this device, device map or quantization.
     """
-    where = resolve_device(device)
-    weights: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "use_safetensors": None if allow_pickle else True}
+    torch_device = resolve_device(device)
+    weights: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype, torch_device),
+        "use_safetensors": None if allow_pickle else True,
+    }
     if device_map is not None:
         weights["device_map"] = read_device_map(device_map)
     if quantization in ("bnb-8bit", "bnb-4bit"):
         weights = {
-            "device_map": {"": where},
+            "device_map": {"": torch_device},
             "quantization_config": _bitsandbytes(quantization, weights["dtype"]),
             **weights,
         }
@@ -143,11 +146,11 @@ def load_pretrained(
     if isinstance(parts := weights.get("device_map"), dict) and (left := left_out(model, parts)):
         raise BaseModelError(f"device map {device_map!r} does not place {left!r}; add it, or a module that contains it")
     if "device_map" not in weights:
-        model.to(where)
+        model.to(torch_device)
     model.requires_grad_(False).eval()
     if quantization == "int8":
         to_int8(model)
-    if where.type == "cpu":
+    if torch_device.type == "cpu":
         keep_freed_memory()
     return Pretrained(model, tokenizer, longest_prompt(config, tokenizer))
 

@@ -46,8 +46,8 @@ def read_config(folder: Path) -> AdapterConfig:
         return AdapterConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise AdapterError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise AdapterError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

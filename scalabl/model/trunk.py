@@ -98,20 +98,20 @@ class Trunk:
             if inputs is None and (output is None or not first):
                 return None
             hidden = _hidden(args, kwargs)
-            rest: dict[int | str, Any] = {place: value for place, value in enumerate(args) if place}
-            rest |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            others: dict[int | str, Any] = {place: value for place, value in enumerate(args) if place}
+            others |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
             if first and output is not None:
                 hidden = output.to(hidden)
             if inputs is not None and forward_pass.packing is not None:
                 source = forward_pass.packing.source
                 hidden = hidden[:, source.to(hidden.device)] if first else hidden
-                rest = _changed(rest, self._spread_tokens(source))
+                others = _changed(others, self._spread_tokens(source))
             elif inputs is not None:
                 hidden = hidden[inputs.to(hidden.device)] if first else hidden
                 if forward_pass.num_inputs > 1:  # with a single input, arguments are broadcast to all rows
-                    rest = _changed(rest, self._spread_inputs(inputs, forward_pass.num_inputs))
-            places = tuple(rest[place] for place in range(1, len(args)))
-            return (hidden, *places), {name: value for name, value in rest.items() if isinstance(name, str)}
+                    others = _changed(others, self._spread_inputs(inputs, forward_pass.num_inputs))
+            places = tuple(others[place] for place in range(1, len(args)))
+            return (hidden, *places), {name: value for name, value in others.items() if isinstance(name, str)}
 
         return before
 
@@ -132,7 +132,7 @@ class Trunk:
     def _trim(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A hook before the last MLP: keeps only the position whose logits are read, [M, T, D] -> [M, 1, D].
 
-        The block adds the MLP's output to every position by broadcasting; the others are never read. In a packed pass
+        The block adds the MLP's output to every position by broadcasting; only that one is ever read. In a packed pass
         [1, N, D] -> [1, M, D].
         """
         forward_pass = running()
@@ -169,8 +169,8 @@ class Trunk:
         seen: dict[int, dict[Path, int]] = {}
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {place: value for place, value in enumerate(args) if place} | kwargs
-            seen[count] |= {path: tensor.shape[0] for path, tensor in _tensors(rest, ())}
+            others = {place: value for place, value in enumerate(args) if place} | kwargs
+            seen[count] |= {path: tensor.shape[0] for path, tensor in _tensors(others, ())}
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks[self.depth :]]
         try:
@@ -192,8 +192,8 @@ class Trunk:
         tokens: list[int] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {place: value for place, value in enumerate(args) if place} | kwargs
-            sizes = {path: tensor.shape[1] for path, tensor in _tensors(rest, ()) if tensor.dim() > 1 and len(tensor) == 1}
+            others = {place: value for place, value in enumerate(args) if place} | kwargs
+            sizes = {path: tensor.shape[1] for path, tensor in _tensors(others, ()) if tensor.dim() > 1 and len(tensor) == 1}
             seen.setdefault(len(tokens), {}).update(sizes)
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks[self.depth :]]
