@@ -96,7 +96,7 @@ class _Dangerous:
         ([torch.ones(1)], "contains a list, not a state dict"),
         (
             {k: v for k, v in _state().items() if "lm_head.lora_A.default.Vh" not in k},
-            "lm_head has no tensor lora_A.default",
+            r"lm_head has no tensor lora_A\.default\.Vh",
         ),
         ({**_state(), **{k: v[:2] for k, v in _state(rank=3).items() if "lm_head.lora_A.default.log_s" in k}}, "ranks"),
     ],
