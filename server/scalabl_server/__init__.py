@@ -1,1 +1,1 @@
-"""The service: HTTP in front of the method in `scalabl`. Nothing below imports from here."""
+"""The HTTP server and the command line for the method in `scalabl`. The lower packages do not import from here."""

@@ -1,4 +1,4 @@
-"""`create_app`: settings in, ASGI application out."""
+"""`create_app` puts the ASGI application together from the settings. The routes themselves are in `web` and its neighbours."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def create_app(
     on_failure: Callable[[Exception], None] | None = None,
     load: Callable[[ServeSettings], Engine] = load_engine,
 ) -> FastAPI:
-    """The application of one server. Its `state.lifetime` is the `ServerLifetime`; loading begins with the lifespan.
+    """Build the application of one server. Its `state.lifetime` is the `ServerLifetime`; loading begins with the lifespan.
 
     Args:
-        on_failure: told the error when the model cannot be loaded.
-        load: makes the engine; called once, on the model's thread.
+        on_failure: called with the error when the model cannot be loaded.
+        load: creates the engine; called once, on the model thread.
     """
     keys = KeyRing(settings.api_keys, settings.api_keys_file)
     spans = make_spans(settings.otlp_endpoint)
@@ -67,7 +67,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host header
-        strict_content_type=False,  # `strict_json` decides
+        strict_content_type=False,  # `strict_json` checks the content type
     )
     app.state.lifetime = server
     errors.install(app)
@@ -95,7 +95,7 @@ def create_app(
 
 
 def create_admin_app(main: FastAPI) -> FastAPI:
-    """Health and metrics of the same server, for a port of their own."""
+    """Build the application of the admin port: health and metrics of the same server."""
     server: ServerLifetime = main.state.lifetime
     app = FastAPI(title="ScalaBL inference server: admin port", openapi_url=None, redirect_slashes=False)
     errors.install(app)

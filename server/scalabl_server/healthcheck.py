@@ -1,6 +1,7 @@
-"""Whether the server of this container is ready: the image's HEALTHCHECK. Standard library only, so that it starts at once.
+"""The HEALTHCHECK of the container image: is the server of this container ready? Standard library only, to start quickly.
 
-`python -m scalabl_server.healthcheck` asks where the environment says that the server listens: flags are not seen here.
+`python -m scalabl_server.healthcheck` finds host and port in the SCALABL_* environment variables. It does not know the
+flags of `scalabl serve`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
-SECONDS = 4.0
+TIMEOUT_SECONDS = 4.0
 
 
 def address(environment: Mapping[str, str]) -> str:
-    """The URL of /health/ready; the admin port's if there is one, since that never speaks TLS."""
+    """The URL of /health/ready, on the admin port if there is one, because that port never uses TLS."""
     admin = environment.get("SCALABL_ADMIN_PORT")
     host = environment.get("SCALABL_ADMIN_HOST", "127.0.0.1") if admin else environment.get("SCALABL_HOST", "127.0.0.1")
     port = admin or environment.get("SCALABL_PORT", "8000")
@@ -26,14 +27,14 @@ def address(environment: Mapping[str, str]) -> str:
 
 
 def main() -> int:
-    """Status 0 when it is ready; 1 and one line on standard error when it is not."""
+    """Return 0 when the server is ready; 1, with one line on standard error, when it is not."""
     url = address(os.environ)
-    # A certificate's name says nothing about 127.0.0.1, and nothing secret is sent.
+    # The certificate is issued for the public name, not for 127.0.0.1. No secret is sent, so it need not be verified.
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
-        with opener.open(url, timeout=SECONDS):
+        with opener.open(url, timeout=TIMEOUT_SECONDS):
             return 0
     except (OSError, urllib.error.URLError) as error:
         print(f"{url}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The life of one server: start, load, ready, drain, stop. The path of a request is in `predict`."""
+"""The lifetime of one server: start, load, ready, drain, stop. How a request is answered is in `predict`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.getLogger("scalabl")
 State = Literal["starting", "ready", "draining", "failed"]
 
 UNAVAILABLE = {
-    "starting": "the model is being loaded; wait for /health/ready",
+    "starting": "the model is being loaded; wait until /health/ready returns 200",
     "draining": "the server is shutting down; try another replica",
-    "failed": "the model could not be loaded; the server's log says why",
+    "failed": "the model could not be loaded; see the server's log for the reason",
 }
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What there is once the engine is loaded."""
+    """The engine and the parts that use it; they exist once the engine is loaded."""
 
     engine: Engine
     batcher: Batcher[Served]
@@ -43,12 +43,12 @@ class Loaded:
 
 
 class ServerLifetime:
-    """Owns the threads, the engine and all that works with it, and the state that the health routes report.
+    """Owns the threads, the engine with the parts that use it, and the state that the health routes report.
 
     Args:
         settings: see `ServeSettings`.
-        load: makes the engine; called once, on the model's thread.
-        on_failure: told the error when loading fails, so that the process can end with it.
+        load: creates the engine; called once, on the model thread.
+        on_failure: called with the error when loading fails, so that the process can exit with it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ServerLifetime:
         self.state: State = "starting"
         self.metrics.ready.set_function(lambda: float(self._is_ready()))
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        # Tokenizers are not safe to share between threads, so theirs is one too.
+        # Tokenizers are not thread-safe, so only one thread uses them.
         self._prompt_thread = OneAtATime("prompt")
         self._answer_threads = ThreadPoolExecutor(2, thread_name_prefix="answer", initializer=leave_cores)
         self._is_loading = False
@@ -72,8 +72,8 @@ class ServerLifetime:
         self._loaded: Loaded | None = None
 
     async def start(self) -> None:
-        """Begin loading; the health routes answer meanwhile."""
-        leave_cores()  # small answers are computed on the loop
+        """Begin to load the engine in the background; the health routes answer meanwhile."""
+        leave_cores()  # small answers are computed on the event loop
         self._loading = asyncio.create_task(self._start(), name="load")
 
     async def _start(self) -> None:
@@ -84,11 +84,11 @@ class ServerLifetime:
         except Exception as error:
             self.state = "failed"
             if not isinstance(error, ScalaBLError):
-                logger.exception("loading failed")
+                logger.exception("the model could not be loaded")
             if self._on_failure is not None:
                 self._on_failure(error)
             return
-        self._loaded = self._work_with(engine)
+        self._loaded = self._connect(engine)
         self._loaded.batcher.start()
         if self.state == "starting":
             self.state = "ready"
@@ -100,8 +100,8 @@ class ServerLifetime:
         finally:
             self._is_loading = False
 
-    def _work_with(self, engine: Engine) -> Loaded:
-        """All that works with the engine, and the metrics that count it."""
+    def _connect(self, engine: Engine) -> Loaded:
+        """Create the parts that use the engine, and connect them with the metrics."""
         for name in engine.adapters:
             self.outcomes.show(name)
         self.metrics.adapters.set(len(engine.adapters))
@@ -126,18 +126,18 @@ class ServerLifetime:
         return Loaded(engine, batcher, predictor, loader)
 
     def serving(self) -> Loaded:
-        """What answers requests.
+        """The engine and the parts that answer requests.
 
         Raises:
-            ProblemError: `starting`, `draining` or `failed`, when nothing does.
+            ProblemError: `starting`, `draining` or `failed`, when requests cannot be answered.
         """
         if self.state != "ready":
             raise ProblemError(self.state, UNAVAILABLE[self.state], retry_after=5)
-        assert self._loaded is not None  # it is set before the state is
+        assert self._loaded is not None  # set before the state becomes ready
         return self._loaded
 
     def check_alive(self) -> None:
-        """Whether a restart would not help.
+        """Check for liveness: return unless only a restart can help.
 
         Raises:
             ProblemError: `failed` or `stuck`.
@@ -149,7 +149,7 @@ class ServerLifetime:
             raise ProblemError("stuck", fault)
 
     def check_ready(self) -> None:
-        """Whether requests should come here.
+        """Check for readiness: return if the server can answer requests now.
 
         Raises:
             ProblemError: `starting`, `draining`, `failed`, `stuck` or `engine-unavailable`.
@@ -166,27 +166,27 @@ class ServerLifetime:
         return True
 
     def drain(self) -> None:
-        """Take no new requests; those already taken are answered. A signal handler may call it: it takes no lock."""
+        """Refuse new requests; accepted ones are still answered. Takes no lock, so a signal handler may call it."""
         if self.state != "failed":
             self.state = "draining"
 
     @property
     def in_flight(self) -> int:
-        """Requests between admission and answer."""
+        """The number of requests between admission and answer."""
         return self._loaded.predictor.in_flight if self._loaded is not None else 0
 
     @property
     def busy(self) -> bool:
-        """Whether the model's thread is loading or in a pass, waited for or not."""
+        """Whether the model thread is loading or runs a pass, even one whose result nobody needs any more."""
         return self._is_loading or (self._loaded is not None and self._loaded.batcher.busy)
 
     async def give_up(self) -> None:
-        """Answer everything that is still waiting with a 503."""
+        """Answer all requests that still wait with a 503."""
         if self._loaded is not None:
             await self._loaded.batcher.stop()
 
     async def stop(self) -> None:
-        """End the batcher and the threads."""
+        """Stop the batcher, the engine, the outcome store and the threads."""
         self.drain()
         if self._loading is not None:
             self._loading.cancel()

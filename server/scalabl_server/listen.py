@@ -1,4 +1,4 @@
-"""The process that listens: uvicorn on the main port, another on the admin port if there is one, and what signals do."""
+"""Running uvicorn: on the main port, on the admin port if there is one, with TLS, until a signal ends the process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from scalabl_server.web.protocol import protocol_class
 
 
 class ListenError(ScalaBLError):
-    """The process cannot listen as asked."""
+    """The settings for listening cannot be used, such as a TLS certificate."""
 
 
 class AdminServer(uvicorn.Server):
-    """Ends when it is told to, after the main one; signals are the main one's."""
+    """The server of the admin port. It ignores signals: the main server handles them, and stops this one last."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -32,10 +32,10 @@ class AdminServer(uvicorn.Server):
 
 
 def run(settings: ServeSettings) -> Exception | None:
-    """Serve until a signal. The error with which loading failed, if it did.
+    """Serve until a signal. Returns the error if the model could not be loaded, else None.
 
     Raises:
-        ListenError: a certificate cannot be used.
+        ListenError: a TLS certificate or key cannot be used.
         ScalaBLError: the settings cannot be used.
     """
     failures: list[Exception] = []
@@ -57,13 +57,13 @@ def run(settings: ServeSettings) -> Exception | None:
         admin = AdminServer(
             _config(settings, create_admin_app(application), settings.admin_host, settings.admin_port, lifespan="off")
         )
-    # uvicorn raises the signal again once it has shut down cleanly; a drained server ends with status 0 all the same.
+    # uvicorn raises the signal again after a clean shutdown. Ignore it, so that a drained server exits with status 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
         server.config.load()
     except (OSError, ssl.SSLError) as error:
-        raise ListenError(f"the TLS certificate, key or authorities cannot be used: {error}") from None
+        raise ListenError(f"the TLS certificate, key or CA certificates cannot be used: {error}") from None
     asyncio.run(_both(server, admin))
     if failures:
         return failures[0]
@@ -72,16 +72,16 @@ def run(settings: ServeSettings) -> Exception | None:
 
 
 async def _both(server: uvicorn.Server, admin: uvicorn.Server | None) -> None:
-    """The admin port is open before the main one and until after it, so that probes and scrapes see the drain."""
+    """Run both. The admin port opens before the main one and closes after it, so that probes and scrapes see the drain."""
     if admin is None:
         await server.serve()
         return
-    watching = asyncio.create_task(admin.serve(), name="admin")
+    admin_task = asyncio.create_task(admin.serve(), name="admin")
     try:
         await server.serve()
     finally:
         admin.should_exit = True
-        await watching
+        await admin_task
 
 
 def _config(settings: ServeSettings, app: FastAPI, host: str, port: int, **options: Any) -> uvicorn.Config:
@@ -103,7 +103,7 @@ def _config(settings: ServeSettings, app: FastAPI, host: str, port: int, **optio
 def _tls(settings: ServeSettings) -> dict[str, Any]:
     if settings.ssl_certfile is None:
         if settings.ssl_keyfile is not None or settings.ssl_ca_certs is not None:
-            raise ListenError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+            raise ListenError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile; set it too")
         return {}
     return {
         "ssl_certfile": settings.ssl_certfile,

@@ -1,4 +1,4 @@
-"""The names of the methods by which an answer is computed. How each computes is in `batching.jobs`."""
+"""The names of the prediction methods that a request can choose. Their computation is in `batching.jobs`."""
 
 from __future__ import annotations
 

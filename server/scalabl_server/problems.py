@@ -1,4 +1,4 @@
-"""What a request can be refused for, as data: kind, field, what to change. `web.errors` makes HTTP answers of it."""
+"""`ProblemError`: why a request failed, as data (kind, field, advice). `web.errors` turns it into an HTTP response."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Kind = Literal[
 
 
 class ProblemError(Exception):
-    """A request that cannot be answered as it was meant.
+    """A request that was refused or that failed.
 
     Attributes:
-        detail: what is wrong and what to change, for the client to read.
-        field: the field of the request that is wrong, where it is one.
-        retry_after: seconds after which another attempt makes sense.
+        detail: what is wrong and what to change; sent to the client.
+        field: the field of the request that is wrong; None if the problem is not a single field.
+        retry_after: seconds after which the client may try again; None if a time is not known.
     """
 
     def __init__(self, kind: Kind, detail: str, *, field: str | None = None, retry_after: float | None = None) -> None:
@@ -54,5 +54,5 @@ class ProblemError(Exception):
 
     @property
     def message(self) -> str:
-        """The detail, after the field where there is one."""
+        """The detail, preceded by the field's name if there is one, and shortened if it is long."""
         return shortened(self.detail if self.field is None else f"{self.field}: {self.detail}", LONGEST_MESSAGE)

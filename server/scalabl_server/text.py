@@ -1,10 +1,10 @@
-"""Text for messages and pages: shortening what may be long. Knows nothing of requests or logs."""
+"""Shortening and quoting of text for messages and pages. Knows nothing about requests or logs."""
 
 from __future__ import annotations
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text, or its first `limit` characters and an ellipsis where it is longer."""
+    """The text itself, or its first `limit` characters and an ellipsis if it is longer."""
     return text if len(text) <= limit else text[:limit] + "…"
 
 

@@ -1,1 +1,1 @@
-"""The queue in front of the model: admission, choosing the next batch, running it, and what a failed pass means."""
+"""The queue in front of the model: admission, choosing the next batch, running it, and handling failed passes."""

@@ -1,4 +1,4 @@
-"""Places in the queue: bounded by inputs and by tokens, taken before any work is done and given back exactly once."""
+"""Admission control: limits the queue by inputs, tokens and expected waiting time, before any work is done."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from scalabl_server.batching.row_demand import RowDemand
 from scalabl_server.observe.metrics import Metrics, Reason
 from scalabl_server.problems import ProblemError
 
-HEADROOM = 0.5  # of the time until its deadline that a request may be expected to wait, since speed varies
-SMOOTHING = 0.1  # weight of the newest pass in the running speed
+HEADROOM = 0.5  # a request is refused if its expected wait exceeds this share of the time to its deadline; speed varies
+SMOOTHING = 0.1  # weight of the newest pass in the running means
 
 
 class Place:
-    """What one input takes of the queue from its request's arrival until its pass begins or it is given up.
+    """The place of one input in the queue, from its request's admission until its pass begins or it is cancelled.
 
-    `tokens` (rows x length) is an estimate until the prompt is tokenised. `priority`: lower is earlier.
+    `tokens` (rows x length) is an estimate until the prompt is tokenised. `priority`: lower runs earlier.
     """
 
     def __init__(self, admission: Admission, tokens: int, priority: int) -> None:
         self._admission, self.tokens, self.priority, self._held = admission, tokens, priority, True
 
     def free(self) -> None:
-        """Give the place back; a second time changes nothing."""
+        """Release the place. Calling it again has no effect."""
         if self._held:
             self._held = False
             self._admission.change(-1, -self.tokens, self.priority)
 
     def resize(self, tokens: int) -> None:
-        """The tokens are known now."""
+        """Replace the estimated tokens by their real number."""
         if self._held:
             self._admission.change(0, tokens - self.tokens, self.priority)
         self.tokens = tokens
 
 
 class Admission:
-    """Counts what waits, from before it is tokenised, and refuses what would not fit or not be answered in time.
+    """Counts the inputs and tokens in the queue, and refuses requests that do not fit or would not be answered in time.
 
     Args:
-        max_inputs, max_tokens: the queue's bounds.
+        max_inputs, max_tokens: limits of the queue.
     """
 
     def __init__(self, max_inputs: int, max_tokens: int, metrics: Metrics) -> None:
@@ -48,34 +48,36 @@ class Admission:
         metrics.queue_limit_inputs.set(max_inputs)
         metrics.queue_limit_tokens.set(max_tokens)
         self.inputs = self.tokens = 0
-        self.running_tokens = 0  # in the pass that runs now
-        self._tokens_at = Counter[int]()  # by priority
-        self._pass_seconds = self._pass_tokens = 0.0  # running means
-        self._share_taken: dict[str, float] = {}  # of the most rows, a running mean by `RowDemand.learned_as`
+        self.running_tokens = 0  # of the pass that runs now
+        self._tokens_at = Counter[int]()  # priority -> waiting tokens
+        self._pass_seconds = self._pass_tokens = 0.0  # running means over passes
+        self._share_taken: dict[str, float] = {}  # `RowDemand.learned_as` -> mean share of the most rows that inputs took
 
     def enter(self, tokens: Sequence[int], seconds_left: float, priority: int = 0) -> list[Place]:
-        """A place for each input of a request, all of them or none.
+        """Admit a request: a place for each of its inputs, or an error for all.
 
         Args:
-            tokens: of each input, an estimate.
+            tokens: the estimated tokens of each input.
             seconds_left: until the request's deadline.
-            priority: it waits for nothing that has a later one.
+            priority: of the request; inputs with a higher number do not count into its expected wait.
 
         Raises:
-            ProblemError: `queue-full` with a time to come back, or `input-too-large` for what never fits.
+            ProblemError: `queue-full` with a time after which to retry, or `input-too-large` if it never fits.
         """
         self._check_size(len(tokens), sum(tokens))
         self._check_room(len(tokens), sum(tokens))
         wait = self.expected_wait(self._ahead_of(priority))
         if wait > HEADROOM * seconds_left:
             raise self._full(
-                "wait", f"what waits already takes about {wait:.1f} s and this request's deadline is {seconds_left:g} s"
+                "wait",
+                f"the requests in the queue need about {wait:.1f} s more, which is too long for this request's deadline of "
+                f"{seconds_left:g} s",
             )
         self.change(len(tokens), sum(tokens), priority)
         return [Place(self, count, priority) for count in tokens]
 
     def settle(self, places: Sequence[Place], tokens: Sequence[int]) -> None:
-        """The request's tokens are counted now: check again and correct its places.
+        """Check a request again and correct its places, once its tokens are counted.
 
         Raises:
             ProblemError: as `enter`.
@@ -88,34 +90,34 @@ class Admission:
             place.resize(count)
 
     def change(self, inputs: int, tokens: int, priority: int) -> None:
-        """Called by `Place`."""
+        """Add to the counts of the queue. Only `Place` and `enter` call it."""
         self.inputs += inputs
         self.tokens += tokens
         self._tokens_at[priority] += tokens
         if not self._tokens_at[priority]:
-            del self._tokens_at[priority]  # as many priorities as requests name could gather otherwise
+            del self._tokens_at[priority]  # otherwise the table would grow with every new priority
         self._metrics.queue_inputs.set(self.inputs)
         self._metrics.queue_tokens.set(self.tokens)
 
     def observe_pass(self, tokens: int, seconds: float) -> None:
-        """A pass over so many tokens, without padding, has taken so long."""
+        """Update the mean speed: a pass over `tokens` tokens, without padding, took `seconds`."""
         self._pass_tokens += SMOOTHING * (tokens - self._pass_tokens)
         self._pass_seconds += SMOOTHING * (seconds - self._pass_seconds)
 
     def observe_rows(self, demand: RowDemand, taken: int) -> None:
-        """An input with this demand has taken so many rows."""
+        """Update the mean share of rows: an input with this demand took `taken` rows."""
         if demand.learned_as is not None:
             share = self._share_taken.setdefault(demand.learned_as, 1.0)
             self._share_taken[demand.learned_as] = share + SMOOTHING * (taken / demand.most - share)
 
     def expected_rows(self, demand: RowDemand) -> int:
-        """Rows that such an input is expected to take, by what others like it took; before these, the most."""
+        """The rows that an input is expected to take, learned from earlier inputs; the maximum before there are any."""
         if demand.learned_as is None:
             return demand.most
         return max(demand.least, math.ceil(demand.most * self._share_taken.get(demand.learned_as, 1.0)))
 
     def expected_wait(self, tokens: int) -> float:
-        """Seconds until so many tokens are computed; 0 before the first pass."""
+        """The seconds that computing this many tokens is expected to take; 0 before the first pass."""
         return tokens * self._pass_seconds / self._pass_tokens if self._pass_tokens else 0.0
 
     def _ahead_of(self, priority: int) -> int:
@@ -125,13 +127,13 @@ class Admission:
         if inputs > self.max_inputs:
             raise ProblemError(
                 "input-too-large",
-                f"{inputs} inputs never fit in the queue of {self.max_inputs}; send fewer at once",
+                f"{inputs} inputs never fit in the queue of {self.max_inputs} inputs; send fewer at once",
                 field="inputs",
             )
         if tokens > self.max_tokens:
             raise ProblemError(
                 "input-too-large",
-                f"about {tokens} tokens (inputs x samples x length) never fit in the queue of {self.max_tokens}; "
+                f"about {tokens} tokens (inputs x samples x length) never fit in the queue of {self.max_tokens} tokens; "
                 "send fewer inputs at once or lower num_samples",
                 field="inputs",
             )
@@ -140,16 +142,16 @@ class Admission:
         if self.inputs + inputs > self.max_inputs:
             raise self._full(
                 "inputs",
-                f"{self.inputs} inputs wait and the queue holds {self.max_inputs}; this request has {inputs}",
+                f"{self.inputs} inputs wait and the queue is limited to {self.max_inputs}; this request has {inputs}",
             )
         if self.tokens + tokens > self.max_tokens:
             raise self._full(
                 "tokens",
-                f"{self.tokens} tokens (inputs x samples x length) wait and the queue holds {self.max_tokens}; "
+                f"{self.tokens} tokens (inputs x samples x length) wait and the queue is limited to {self.max_tokens}; "
                 f"this request adds about {tokens}",
             )
 
     def _full(self, reason: Reason, detail: str) -> ProblemError:
         self._metrics.rejected.labels(reason).inc()
         wait = self.expected_wait(self.tokens + self.running_tokens)
-        return ProblemError("queue-full", f"{detail}. Try again later or send fewer inputs", retry_after=wait)
+        return ProblemError("queue-full", f"{detail}. Try again later, or send fewer inputs", retry_after=wait)

@@ -1,7 +1,7 @@
-"""Batching: a queue of admitted inputs, joined into forward passes by a token budget, on one worker thread.
+"""The batching loop: joins queued inputs into forward passes within a token budget, and runs them on one worker thread.
 
-There is no waiting window: while one pass runs, the next is chosen from what has come (`selection`), so that load makes
-batches, and the thread goes from one to the other by itself. A pass that fails is split until only its cause fails.
+It never waits for more inputs to arrive. While one pass runs, the next is chosen from the queue (`selection`), so batches
+grow with the load, and the worker thread starts it without a gap. A failed pass is split until only the bad input fails.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ logger = logging.getLogger("scalabl")
 RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Job]], list[Result]]
 
 LATE = "the answer would come after the request's deadline; send fewer inputs or samples, or try again later"
-BROKEN = "what feeds the model has ended; the server must be restarted"
+BROKEN = "the batching loop has crashed; restart the server"
 
 
 class Batcher(Generic[Target]):
-    """Feeds one worker thread.
+    """Queues inputs and runs them in batches on one worker thread.
 
-    The event loop owns the queue. It puts the next pass into a slot, whose inputs are then no longer in the queue, and takes
-    them back while better ones come; the worker's thread empties the slot when it is free. Of the executor it uses one turn
-    for a pass and queues the next turn behind it, so that others who need the thread get it between two passes.
+    The event loop owns the queue. It moves the inputs of the next pass from the queue into a slot, and puts them back if
+    inputs arrive that should run first. When the worker thread is free, it takes the slot. Each pass is one task of the
+    executor, and the next task is submitted while it runs; other users of the executor get the thread between two passes.
 
     Args:
         run: the forward pass, called on `executor`.
-        target_tokens: join inputs while expected rows x padded length stays within this; one input alone may exceed it.
-        max_tokens: refuse an input whose own rows x length exceed this; no pass holds more at once.
-        pads: whether passes for an adapter compute the padding of their inputs.
-        rest: called on `executor` after a pass that no other follows at once.
-        admission: counts what waits; an input's place is free once its pass begins.
+        target_tokens: add inputs while expected rows x padded length stays within this; one input alone may exceed it.
+        max_tokens: refuse an input whose own rows x length exceed this; no pass may be larger.
+        pads: whether passes for an adapter compute padding.
+        rest: called on `executor` after a pass that is not followed by another one immediately.
+        admission: counts the waiting inputs; an input's place is released when its pass begins.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class Batcher(Generic[Target]):
         self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
         self._rest = rest
         self._numbers = itertools.count()
-        self._queue: list[QueuedInput[Target]] = []  # in order
+        self._queue: list[QueuedInput[Target]] = []  # sorted by `_order`
         self._slot_lock = threading.Lock()
         self._slot: Choice[Target] | None = None
         self._unanswered: set[QueuedInput[Target]] = set()
-        self._stale = True  # whether the slot has to be filled anew
-        self._planning = False  # whether `_plan` is due on the loop
-        self._turns = 0  # of the executor, queued or running
+        self._stale = True  # whether the slot must be filled again
+        self._planning = False  # whether a call of `_plan` is scheduled on the event loop
+        self._turns = 0  # tasks of the executor, queued or running
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = self._broken = self._device_failed = False
-        self._has_run = False  # whether there was a pass since the last rest; the worker's own
+        self._has_run = False  # whether a pass has run since the last rest; only the worker thread uses it
         self._pass_began: float | None = None
         self._pass_ended: float | None = None
 
@@ -84,37 +84,38 @@ class Batcher(Generic[Target]):
         self._loop = asyncio.get_running_loop()
 
     async def stop(self) -> None:
-        """Begin no pass any more; whatever has no answer yet gets a 503."""
+        """Start no further pass, and answer all waiting requests with a 503."""
         self._stopped = True
         self._refuse_all("draining", "the server is shutting down; try another replica")
 
     def fault(self, longest_pass: float) -> str | None:
-        """Why the worker cannot be relied on any more; None while it can.
+        """Why the worker cannot be used any more; None while it works.
 
         Args:
             longest_pass: seconds after which a pass counts as stuck.
         """
         if self._device_failed:
-            return "the device has failed, and every pass with it; the server must be restarted"
+            return "the device has failed, so every pass fails; restart the server"
         if self._broken:
             return BROKEN
-        began = self._pass_began  # the worker's thread may set it to None at any time
+        began = self._pass_began  # read once: the worker thread may set it to None at any time
         running = 0.0 if began is None else time.perf_counter() - began
         if running > longest_pass:
-            return f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s; the worker is stuck"
+            return f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s; restart the server"
         return None
 
     @property
     def busy(self) -> bool:
-        """Whether a pass is on the worker's thread."""
+        """Whether the worker thread runs a pass."""
         return self._pass_began is not None
 
     def check_input(self, position: int | None, length: int, rows: int) -> None:
-        """Whether a pass can hold an input.
+        """Check that an input fits in a pass.
 
         Args:
-            position: among the request's inputs, None for a single one.
-            rows: the most of it at once.
+            position: of the input in its request; None if it is the only one.
+            length: of the prompt in tokens.
+            rows: the most rows of the input in one pass.
 
         Raises:
             ProblemError: `input-too-large`.
@@ -137,14 +138,15 @@ class Batcher(Generic[Target]):
         stages: Stages | None = None,
         deadline: float = math.inf,
     ) -> list[asyncio.Future[Result]]:
-        """Queue a request's inputs, all of them or none, each with its job and the place it was admitted to.
+        """Queue all inputs of a request, or none of them if one is refused.
 
         Args:
-            stages: told when the inputs are in a pass.
-            deadline: of the answers, by `time.perf_counter`.
+            places: where `Admission.enter` has admitted the inputs.
+            stages: receives the times of the inputs' passes.
+            deadline: of the answers, on the clock of `time.perf_counter`.
 
         Raises:
-            ProblemError: `input-too-large` for one that no pass can hold; `stuck`; otherwise as `Admission.settle`.
+            ProblemError: `input-too-large` for an input that fits in no pass; `stuck`; and as `Admission.settle`.
         """
         assert self._loop is not None  # started
         if self._broken:
@@ -178,7 +180,7 @@ class Batcher(Generic[Target]):
         return futures
 
     def _ended(self, queued: QueuedInput[Target], result: asyncio.Future[Result]) -> None:
-        """It has its answer, or was given up."""
+        """Called when an input has its result or was cancelled."""
         self._unanswered.discard(queued)
         if result.cancelled():
             slot = self._slot
@@ -186,14 +188,14 @@ class Batcher(Generic[Target]):
             self._plan_soon()
 
     def _plan_soon(self) -> None:
-        """Once for all that happens in one turn of the loop."""
+        """Schedule `_plan`, once for all changes in one iteration of the event loop."""
         if not self._planning:
             assert self._loop is not None  # started
             self._planning = True
             self._loop.call_soon(self._guarded, self._plan)
 
     def _plan(self) -> None:
-        """Forget what was given up, choose the next pass if another could be better, and see that a turn takes it."""
+        """Drop cancelled inputs, choose the next pass if the queue has changed, and submit a task that will run it."""
         self._planning = False
         if self._stopped or self._broken:
             return
@@ -218,10 +220,10 @@ class Batcher(Generic[Target]):
             members = set(self._slot.inputs)
             self._queue = [queued for queued in self._queue if queued not in members]
 
-    # On the worker's thread, from here to `_tell`; what it changes of the loop's it tells the loop.
+    # The methods from here to `_tell` run on the worker thread. They change the event loop's state only through `_tell`.
 
     def _turn(self) -> None:
-        """One pass, or none when all that was chosen has been given up."""
+        """Run the pass in the slot; none if all of its inputs were cancelled."""
         try:
             batch = self._take()
             parts = [batch]
@@ -247,7 +249,7 @@ class Batcher(Generic[Target]):
             now = time.perf_counter()
             chosen = [queued for queued in choice.inputs if not queued.result.done()]
             late = [queued for queued in chosen if self._is_late(queued, now)]
-            if len(late) == len(chosen):  # the estimate may be wrong, and only passes correct it
+            if len(late) == len(chosen):  # run them all the same: only passes can correct a wrong estimate of the speed
                 late = []
             batch = [queued for queued in chosen if queued not in late]
             for queued in choice.overtaken:
@@ -257,17 +259,17 @@ class Batcher(Generic[Target]):
         return batch
 
     def _is_late(self, queued: QueuedInput[Target], now: float) -> bool:
-        """Whether its deadline would pass even if its own rows were all of the pass, and took less time than they do."""
+        """Whether an input would miss its deadline even if it ran alone, and faster than expected (`HEADROOM`)."""
         return now + HEADROOM * self._admission.expected_wait(queued.tokens) > queued.deadline
 
     def _answer(self, part: list[QueuedInput[Target]]) -> list[list[QueuedInput[Target]]]:
-        """Run one pass and have its inputs answered; after a failure, the parts to try again, the last one first."""
+        """Run one pass and deliver its results. After a failure, returns the parts to try again, the last one first."""
         started = self._pass_began = time.perf_counter()
         self._has_run = True
         try:
             results = self._run(part[0].target, [q.token_ids for q in part], [q.job for q in part])
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # whose variables hold the pass's tensors
+            traceback.clear_frames(error.__traceback__)  # its variables would keep the tensors of the pass in memory
             failure = classify(error)
         else:
             self._tell(self._answered, part, results, started, time.perf_counter())
@@ -277,7 +279,7 @@ class Batcher(Generic[Target]):
         self._metrics.failed_passes.labels(failure.kind).inc()
         self._device_failed = self._device_failed or failure.lasting
         if len(part) > 1 and failure.of_one_input:
-            logger.warning("a pass over %d inputs failed, trying its parts: %r", len(part), failure.error)
+            logger.warning("a pass over %d inputs failed, trying each half again: %r", len(part), failure.error)
             self._metrics.batch_splits.inc()
             half = len(part) // 2
             return [part[half:], part[:half]]
@@ -286,13 +288,13 @@ class Batcher(Generic[Target]):
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None  # started
-        if not self._loop.is_closed():  # else nobody waits any more
+        if not self._loop.is_closed():  # after shutdown nobody waits for the result
             self._loop.call_soon_threadsafe(self._guarded, what, *arguments)
 
-    # On the loop again.
+    # The methods from here on run on the event loop.
 
     def _guarded(self, what: Callable[..., None], *arguments: Any) -> None:
-        """A mistake in here would leave requests without an answer: it is a fault, and says so."""
+        """Call a method of this class; if it raises, refuse all requests, because otherwise they would wait forever."""
         try:
             what(*arguments)
         except BaseException:
@@ -324,7 +326,7 @@ class Batcher(Generic[Target]):
             if not queued.result.done():
                 queued.result.set_result(result)
         assert self._loop is not None  # started
-        self._loop.call_soon(self._guarded, self._observe, part, results, ended - started)  # those who wait go first
+        self._loop.call_soon(self._guarded, self._observe, part, results, ended - started)  # after the waiting requests
 
     def _failed(self, part: list[QueuedInput[Target]], failure: Failure) -> None:
         for queued in part:

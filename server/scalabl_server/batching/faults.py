@@ -1,4 +1,4 @@
-"""What a failed pass means: out of memory, a device or engine gone, or one input's own error; what clients are told."""
+"""Classifying the error of a failed pass (memory, device, engine, or an input's own error) and telling the client."""
 
 from __future__ import annotations
 
@@ -21,32 +21,37 @@ class Failure:
 
     @property
     def lasting(self) -> bool:
-        """Whether every later pass will fail too: an accelerator's error stays until the process ends."""
+        """Whether every later pass will fail too: an error of the accelerator lasts until the process ends."""
         return self.kind == "device"
 
     @property
     def of_one_input(self) -> bool:
-        """Whether a part of the batch may do better than the whole."""
+        """Whether a single input may be the cause, so that the rest of the batch may succeed without it."""
         return self.kind in ("out-of-memory", "error")
 
     def problem(self, length: int, rows: int) -> ProblemError:
-        """What the client of the input that fails on its own is told; its cause is for the log."""
+        """The problem for the client whose input failed. Its `__cause__` is the original error, for the log.
+
+        Args:
+            length: of the input in tokens.
+            rows: of the input in the pass.
+        """
         if isinstance(self.error, ProblemError):
             return self.error
         if self.kind == "out-of-memory":
             problem = ProblemError(
                 "out-of-memory",
-                f"an input of {length} tokens x {rows} samples does not fit in this server's memory; shorten it or "
-                "lower num_samples. Its operator can lower --max-batch-tokens",
+                f"an input of {length} tokens x {rows} samples does not fit in this server's memory; shorten the input or "
+                "lower num_samples. The operator can lower --max-batch-tokens",
             )
         else:
-            problem = ProblemError("internal-error", "the model failed on this input; the server's log has it")
+            problem = ProblemError("internal-error", "the model failed on this input; the server's log has the details")
         problem.__cause__ = self.error
         return problem
 
 
 def classify(error: Exception) -> Failure:
-    """The kind of an error that a pass raised."""
+    """The kind of failure that an error from a pass stands for."""
     if isinstance(error, ProblemError):
         return Failure("engine", error)
     text = str(error).lower()

@@ -1,6 +1,6 @@
-"""What an input asks of the engine and how its answer comes from what the passes gave: one class for each method.
+"""Jobs: what an input needs from the engine, and how its answer is computed from the result. One class per method.
 
-Nothing outside of this module asks which method a job has: queue, engines and answers only call its methods.
+Only this module knows which method a job has. The queue, the engines and the answers only call the job's methods.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from scalabl.uncertainty.linearized import Linearization, controlled
 from scalabl.uncertainty.predictive import Predictive, all_finite, predictive
 from scalabl_server.batching.row_demand import RowDemand
 
-# The predictive without leading dimensions, and each layer's share of its variance: none where only samples were drawn,
-# since they do not tell the layers apart.
+# The predictive distribution of one input, without a batch dimension, and each layer's share of its variance. The shares
+# are empty for the method monte_carlo, because samples alone do not separate the layers.
 Outcome = tuple[Predictive, dict[str, float]]
 
 
 class Result:
-    """What the passes gave for one input.
+    """The result of the passes for one input.
 
     Args:
-        logits: [K, C] of its samples, where its job draws some.
-        linearization: of this input alone (B = 1), where its job is to be linearised.
+        logits: [K, C], if the job draws samples.
+        linearization: of this input alone (B = 1), if the job is linearised.
     """
 
     def __init__(self, logits: Tensor | None = None, linearization: Linearization | None = None) -> None:
@@ -36,7 +36,7 @@ class Result:
 
     @property
     def logits(self) -> Tensor:
-        """[K, C].
+        """The logits of the samples, [K, C].
 
         Raises:
             LookupError: the job draws no samples.
@@ -47,7 +47,7 @@ class Result:
 
     @property
     def linearization(self) -> Linearization:
-        """Of this input.
+        """The linearisation of this input.
 
         Raises:
             LookupError: the job is not linearised.
@@ -58,19 +58,19 @@ class Result:
 
     @property
     def is_finite(self) -> bool:
-        """Whether everything that the passes gave is a number."""
+        """Whether all numbers of the result are finite."""
         linear = self._linearization
         parts = [self._logits, None if linear is None else linear.mean, None if linear is None else linear.scaled_jacobian]
         return all(all_finite(part) for part in parts if part is not None)
 
 
 class Job(ABC):
-    """What one input asks of the engine.
+    """What one input needs from the engine.
 
     Attributes:
-        num_choices: the input's own choices are the first so many of those that the adapter has.
-        has_rounds: whether `next_draws` may ever give any.
-        is_linearized: whether the input is to be linearised, over its own choices.
+        num_choices: the number of the input's own choices; they are the first ones among the adapter's choices.
+        has_rounds: whether `next_draws` may return further samples.
+        is_linearized: whether the engine must linearise the input, over its own choices.
     """
 
     num_choices: int
@@ -80,14 +80,14 @@ class Job(ABC):
     @property
     @abstractmethod
     def demand(self) -> RowDemand:
-        """The rows that it takes; asked when it is queued."""
+        """The batch rows that the input may take. Used when it is queued."""
 
     def first_draws(self) -> Draws | None:
-        """The samples to run first; None where it draws none."""
+        """The samples of the first round; None if the method draws no samples."""
         return None
 
     def next_draws(self, logits: Tensor, temperature: float) -> Draws | None:
-        """The samples of the next round; None when it has enough. Asked after each round.
+        """The samples of the next round; None when there are enough. Called after each round.
 
         Args:
             logits: [K, C] of all samples so far.
@@ -95,16 +95,16 @@ class Job(ABC):
         return None
 
     def rows_taken(self, result: Result) -> int:
-        """The rows that it took of its pass, or its passes."""
+        """The batch rows that the input took, in all of its passes."""
         return self.demand.most
 
     def values_to_read(self, result: Result) -> float:
-        """How many numbers `outcome` goes through; infinite where it does more than that."""
+        """The amount of numbers that `outcome` processes; infinite if its work is not proportional to that."""
         return math.inf
 
     @abstractmethod
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        """The answer over the input's own choices."""
+        """Compute the answer over the input's own choices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ class SampledJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveJob(SampledJob):
-    """Posterior samples in rounds, until there are enough. `draws` are the most that it may take; it takes a beginning."""
+    """Posterior samples in rounds, until there are enough. `draws` holds the maximum; the job uses the first ones of them."""
 
     rule: Rule
 
@@ -138,7 +138,7 @@ class AdaptiveJob(SampledJob):
 
     @staticmethod
     def demand_of(rule: Rule) -> RowDemand:
-        """The rows of an input under this rule."""
+        """The batch rows of an input under this rule."""
         return RowDemand(at_once=rule.largest_round, least=rule.first, most=rule.most, learned_as=rule.target)
 
     @property
@@ -149,7 +149,7 @@ class AdaptiveJob(SampledJob):
         return self.draws.part(0, self.rule.rounds()[0])
 
     def next_draws(self, logits: Tensor, temperature: float) -> Draws | None:
-        """None also for logits that are not finite: more samples would not make an answer of them."""
+        """As in `Job`. Also None if the logits are not finite, because more samples would not help."""
         count = len(logits)
         if count >= self.draws.num_samples or not all_finite(logits):
             return None
@@ -164,7 +164,7 @@ class AdaptiveJob(SampledJob):
 
 @dataclass(frozen=True, eq=False)
 class LinearizedJob(Job):
-    """The linearisation around the mean of the posterior. `rows`: of its reverse passes."""
+    """The linearisation around the posterior mean. `rows`: batch rows of its backward passes, one per choice."""
 
     rows: int
     num_choices: int
@@ -182,7 +182,7 @@ class LinearizedJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class ControlVariateJob(Job):
-    """Posterior samples, corrected by what the linearisation says of the same samples."""
+    """Posterior samples, with the linearisation at the same samples as control variate."""
 
     draws: Draws
     linear_rows: int

@@ -1,4 +1,4 @@
-"""How many rows of passes an input may take: what is known of it before it runs. What others took is in `admission`."""
+"""`RowDemand`: how many batch rows an input may take, as known before it runs. What inputs really took: `admission`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowDemand:
-    """The rows that one input takes, in one pass or several.
+    """The batch rows that one input may take, in one pass or several.
 
     Attributes:
-        at_once: the most that one pass holds of it.
-        least, most: of all its passes together.
-        learned_as: inputs with this name take about as many as those before them did; None where it is always `most`.
+        at_once: the most rows in a single pass.
+        least, most: limits on the rows of all passes together.
+        learned_as: the group of inputs with which the expected number of rows is learned; None if it is always `most`.
     """
 
     at_once: int
@@ -22,5 +22,5 @@ class RowDemand:
 
     @classmethod
     def fixed(cls, rows: int) -> RowDemand:
-        """So many rows, all in one pass."""
+        """Exactly this many rows, all in one pass."""
         return cls(rows, rows, rows)

@@ -1,8 +1,8 @@
-"""Which of the inputs that wait go into the next pass: the first one always, and those beside it that waste little padding.
+"""Choosing the inputs of the next pass: always the first one in the queue, and others that add little padding.
 
-Pure: the queue is `batcher`'s. A pass is thought to cost its rows times its padded length, and a fixed part beside that. An
-input joins where the padding that it adds costs less than that fixed part, which a pass of its own would pay again. Where
-passes have no padding, inputs go as they came.
+Pure functions; `batcher` has the queue. The cost of a pass is modelled as rows x padded length plus a fixed cost. An input
+joins a pass if the padding that it adds costs less than the fixed cost of another pass. Without padding, inputs join in
+their order.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from scalabl_server.observe.trace import Stages
 
 Target = TypeVar("Target")  # what a pass runs on: an adapter
 
-PRIORITY_SECONDS = 1.0  # of waiting, that a step of priority is worth
-MOST_OVERTAKEN = 4  # passes with later inputs that an input lets go before it
-WINDOW = 256  # inputs from the first on that are looked at, so that a long queue costs no more
-FIXED_SHARE = 0.05  # of a full pass, what one costs whatever its size; the budget is measured so (`budget.knee`)
+PRIORITY_SECONDS = 1.0  # one step of priority is worth this much waiting
+MOST_OVERTAKEN = 4  # how many passes with later inputs may run before an input; then it must be next
+WINDOW = 256  # only this many inputs at the head of the queue are considered, to bound the time of a choice
+FIXED_SHARE = 0.05  # fixed cost of a pass, as a share of a full pass; `budget.knee` measures the budget with the same share
 
 
 @dataclass(eq=False)
 class QueuedInput(Generic[Target]):
-    """One prompt that waits for its pass. `result` resolves to what the passes give; cancelling it drops the work.
+    """One prompt that waits for its pass.
 
     Attributes:
-        rows: that it is expected to take, in one pass or several.
-        rows_at_once: the most that one pass holds of it.
-        order: (when it came, later by `PRIORITY_SECONDS` for each step of priority; a number that nobody else has).
+        rows: expected batch rows, in one pass or several.
+        rows_at_once: the most batch rows in a single pass.
+        result: resolves to the result of the passes; cancelling it drops the work.
+        order: position in the queue: (arrival time + `PRIORITY_SECONDS` per step of priority, a unique number).
         deadline: on the clock of `time.perf_counter`.
-        overtaken: in how many passes later inputs have gone before it.
+        overtaken: the number of passes in which later inputs ran before this one.
     """
 
     target: Target
@@ -63,12 +64,12 @@ class QueuedInput(Generic[Target]):
 
 @dataclass(frozen=True, eq=False)
 class Choice(Generic[Target]):
-    """The next pass.
+    """The inputs of the next pass.
 
     Attributes:
-        inputs: in order, at least one.
-        overtaken: those that stand before the last of them and stay.
-        full: whether the budget kept others out, so that who comes later can change nothing.
+        inputs: in the order of the queue, at least one.
+        overtaken: inputs that stay in the queue although they stand before the last chosen one.
+        full: whether the budget excluded an input, so that inputs which arrive later cannot join either.
     """
 
     inputs: list[QueuedInput[Target]]
@@ -78,7 +79,7 @@ class Choice(Generic[Target]):
 
 
 class _Pass(Generic[Target]):
-    """A pass that grows, within the budgets."""
+    """A pass to which inputs are added, within the budgets."""
 
     def __init__(self, first: QueuedInput[Target], target_tokens: int, max_tokens: int, pads: bool) -> None:
         self.inputs: list[QueuedInput[Target]] = []
@@ -87,7 +88,7 @@ class _Pass(Generic[Target]):
         self.add(first)
 
     def fits(self, queued: QueuedInput[Target]) -> bool:
-        """By the rows that are expected, and by the most that a pass may hold at once."""
+        """Whether the input fits: by its expected rows in the target, by its most rows at once in the maximum."""
         if self._pads:
             longest = max(self._longest, queued.length)
             expected, peak = (self._rows + queued.rows) * longest, (self._peak + queued.rows_at_once) * longest
@@ -96,7 +97,7 @@ class _Pass(Generic[Target]):
         return expected <= self._target_tokens and peak <= self._max_tokens
 
     def padding(self, queued: QueuedInput[Target]) -> int:
-        """Tokens of padding that it would add, its own and that of the others."""
+        """The tokens of padding that the input would add: its own and those of the other inputs."""
         if not self._pads:
             return 0
         longest = max(self._longest, queued.length)
@@ -114,16 +115,17 @@ class _Pass(Generic[Target]):
 def select(
     waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_tokens: int, pads: Callable[[Target], bool]
 ) -> Choice[Target]:
-    """The next pass of those that wait, which stand in order.
+    """Choose the inputs of the next pass from the waiting inputs.
 
-    The first one is in it, whatever its size, and none but those for the same adapter. Then come those that have been
-    overtaken as often as may be; what stands behind one of these that cannot come along stays too. Of the rest, those
-    nearest to the first one's length are preferred, and among equals those that came first.
+    The first input always joins, whatever its size; all others must be for the same adapter. Next come inputs that must not
+    be overtaken any more; if one of these does not fit, nothing behind it joins. Of the remaining inputs, those closest in
+    length to the first one are preferred, and among equals the earlier ones.
 
     Args:
-        pads: whether a pass for this adapter computes padding; without, real length counts, and the order alone.
-        target_tokens: bounds expected rows x padded length, but for the first input.
-        max_tokens: bounds the rows that one pass may hold, x padded length; `Batcher.check_input` holds every input to it.
+        waiting: the queue, sorted by `order`; not empty.
+        target_tokens: limit on expected rows x padded length; does not apply to the first input.
+        max_tokens: limit on the most rows at once x padded length; `Batcher.check_input` checks every input against it.
+        pads: whether passes for this adapter compute padding. If not, real lengths count, and inputs join in order.
     """
     first = waiting[0]
     padded = pads(first.target)
@@ -131,22 +133,22 @@ def select(
     full = False
     others: list[QueuedInput[Target]] = []
     for queued in islice(waiting, 1, WINDOW):
-        alike = queued.target is first.target
+        same_adapter = queued.target is first.target
         if queued.overtaken < MOST_OVERTAKEN:
-            if alike:
+            if same_adapter:
                 others.append(queued)
-        elif alike and chosen.fits(queued):
+        elif same_adapter and chosen.fits(queued):
             chosen.add(queued)
         else:
             full = True
             break
     if padded:
-        others.sort(key=lambda queued: abs(queued.length - first.length))  # stable: first come among equals
-    spare = FIXED_SHARE * target_tokens
+        others.sort(key=lambda queued: abs(queued.length - first.length))  # stable: earlier first among equals
+    acceptable_padding = FIXED_SHARE * target_tokens
     for queued in others:
         if not chosen.fits(queued):
             full = True
-        elif chosen.padding(queued) <= spare:
+        elif chosen.padding(queued) <= acceptable_padding:
             chosen.add(queued)
     inputs = sorted(chosen.inputs, key=lambda queued: queued.order)
     members, last = set(inputs), inputs[-1].order

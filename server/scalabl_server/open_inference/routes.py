@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, version 2, beside `/predict`: routes for clients of KServe and Triton.
+"""The routes of the Open Inference Protocol, version 2, for clients of KServe and Triton.
 
-An adapter is a model here. `infer` becomes a request as `/predict` takes it and goes the same way.
+In this protocol an adapter is called a model. An `infer` request is converted to a `/predict` request and answered alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VERSION = "1"
 
 
 def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
-    """The protocol's routes over one server."""
+    """The routes of the protocol."""
     form: dict[str, Any] = {"model": InferError, "media_type": "application/json"}
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], route_class=route_class(keys, _no_binary, **form))
     guarded = keys.guards
@@ -49,18 +49,18 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
 
     @router.get("", dependencies=guarded)
     async def server_metadata() -> ServerMetadata:
-        """Name, version and extensions, of which there are none."""
+        """Name and version of the server. It supports no extensions."""
         return ServerMetadata(name="scalabl", version=__version__, extensions=[])
 
     @router.get("/health/live", responses=errors("failed"))
     async def server_live() -> Live:
-        """As /health/live."""
+        """The same check as /health/live."""
         server.check_alive()
         return Live(live=True)
 
     @router.get("/health/ready", responses=errors("starting"))
     async def server_ready() -> Ready:
-        """As /health/ready."""
+        """The same check as /health/ready."""
         server.check_ready()
         return Ready(ready=True)
 
@@ -68,23 +68,23 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
 
     @router.get("/models/{name}", **answers)
     async def model_metadata(name: str) -> ModelMetadata:
-        """The tensors that an adapter takes and gives."""
+        """The input and output tensors of an adapter."""
         return _metadata(server, name)
 
     @router.get("/models/{name}/versions/{version}", **answers)
     async def model_version_metadata(name: str, version: str) -> ModelMetadata:
-        """The same; there is one version."""
+        """The input and output tensors of an adapter. Version 1 is the only one."""
         return _metadata(server, name, version)
 
     @router.get("/models/{name}/ready", **answers)
     async def model_ready(name: str) -> ModelReady:
-        """200 while an adapter takes requests."""
+        """200 while the adapter is loaded and can answer requests."""
         _adapter(server, name)
         return ModelReady(name=name, ready=True)
 
     @router.get("/models/{name}/versions/{version}/ready", **answers)
     async def model_version_ready(name: str, version: str) -> ModelReady:
-        """The same; there is one version."""
+        """200 while the adapter is loaded and can answer requests. Version 1 is the only one."""
         _adapter(server, name, version)
         return ModelReady(name=name, ready=True)
 
@@ -100,14 +100,14 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     async def infer(
         name: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
     ) -> InferResponse:
-        """What /predict answers, as tensors."""
+        """The answer of /predict as tensors."""
         return await while_connected(http, _infer(server, name, request, x_request_timeout))
 
     @router.post("/models/{name}/versions/{version}/infer", **inferences)
     async def infer_version(
         name: str, version: str, request: InferRequest, http: Request, x_request_timeout: RequestTimeout = None
     ) -> InferResponse:
-        """The same; there is one version."""
+        """The answer of /predict as tensors. Version 1 is the only one."""
         return await while_connected(http, _infer(server, name, request, x_request_timeout, version))
 
     return router
@@ -122,7 +122,7 @@ def _adapter(server: ServerLifetime, name: str, version: str = VERSION) -> Serve
     """A loaded adapter.
 
     Raises:
-        ProblemError: there is no such adapter or version, or none yet.
+        ProblemError: `unknown-adapter` for an unknown name or version; `starting`, `draining` or `failed`.
     """
     served = server.serving().engine.adapter(name)
     if version != VERSION:

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's JSON, and how its tensors become a request of `/predict` and back."""
+"""The JSON schemas of the Open Inference Protocol, and the conversion of tensors to `/predict` requests and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalabl_server.schemas.prediction import Prediction, PredictRequest
 from scalabl_server.web.errors import invalid_fields
 
 BINARY = (
-    "this server speaks JSON tensors only and not the binary-data extension; with Triton's client pass binary_data=False to "
+    "this server supports JSON tensors only, not the binary-data extension; with Triton's client, pass binary_data=False to "
     "set_data_from_numpy and to InferRequestedOutput, and name the outputs"
 )
 
@@ -45,13 +45,13 @@ OUTPUTS: dict[OutputName, tuple[DataType, Callable[[Prediction], Any]]] = {
 
 
 class InferError(BaseModel):
-    """The protocol's form of an error."""
+    """An error in the form of the protocol."""
 
     error: str
 
 
 class TensorParameters(BaseModel):
-    """What the binary-data extension sets; only its absence is understood."""
+    """Parameters of the binary-data extension. A request that uses the extension is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -60,7 +60,7 @@ class TensorParameters(BaseModel):
 
 
 class InputTensor(BaseModel):
-    """A tensor of strings, nested by its shape or flat in row-major order."""
+    """A tensor of strings: nested lists as in its shape, or one flat list in row-major order."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,7 +68,7 @@ class InputTensor(BaseModel):
     shape: Annotated[list[Annotated[int, Field(ge=1, le=2**31)]], Field(min_length=1, max_length=2)]
     datatype: Literal["BYTES"]
     parameters: TensorParameters | None = None
-    data: Strings | Rows | None = None  # absent where the binary-data extension carries it
+    data: Strings | Rows | None = None  # absent if the binary-data extension is used
 
 
 class RequestedOutput(BaseModel):
@@ -81,7 +81,7 @@ class RequestedOutput(BaseModel):
 
 
 class InferParameters(BaseModel):
-    """Fields of /predict. `choices` may also be the JSON of a list, since the protocol's parameters are scalars."""
+    """Fields of /predict. `choices` may also be a list encoded as a JSON string, because the protocol allows only scalars."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -95,7 +95,8 @@ class InferParameters(BaseModel):
 
 
 class InferRequest(BaseModel):
-    """`text`: BYTES [N]; for multiple choice also `choices`: BYTES [C] or [N, C], a row's end filled with empty strings."""
+    """The input tensors are `text`, BYTES [N], and for multiple choice `choices`, BYTES [C] or [N, C]. Rows with fewer
+    choices are padded with empty strings."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -109,12 +110,12 @@ class InferRequest(BaseModel):
     parameters: InferParameters | None = None
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=2)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] | None = Field(
-        default=None, description="Default: all of them."
+        default=None, description="The outputs to return (default: all)."
     )
 
 
 class OutputTensor(BaseModel):
-    """A tensor, flat in row-major order."""
+    """An output tensor, as a flat list in row-major order."""
 
     name: str
     shape: list[int]
@@ -123,7 +124,7 @@ class OutputTensor(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """The answers, in the order of the inputs."""
+    """The output tensors; their rows are in the order of the inputs."""
 
     model_name: str
     model_version: str
@@ -132,7 +133,7 @@ class InferResponse(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """A tensor that a model takes or gives; -1 is any size."""
+    """An input or output tensor of a model. In the shape, -1 stands for any size."""
 
     name: str
     datatype: str
@@ -140,7 +141,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A model; `parameters.choices` are what the columns of `probabilities` stand for, where they are fixed."""
+    """A model. `parameters.choices` names the columns of the output `probabilities`, if the choices are fixed."""
 
     name: str
     versions: list[str]
@@ -151,7 +152,7 @@ class ModelMetadata(BaseModel):
 
 
 class ServerMetadata(BaseModel):
-    """This server."""
+    """Name, version and extensions of this server."""
 
     name: str
     version: str
@@ -159,34 +160,34 @@ class ServerMetadata(BaseModel):
 
 
 class Live(BaseModel):
-    """Whether the server lives."""
+    """The answer of the liveness check."""
 
     live: bool
 
 
 class Ready(BaseModel):
-    """Whether the server takes requests."""
+    """The answer of the server's readiness check."""
 
     ready: bool
 
 
 class ModelReady(BaseModel):
-    """Whether a model takes requests."""
+    """The answer of a model's readiness check."""
 
     name: str
     ready: bool
 
 
 def wanted(request: InferRequest) -> list[OutputName]:
-    """The names of the outputs, after a look for what asks for binary data.
+    """The names of the requested outputs.
 
     Raises:
-        ProblemError: `invalid-field`.
+        ProblemError: `invalid-field`, for binary data or an output that is named twice.
     """
     tensors: Sequence[InputTensor | RequestedOutput] = [*request.inputs, *(request.outputs or [])]
     parameters = [tensor.parameters for tensor in tensors if tensor.parameters is not None]
     if (request.parameters is not None and request.parameters.binary_data_output) or any(
-        given.binary_data or given.binary_data_size is not None for given in parameters
+        options.binary_data or options.binary_data_size is not None for options in parameters
     ):
         raise ProblemError("invalid-field", BINARY)
     if not request.outputs:
@@ -194,12 +195,12 @@ def wanted(request: InferRequest) -> list[OutputName]:
     names = [output.name for output in request.outputs]
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ProblemError("invalid-field", f"{name!r} is asked for twice", field=f"outputs.{position}")
+            raise ProblemError("invalid-field", f"the output {name!r} is requested twice; name it once", field=f"outputs.{position}")
     return names
 
 
 def as_predict(adapter: str, request: InferRequest) -> PredictRequest:
-    """The same request as `/predict` takes it.
+    """Convert the request to one of `/predict`.
 
     Raises:
         ProblemError: `invalid-field`.
@@ -208,44 +209,46 @@ def as_predict(adapter: str, request: InferRequest) -> PredictRequest:
     if request.parameters is not None:
         fields |= request.parameters.model_dump(exclude_none=True, exclude={"binary_data_output"})
         if isinstance(fields.get("choices"), str):
-            fields["choices"] = _listed(fields["choices"])
+            fields["choices"] = _parse_list(fields["choices"])
     for tensor in request.inputs:
         field = "inputs" if tensor.name == "text" else "choices"
         if field in fields:
-            raise ProblemError("invalid-field", f"{tensor.name!r} is given twice", field="inputs")
+            raise ProblemError("invalid-field", f"{tensor.name!r} appears twice; send it once", field="inputs")
         values = _strings(tensor)
         if tensor.name == "text":
             if len(tensor.shape) == 2 and tensor.shape[1] != 1:
-                raise ProblemError("invalid-field", f"shape {tensor.shape} is neither [N] nor [N, 1]", field="text")
+                raise ProblemError("invalid-field", f"shape {tensor.shape} is not allowed; use [N] or [N, 1]", field="text")
             fields["inputs"] = values
         elif len(tensor.shape) == 1:
             fields["choices"] = values
         else:
             width = tensor.shape[1]
-            fields["choices"] = [_unfilled(values[start : start + width]) for start in range(0, len(values), width)]
+            fields["choices"] = [_without_padding(values[start : start + width]) for start in range(0, len(values), width)]
     if "inputs" not in fields:
-        raise ProblemError("invalid-field", "there is no tensor 'text'", field="inputs")
+        raise ProblemError("invalid-field", "the tensor 'text' is missing; send it", field="inputs")
     try:
         return PredictRequest(**fields)
     except ValidationError as error:
         raise invalid_fields(error.errors()) from None
 
 
-def _listed(text: str) -> Any:
+def _parse_list(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ProblemError("invalid-field", "choices is not the JSON of a list of strings", field="parameters") from None
+        raise ProblemError(
+            "invalid-field", "choices is not valid JSON; send a JSON list of strings", field="parameters"
+        ) from None
 
 
-def _unfilled(row: list[str]) -> list[str]:
+def _without_padding(row: list[str]) -> list[str]:
     while row and not row[-1]:
         row = row[:-1]
     return row
 
 
 def _strings(tensor: InputTensor) -> list[str]:
-    """The elements in row-major order, after checking their number against the shape."""
+    """The elements in row-major order. Their number must match the shape."""
     values: list[str] = []
     for element in tensor.data or []:
         if isinstance(element, str):
@@ -257,17 +260,19 @@ def _strings(tensor: InputTensor) -> list[str]:
         size *= extent
     if size != len(values):
         raise ProblemError(
-            "invalid-field", f"shape {tensor.shape} holds {size} and data has {len(values)}", field=tensor.name
+            "invalid-field",
+            f"shape {tensor.shape} means {size} elements, but data has {len(values)}",
+            field=tensor.name,
         )
     return values
 
 
 def output_tensor(name: OutputName, predictions: Sequence[Prediction]) -> OutputTensor:
-    """One output of all inputs."""
+    """One output tensor for all predictions."""
     datatype, value = OUTPUTS[name]
     values = [value(prediction) for prediction in predictions]
     shape = [len(values)]
-    if name == "probabilities":  # rows of fewer choices are filled with zeros
+    if name == "probabilities":  # rows with fewer choices are padded with zeros
         width = max(map(len, values))
         shape.append(width)
         values = [p for row in values for p in row + [0.0] * (width - len(row))]

@@ -1,1 +1,1 @@
-"""The path of a `/predict` request: parsed request, jobs, answers. The queue is in `batching`, the model in `engines`."""
+"""The path of a `/predict` request: checks, jobs, answers. The queue is in `batching`, the model in `engines`."""

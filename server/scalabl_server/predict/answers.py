@@ -1,4 +1,4 @@
-"""From what the passes gave for each input to the JSON that answers the request."""
+"""The answer to a request: computes the JSON of each prediction from the results of the passes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from scalabl_server.predict.request import Asked
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import Prediction, StandardError
 
-SMALL = 4096  # logits (samples x choices), which take a few tenths of a millisecond
+SMALL = 4096  # logits (samples x choices); processing that many takes less than half a millisecond
 
 
 def is_small(jobs: Sequence[Job], results: Sequence[Result]) -> bool:
-    """Whether `answers_of` takes less time than a change of thread and back: for one input with few samples."""
+    """Whether `answers_of` is faster than handing it to another thread: true for one input with few samples."""
     return len(results) == 1 and jobs[0].values_to_read(results[0]) <= SMALL
 
 
 def answers_of(
     jobs: Sequence[Job], results: Sequence[Result], asked: Asked, config: AdapterConfig
 ) -> tuple[list[Predictive], list[Prediction]]:
-    """What the pass's result for each input comes to, and its JSON. Belongs off the event loop, unless it `is_small`.
+    """The predictive distribution of each input and its JSON. Call it on another thread than the event loop's, unless it
+    `is_small`.
 
     Raises:
         ProblemError: `internal-error`, for logits that are not finite.
@@ -37,7 +38,8 @@ def answers_of(
     for position, (job, result) in enumerate(zip(jobs, results, strict=True)):
         if not result.is_finite:
             raise ProblemError(
-                "internal-error", f"the model gave inputs.{position} logits that are not finite; its adapter may be damaged"
+                "internal-error",
+                f"the model computed logits that are not finite for inputs.{position}; its adapter may be damaged",
             )
         outcomes.append(job.outcome(result, config.temperature))
     return [outcome for outcome, _ in outcomes], [
@@ -49,11 +51,16 @@ def answers_of(
 def prediction_of(
     outcome: Predictive, choices: Sequence[str], asked: Asked, shares: dict[str, float], decided: dict[str, Any]
 ) -> Prediction:
-    """The answer to one input, with an id of its own."""
+    """The JSON of one prediction, with a new id.
+
+    Args:
+        shares: of the adapted layers in the variance.
+        decided: the fields `prediction_set` and `abstain`, from `decisions`.
+    """
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
     error = outcome.standard_error
-    optional: dict[str, Any] = {}  # left out of the JSON unless asked for
+    optional: dict[str, Any] = {}  # only in the JSON if the request asks for them
     if asked.return_samples:
         optional["samples"] = [dict(zip(choices, sample, strict=True)) for sample in outcome.sample_probabilities.tolist()]
     if asked.explain:
@@ -86,12 +93,12 @@ def _known(value: float) -> float | None:
 
 
 def warnings_of(served: Served, asked: Asked) -> list[str]:
-    """What a client should know of the answers: that the linearisation is not to be trusted with this adapter, and why there
-    is neither a prediction set nor an abstention."""
+    """Warnings for the client: that linearisation is inaccurate for this adapter, and why `prediction_set` and `abstain` are
+    null although the adapter is calibrated."""
     warnings = []
     if asked.method == "linearized" and served.relative_spread > SPREAD_LIMIT:
-        spread = f"its sigma is {served.relative_spread:.2g} of |mu| in the median, above {SPREAD_LIMIT:g}"
-        warnings.append(f"the linearized method is biased for the adapter {served.name!r}: {spread}; prefer monte_carlo")
+        spread = f"its median sigma / |mu| is {served.relative_spread:.2g}, above the limit of {SPREAD_LIMIT:g}"
+        warnings.append(f"the linearized method is biased for the adapter {served.name!r}: {spread}; use monte_carlo instead")
     if asked.uncalibrated is not None:
         warnings.append(asked.uncalibrated)
     return warnings

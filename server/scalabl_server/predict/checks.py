@@ -1,4 +1,4 @@
-"""Whether a request's method, samples and coverage go together, with each other and with the adapter's calibration."""
+"""Checks that a request's method, samples and coverage fit each other and the adapter's calibration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalabl_server.schemas.prediction import PredictRequest
 
 
 def check_method(request: PredictRequest) -> None:
-    """Refuse what a request's method has no use for.
+    """Refuse fields that the request's method does not use.
 
     Raises:
         ProblemError: `invalid-field`.
@@ -22,7 +22,9 @@ def check_method(request: PredictRequest) -> None:
         for field in ("target", "tolerance"):
             if getattr(request, field) is not None:
                 raise ProblemError(
-                    "invalid-field", "it goes with num_samples 'auto'; leave it out, or send that too", field=field
+                    "invalid-field",
+                    "the field is only for num_samples 'auto'; leave it out, or set num_samples to 'auto'",
+                    field=field,
                 )
     if request.method == "linearized":
         for field in ("num_samples", "seed", "return_samples"):
@@ -34,13 +36,13 @@ def check_method(request: PredictRequest) -> None:
     elif request.explain and request.method == "monte_carlo":
         raise ProblemError(
             "invalid-field",
-            "samples alone do not tell layers apart; send the method 'linearized' or 'control_variate'",
+            "the method monte_carlo cannot attribute the variance to layers; use the method linearized or control_variate",
             field="explain",
         )
 
 
 def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
-    """When to stop drawing samples, where the request leaves that to the server.
+    """The rule for when to stop drawing samples, if the request has num_samples 'auto'; otherwise None.
 
     Raises:
         ProblemError: `invalid-field`.
@@ -48,11 +50,15 @@ def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
     if request.num_samples != "auto":
         return None
     if request.method != "monte_carlo":
-        raise ProblemError("invalid-field", "'auto' is for the method monte_carlo; send a number", field="num_samples")
+        raise ProblemError(
+            "invalid-field", "'auto' is only for the method monte_carlo; send a number instead", field="num_samples"
+        )
     target, most = request.target or Rule.target, min(Rule.most, max_samples)
     if target == "decision" and request.tolerance is not None and request.tolerance >= 1:
         raise ProblemError(
-            "invalid-field", "for the target decision it is a probability; send one below 1", field="tolerance"
+            "invalid-field",
+            f"{request.tolerance:g} is not below 1; for the target decision the tolerance is a probability",
+            field="tolerance",
         )
     return Rule(target, request.tolerance, min(Rule.first, most), most)
 
@@ -60,7 +66,10 @@ def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
 def uncalibrated(
     calibration: Calibration | None, method: Method, num_samples: int | Literal["auto"], seed: int, scheme: Scheme
 ) -> str | None:
-    """Why an answer's set and abstention cannot be had: thresholds hold for the predictive that they were found with."""
+    """Why the calibrated thresholds do not apply to a request; None if they do, or if there are none.
+
+    The thresholds hold only for predictions that are computed in the same way as those of the calibration.
+    """
     if calibration is None:
         return None
     wanted = {
@@ -71,17 +80,21 @@ def uncalibrated(
     }
     if method != "monte_carlo":
         wanted = {"method": wanted["method"]}
-    differing = [f"{name} {given} (calibrated with {known})" for name, (given, known) in wanted.items() if given != known]
+    differing = [
+        f"{name} {requested} (calibrated with {calibrated})"
+        for name, (requested, calibrated) in wanted.items()
+        if requested != calibrated
+    ]
     if not differing:
         return None
-    return f"prediction_set and abstain are null: this answer has {', '.join(differing)}"
+    return f"prediction_set and abstain are null, because this request uses {', '.join(differing)}"
 
 
 def level_for(calibration: Calibration | None, coverage: float | None, unlike: str | None) -> str | None:
-    """The calibrated level that a request's `coverage` names, or the default one; None without a calibration that holds.
+    """The calibrated level for a request's `coverage`, or the default level; None if there is no applicable calibration.
 
     Args:
-        unlike: what `uncalibrated` says.
+        unlike: the result of `uncalibrated`.
 
     Raises:
         ProblemError: `invalid-field`, for a coverage that was not calibrated.
@@ -90,14 +103,16 @@ def level_for(calibration: Calibration | None, coverage: float | None, unlike: s
         if coverage is not None:
             raise ProblemError(
                 "invalid-field",
-                "this adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
+                "the adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
                 field="coverage",
             )
         return None
     if unlike is not None:
         if coverage is not None:
             raise ProblemError(
-                "invalid-field", f"{unlike}; leave the field out, or ask as it was calibrated", field="coverage"
+                "invalid-field",
+                f"{unlike}; leave the field out, or use the settings of the calibration",
+                field="coverage",
             )
         return None
     if coverage is None:
@@ -106,7 +121,7 @@ def level_for(calibration: Calibration | None, coverage: float | None, unlike: s
     if level not in calibration.levels:
         raise ProblemError(
             "invalid-field",
-            f"{level} was not calibrated; this adapter has {', '.join(calibration.levels)}",
+            f"{level} was not calibrated; use one of {', '.join(calibration.levels)}",
             field="coverage",
         )
     return level

@@ -1,6 +1,6 @@
-"""The path of one `/predict` request: checks, a place in the queue, token ids, results, answer, storage.
+"""The order of the steps that answer a `/predict` request: checks, admission, tokenising, passes, answer, storage.
 
-What each step does is in a module of its own; here is their order. The server's life is in `lifetime`.
+Each step is implemented in a module of its own. The start and stop of the server are in `lifetime`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class _Computed:
-    """What a request's inputs came to, in their order, what to know of that, and the rows that they took together."""
+    """The computed answers of a request, in the order of its inputs; its warnings; and the batch rows that it took."""
 
     outcomes: list[Predictive]
     predictions: list[Prediction]
@@ -48,11 +48,11 @@ class Predictor:
     """Answers requests with a loaded engine.
 
     Args:
-        prompt_thread: where tokenizers may be used; they are not safe to share between threads.
-        answer_threads: where large answers are computed.
+        prompt_thread: the only thread that uses tokenizers, because they are not thread-safe.
+        answer_threads: compute large answers off the event loop.
 
     Attributes:
-        in_flight: requests between admission and answer.
+        in_flight: the number of requests between admission and answer.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Predictor:
         """Answer one request.
 
         Args:
-            timeout: seconds until its deadline; the setting is the most.
-            form: makes of the answer what is sent, as a rule while the disk is waited for.
+            timeout: seconds until the request's deadline; the setting `request_timeout` is the default and the maximum.
+            form: converts the answer to what is sent; usually called while the prediction is being stored.
 
         Raises:
-            ProblemError: everything that the client can be told.
+            ProblemError: the request is refused or failed.
         """
         engine, started = self._engine, time.perf_counter()
         served = engine.adapter(request.adapter)
@@ -114,33 +114,33 @@ class Predictor:
         except TimeoutError:
             raise ProblemError(
                 "deadline-exceeded",
-                f"no answer within {seconds:g} s; send fewer inputs or samples, or try again later",
+                f"no answer within the deadline of {seconds:g} s; send fewer inputs or samples, or try again later",
             ) from None
         except ProblemError as problem:
             if problem.__cause__ is not None:
-                logger.error("a pass failed on this request alone", exc_info=problem.__cause__)
+                logger.error("a forward pass failed because of an input of this request", exc_info=problem.__cause__)
             raise
         finally:
             self.in_flight -= 1
             for place in places:
                 place.free()
-        asyncio.get_running_loop().call_soon(  # once the answer is sent
+        asyncio.get_running_loop().call_soon(  # after the answer has been sent
             self._observe, served.name, computed.outcomes, time.perf_counter() - started
         )
         return formed[-1]
 
     def _note(self, served: Served, asked: Asked) -> None:
-        """Say in the request's trace what it is."""
+        """Write the adapter and the size of the request to its trace."""
         request_trace = trace.current()
         request_trace.adapter, request_trace.inputs = served.name, len(asked.texts)
         request_trace.characters = sum(map(len, asked.texts))
         request_trace.compute_type = self._engine.device.partition(":")[0]
 
     async def _compute(self, served: Served, asked: Asked, places: Sequence[Place], until: float) -> _Computed:
-        """Token ids, passes and answers.
+        """Tokenise, run the passes and compute the answers.
 
         Args:
-            until: the request's deadline, by `time.perf_counter`.
+            until: the request's deadline, on the clock of `time.perf_counter`.
         """
         request_trace, started = trace.current(), time.perf_counter()
         sequences, jobs = await self._prepare(served, asked)
@@ -163,10 +163,10 @@ class Predictor:
         return _Computed(outcomes, predictions, warnings_of(served, asked), rows)
 
     async def _prepare(self, served: Served, asked: Asked) -> tuple[list[list[int]], list[Job]]:
-        """Each input's token ids and job.
+        """The token ids and the job of each input.
 
-        On the prompts' thread a slice at a time, so that requests take turns and one that is given up goes no further; for a
-        short request at once, on this thread.
+        A short request is prepared at once on this thread. A longer one is prepared on the prompt thread in slices, so that
+        requests take turns, and a cancelled request stops at the next slice.
         """
         loop, max_tokens = asyncio.get_running_loop(), self._engine.max_input_tokens
         *earlier, last = slices(asked)
@@ -183,7 +183,7 @@ class Predictor:
         return sequences + ids, jobs
 
     def _response(self, adapter: str, predictions: Sequence[Prediction], computed: _Computed) -> PredictResponse:
-        # Without warnings the field is left out of the JSON.
+        # The JSON has the field only if there are warnings.
         optional: dict[str, Any] = {"warnings": computed.warnings} if computed.warnings else {}
         request_trace = trace.current()
         return PredictResponse(
@@ -202,5 +202,5 @@ class Predictor:
 
 
 def _prepare_last(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
-    """The last inputs' token ids, and the jobs of all inputs."""
+    """The token ids of the last slice of inputs, and the jobs of all inputs."""
     return encode(served.prompter, asked, positions, max_tokens), jobs_for(served, asked)

@@ -1,4 +1,4 @@
-"""From a checked request to what the queue takes: each input's token ids and its job."""
+"""Preparing a checked request for the queue: tokenises each input and creates its job."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scalabl_server.predict.request import Asked, place_of
 from scalabl_server.problems import ProblemError
 from scalabl_server.settings import ServeSettings
 
-SHORT_CHARACTERS = 2000  # tokenised in half a millisecond
-SLICE_CHARACTERS = 20_000  # tokenised at once, so that a large request does not hold up the small ones
+SHORT_CHARACTERS = 2000  # tokenising that many takes half a millisecond
+SLICE_CHARACTERS = 20_000  # tokenised in one go; limited, so that a large request does not hold up small ones
 
 
 def is_short(asked: Asked, settings: ServeSettings) -> bool:
-    """Whether preparing a request takes less time than a change of thread and back.
+    """Whether preparing a request is faster than handing it to another thread.
 
-    So it is for one short text with the draws that most requests have, since these are kept.
+    It is for one short text with the default seed and number of samples, because their draws are cached.
     """
     is_usual = asked.seed == settings.seed and (asked.rule is not None or asked.num_samples in (0, settings.num_samples))
     characters = len(asked.texts[0]) + sum(map(len, asked.choices[0]))
@@ -27,7 +27,7 @@ def is_short(asked: Asked, settings: ServeSettings) -> bool:
 
 
 def slices(asked: Asked) -> Iterator[range]:
-    """The inputs' positions in runs of few characters."""
+    """The positions of the inputs, in slices of at most `SLICE_CHARACTERS` or one input each."""
     start = characters = 0
     for position, text in enumerate(asked.texts):
         if position > start and characters + len(text) > SLICE_CHARACTERS:
@@ -38,10 +38,10 @@ def slices(asked: Asked) -> Iterator[range]:
 
 
 def encode(prompter: Prompter, asked: Asked, positions: range, max_tokens: int) -> list[list[int]]:
-    """Token ids of some of the inputs. Runs on the prompts' thread.
+    """The token ids of the inputs at these positions. Runs on the prompt thread.
 
     Raises:
-        ProblemError: `input-too-large` or `invalid-field`, naming the input.
+        ProblemError: `input-too-large` or `invalid-field`; it names the input.
     """
     multiple_choice = prompter.task.kind == "multiple_choice"
     sequences = []
@@ -58,7 +58,7 @@ def encode(prompter: Prompter, asked: Asked, positions: range, max_tokens: int) 
 
 
 def jobs_for(served: Served, asked: Asked) -> list[Job]:
-    """What each input of a request asks of the engine. Its draws may have to be made."""
+    """The job of each input. May have to draw the posterior samples, if they are not cached."""
     counts = [len(names) for names in asked.choices]
     if asked.method == "linearized":
         return [LinearizedJob(asked.linear_rows, count) for count in counts]

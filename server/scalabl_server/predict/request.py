@@ -1,4 +1,4 @@
-"""What a request asks for, and everything that can be wrong with it, without work that grows with its texts."""
+"""Checking a request against the adapter and the limits, before its texts are tokenised. Method checks are in `checks`."""
 
 from __future__ import annotations
 
@@ -16,47 +16,56 @@ from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import PredictRequest
 from scalabl_server.settings import ServeSettings
 
-CHARACTERS_PER_TOKEN = 4  # of English text; for the estimate before a text is tokenised
+CHARACTERS_PER_TOKEN = 4  # in English text; used to estimate a length before the text is tokenised
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for, within the limits. `choices` are the names of each text's choices."""
+    """A checked request, with the defaults filled in.
+
+    Attributes:
+        choices: for each text, the names of its choices.
+        num_samples: K; with a rule, the maximum; 0 if the method draws no samples.
+        rule: when to stop drawing samples for an input; None if K is fixed.
+        linear_rows: batch rows of the linearisation, one per choice of the adapter; 0 without linearisation.
+        level: the calibrated coverage of the prediction set; None without an applicable calibration.
+        uncalibrated: why the adapter's calibration does not apply to this request; None if it does, or there is none.
+    """
 
     texts: list[str]
     choices: list[Sequence[str]]
     method: Method
-    num_samples: int  # K, the most of them with a rule; 0 where none are drawn
-    rule: Rule | None  # when each input has enough samples, where that is left to the server
-    linear_rows: int  # of its linearisation, one for each choice of the adapter; 0 where there is none
+    num_samples: int
+    rule: Rule | None
+    linear_rows: int
     seed: int
     priority: int
-    level: str | None  # the calibrated coverage
-    uncalibrated: str | None  # why there is none, although the adapter is calibrated
+    level: str | None
+    uncalibrated: str | None
     truncate: bool
     return_samples: bool
     explain: bool
 
     @property
     def demand(self) -> RowDemand:
-        """The rows of each input: its samples, and those of its linearisation."""
+        """The batch rows of each input: its samples and its linearisation."""
         if self.rule is not None:
             return AdaptiveJob.demand_of(self.rule)
         return RowDemand.fixed(self.num_samples + self.linear_rows)
 
     def estimated_tokens(self, rows: int, max_tokens: int) -> list[int]:
-        """Rows x length of each input, before it is tokenised."""
+        """An estimate of rows x length for each input, before it is tokenised."""
         return [rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
 
 
 def read_request(request: PredictRequest, config: AdapterConfig, settings: ServeSettings, max_tokens: int) -> Asked:
-    """Check a request against the adapter and the limits, without work that grows with its texts.
+    """Check a request against the adapter and the limits. Cheap: it does not tokenise the texts.
 
     Args:
-        max_tokens: of one prompt.
+        max_tokens: limit on one prompt.
 
     Raises:
-        ProblemError: `invalid-field` or `input-too-large`, naming field, value and limit.
+        ProblemError: `invalid-field` or `input-too-large`; it names the field, the value and the limit.
     """
     check_method(request)
     rule = rule_of(request, settings.max_samples)
@@ -72,22 +81,24 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
     if abs(request.priority) > settings.max_priority:
         raise ProblemError(
             "invalid-field",
-            f"{request.priority} is outside this server's -{settings.max_priority} to {settings.max_priority}"
+            f"{request.priority} is outside this server's range of -{settings.max_priority} to {settings.max_priority}"
             if settings.max_priority
-            else "this server takes requests as they come; leave the field out",
+            else "this server does not accept priorities; leave the field out",
             field="priority",
         )
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     if len(texts) > settings.max_inputs:
         raise ProblemError(
-            "input-too-large", f"{len(texts)} texts are above the limit of {settings.max_inputs} per request", field="inputs"
+            "input-too-large",
+            f"{len(texts)} texts exceed the limit of {settings.max_inputs} per request; send fewer at once",
+            field="inputs",
         )
     limit = settings.longest_text(max_tokens)
     for position, text in enumerate(texts):
         if len(text) > limit and not request.truncate:
             raise ProblemError(
                 "input-too-large",
-                f"{len(text)} characters are above the limit of {limit}; shorten the input or ask for truncate: true",
+                f"{len(text)} characters exceed the limit of {limit}; shorten the input or set truncate to true",
                 field=f"inputs{place_of(position, len(texts))}",
             )
     choices = _choices_per_input(config.task, request, len(texts), settings)
@@ -96,8 +107,8 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         if values > settings.max_sample_values:
             raise ProblemError(
                 "input-too-large",
-                f"{values} probabilities (inputs x samples x choices) are above the limit of "
-                f"{settings.max_sample_values} in one answer; send fewer inputs at once or lower num_samples",
+                f"{values} probabilities (inputs x samples x choices) exceed the limit of "
+                f"{settings.max_sample_values} per answer; send fewer inputs at once or lower num_samples",
                 field="return_samples",
             )
     seed = settings.seed if request.seed is None else request.seed
@@ -121,7 +132,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
 
 
 def place_of(position: int, count: int) -> str:
-    """What names one of `count` inputs behind a field's name; empty where there is only one."""
+    """The suffix of a field's name that points to one of `count` inputs, such as `.3`; empty for a single input."""
     return f".{position}" if count > 1 else ""
 
 
@@ -130,17 +141,21 @@ def _choices_per_input(task: Task, request: PredictRequest, count: int, settings
         if request.choices is not None:
             raise ProblemError(
                 "invalid-field",
-                "this adapter's task is classification with fixed choices; leave the field out",
+                "the adapter's task is classification with fixed choices; leave the field out",
                 field="choices",
             )
         return [task.choices] * count
     if request.choices is None:
         raise ProblemError(
-            "invalid-field", "this adapter's task is multiple_choice; send the choices to rank", field="choices"
+            "invalid-field", "the adapter's task is multiple_choice; send the choices of the inputs", field="choices"
         )
     lists: list[Sequence[str]] = [names for names in request.choices if not isinstance(names, str)]
     if lists and len(lists) != count:
-        raise ProblemError("invalid-field", f"{len(lists)} lists were given for {count} inputs", field="choices")
+        raise ProblemError(
+            "invalid-field",
+            f"{len(lists)} lists of choices for {count} inputs; send one list for all inputs or one per input",
+            field="choices",
+        )
     shared = not lists
     if shared:
         lists = [[name for name in request.choices if isinstance(name, str)]]
@@ -148,13 +163,15 @@ def _choices_per_input(task: Task, request: PredictRequest, count: int, settings
         where = "" if shared else place_of(position, count)
         if len(names) > settings.max_choices:
             raise ProblemError(
-                "invalid-field", f"{len(names)} are above the limit of {settings.max_choices}", field=f"choices{where}"
+                "invalid-field",
+                f"{len(names)} choices exceed the limit of {settings.max_choices}; send fewer",
+                field=f"choices{where}",
             )
         longest = max(map(len, names))
         if longest > settings.max_choice_chars:
             raise ProblemError(
                 "invalid-field",
-                f"one of {longest} characters is above the limit of {settings.max_choice_chars}",
+                f"a choice of {longest} characters exceeds the limit of {settings.max_choice_chars}; shorten it",
                 field=f"choices{where}",
             )
     return lists * count if shared else lists

@@ -1,1 +1,1 @@
-"""The JSON of the server's own routes. That of the dashboard and of the Open Inference Protocol is in their packages."""
+"""The JSON schemas of the server's own routes. Those of the dashboard and the Open Inference Protocol are in their packages."""

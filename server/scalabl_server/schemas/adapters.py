@@ -1,4 +1,4 @@
-"""The JSON of the routes that load and unload adapters."""
+"""The JSON schemas of the routes that load and unload adapters."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class LoadAdapter(BaseModel):
-    """An adapter to load. The names of the fields are vLLM's."""
+    """An adapter to load. The fields have the same names as in vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
-    lora_name: str = Field(description="Its name in the API.")
-    lora_path: str = Field(min_length=1, max_length=4096, description="Its folder, below the server's adapter root.")
-    replace: bool = Field(default=False, description="Take the place of a loaded adapter of that name.")
+    lora_name: str = Field(description="Name under which requests will select the adapter.")
+    lora_path: str = Field(
+        min_length=1, max_length=4096, description="Folder of the adapter, below the server's adapter root."
+    )
+    replace: bool = Field(default=False, description="Replace a loaded adapter of the same name.")
 
 
 class UnloadAdapter(BaseModel):
-    """An adapter to take away."""
+    """An adapter to unload."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -24,6 +26,6 @@ class UnloadAdapter(BaseModel):
 
 
 class AdapterNames(BaseModel):
-    """The adapters that are loaded now."""
+    """The names of the adapters that are loaded now."""
 
     adapters: list[str]

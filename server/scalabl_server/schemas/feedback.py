@@ -1,4 +1,4 @@
-"""The JSON of `/feedback` and `/predictions`: true answers to predictions, and what is stored of a prediction."""
+"""The JSON schemas of `/feedback` (true answers to predictions) and `/predictions` (stored predictions)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    id: str = Field(description="The prediction's id, as /predict gave it.")
-    label: str = Field(description="The true choice, one of those that the prediction had.")
+    id: str = Field(description="Id of the prediction, from the answer of /predict.")
+    label: str = Field(description="The true choice; one of the prediction's choices.")
 
 
-# One outcome or a list of them; told apart by kind, so that an error names the field of the one that was sent.
+# One outcome or a list of them. The discriminator looks at the type first, so that an error names the right field.
 FeedbackRequest = Annotated[
     Annotated[Outcome, Tag("object[Outcome]")] | Annotated[list[Outcome], Field(min_length=1), Tag("list[Outcome]")],
     Discriminator(lambda body: "list[Outcome]" if isinstance(body, list) else "object[Outcome]"),
@@ -25,7 +25,7 @@ FeedbackRequest = Annotated[
 
 
 class OutcomeStatus(BaseModel):
-    """What became of one label: stored first, already so, or stored in place of another."""
+    """The effect of one label: recorded for the first time, unchanged, or corrected (an earlier label was replaced)."""
 
     id: str
     label: str
@@ -33,27 +33,27 @@ class OutcomeStatus(BaseModel):
 
 
 class FeedbackResponse(BaseModel):
-    """Every label of the request is on disk."""
+    """The effect of every label of the request. All of them are on disk."""
 
     results: list[OutcomeStatus]
 
 
 class LabelAt(BaseModel):
-    """A label and when it came."""
+    """A label and the time at which it was reported."""
 
     label: str
     labelled_at: datetime
 
 
 class StoredPrediction(BaseModel):
-    """A prediction as it was answered, with its labels; all but the last were corrected."""
+    """A stored prediction with its labels. The last label is the valid one; it replaced those before it."""
 
     id: str
     model: str
     adapter: str
     created_at: datetime
     prediction: dict[str, Any] = Field(description="The prediction as /predict answered it, without samples.")
-    input_hash: str = Field(description="SHA-256 of the input's UTF-8, keyed when the server has a key for it.")
-    input: str | None = Field(description="The input itself, where the server stores it.")
-    label: str | None = Field(description="The latest label.")
-    labels: list[LabelAt]
+    input_hash: str = Field(description="SHA-256 of the input in UTF-8; an HMAC if the server has a key for it.")
+    input: str | None = Field(description="The input text; null unless the server stores inputs.")
+    label: str | None = Field(description="The latest label; null if none was reported.")
+    labels: list[LabelAt] = Field(description="All labels, the oldest first.")

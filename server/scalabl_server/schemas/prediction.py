@@ -1,4 +1,4 @@
-"""The JSON of `/predict`: what is asked and what is answered."""
+"""The JSON schemas of `/predict`: the request and the response."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from scalabl.config import SetMethod
 from scalabl.uncertainty.adaptive import Target
 from scalabl_server.methods import Method
 
-# A list ends at its first wrong element, so that a large one cannot make a large answer.
+# Validation of a list stops at its first invalid element, so that a large list cannot cause a large error message.
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
 class PredictRequest(BaseModel):
-    """One text or a list of them; `choices` only for a multiple-choice adapter: one list for all inputs, or one each."""
+    """One text or a list of texts to predict, and how. `choices` is only for adapters whose task is multiple choice."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -26,57 +26,59 @@ class PredictRequest(BaseModel):
 
     inputs: str | Texts = Field(description="One text, or a list of texts.")
     choices: Choices | Annotated[list[Choices], Field(min_length=1, fail_fast=True)] | None = Field(
-        default=None, description="Multiple choice only: the choices for all inputs, or one list for each."
+        default=None, description="Only for multiple choice: one list of choices for all inputs, or one list per input."
     )
     num_samples: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
         default=None,
         description=(
-            "K, the number of posterior samples (default: the server's). auto: for each input as many as what `target` "
-            "names needs, at most 64."
+            "K, the number of posterior samples (default: the server's setting). With auto the server draws samples for each "
+            "input until `target` is known well enough, at most 64."
         ),
     )
     target: Target | None = Field(
         default=None,
         description=(
-            "With num_samples auto, what is to be known well enough: decision (the default), which choice is the most "
-            "probable; probabilities; or mutual_information."
+            "Only with num_samples auto: the quantity that must be known well enough. decision (the default): which choice is "
+            "the most probable; probabilities; or mutual_information."
         ),
     )
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description=(
-            "With num_samples auto: the probability of stopping at another choice than many samples would choose (default: "
-            "0.005), or the standard error of the probabilities, or of the mutual information in nats (default: 0.01)."
+            "Only with num_samples auto. For the target decision: the probability of stopping with another choice than many "
+            "samples would give (default: 0.005). For the other targets: the standard error of the probabilities, or of the "
+            "mutual information in nats (default: 0.01)."
         ),
     )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = Field(
-        default=None, description="Seed of the draws (default: the server's)."
+        default=None, description="Seed of the posterior samples (default: the server's setting)."
     )
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Coverage of the prediction set, among those calibrated (default: 0.9 or the first)."
+        default=None, description="Coverage of the prediction set; must be a calibrated level (default: 0.9, or the first level)."
     )
     method: Method = Field(
         default="monte_carlo",
         description=(
-            "monte_carlo: from num_samples posterior samples. linearized: from the derivatives at their mean. "
-            "control_variate: the samples, corrected by what the linearisation says of the same samples."
+            "monte_carlo: average over num_samples posterior samples. linearized: no samples, a linear approximation around "
+            "the posterior mean. control_variate: posterior samples with the linear approximation as control variate, which "
+            "lowers the variance."
         ),
     )
     priority: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = Field(
         default=0,
         description=(
-            "Lower means earlier; a step counts as much as a second of waiting. The server bounds it; where its bound is 0, "
-            "any priority but 0 is refused."
+            "Requests with a lower value run earlier; one step is worth one second of waiting. The server limits the absolute "
+            "value; with a limit of 0 it accepts only priority 0."
         ),
     )
-    explain: bool = Field(default=False, description="Except by monte_carlo: also each layer's share of the variance.")
-    return_samples: bool = Field(default=False, description="Also return each sample's probabilities.")
-    truncate: bool = Field(default=False, description="Cut the end of texts that are too long, instead of refusing.")
-    adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default one).")
+    explain: bool = Field(default=False, description="Also return each layer's share of the variance; not with monte_carlo.")
+    return_samples: bool = Field(default=False, description="Also return the probabilities of each posterior sample.")
+    truncate: bool = Field(default=False, description="Cut off the end of texts that are too long instead of refusing them.")
+    adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default adapter).")
 
 
 class StandardError(BaseModel):
-    """Monte Carlo standard errors; null where K is too small to tell."""
+    """Monte Carlo standard errors; null if there are too few samples to estimate them."""
 
     probabilities: dict[str, float | None]
     entropy: float | None
@@ -85,9 +87,10 @@ class StandardError(BaseModel):
 
 
 class PredictionSet(BaseModel):
-    """Choices among which the true one is with probability `coverage`, most probable first; the top choice is always in.
+    """A set of choices that contains the true one with probability `coverage`, the most probable choice first.
 
-    It holds on average over inputs like those that the adapter was calibrated with, for as many samples and such draws.
+    The coverage holds on average over inputs like those of the calibration data. The most probable choice is always in the
+    set.
     """
 
     labels: list[str]
@@ -96,37 +99,39 @@ class PredictionSet(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the posterior samples say of one input. Entropies and mutual information are in nats."""
+    """The prediction for one input, with its uncertainty. Entropies and mutual information are in nats."""
 
-    id: str | None = Field(description="Name of this prediction for /feedback; null when it could not be stored.")
-    recorded: bool = Field(description="Whether it is stored, so that its id can be resolved.")
+    id: str | None = Field(description="Id of this prediction, for /feedback; null if it could not be stored.")
+    recorded: bool = Field(description="Whether the prediction is stored, so that its id can be used.")
     prediction: str = Field(description="The most probable choice.")
-    index: int = Field(description="Its index among the choices.")
-    confidence: float = Field(description="Its probability.")
-    probabilities: dict[str, float] = Field(description="Mean over samples of each choice's probability.")
-    entropy: float = Field(description="Total uncertainty: entropy of the probabilities.")
-    expected_entropy: float = Field(description="Aleatoric part: mean over samples of their entropy.")
-    mutual_information: float = Field(description="Epistemic part: how much the samples disagree.")
+    index: int = Field(description="Index of the most probable choice among the choices.")
+    confidence: float = Field(description="Probability of the most probable choice.")
+    probabilities: dict[str, float] = Field(description="Probability of each choice: the mean over the posterior samples.")
+    entropy: float = Field(description="Total uncertainty: the entropy of the probabilities.")
+    expected_entropy: float = Field(description="Aleatoric uncertainty: the mean of the samples' entropies.")
+    mutual_information: float = Field(description="Epistemic uncertainty: how much the samples disagree.")
     standard_error: StandardError
-    num_samples: int = Field(description="K, where auto was asked for the K it took; 0 for linearized, which draws none.")
+    num_samples: int = Field(description="K, the number of samples drawn for this input; 0 for the method linearized.")
     method: str
-    prediction_set: PredictionSet | None = Field(description="Null while the adapter is not calibrated.")
+    prediction_set: PredictionSet | None = Field(
+        description="Null if the adapter is not calibrated, or not for the settings of this request."
+    )
     abstain: bool | None = Field(
-        description="True: too doubtful to be acted on, for the calibrated risk. Null while the adapter has no threshold."
+        description="Whether the prediction is too uncertain for the calibrated risk. Null if there is no calibrated threshold."
     )
     layer_shares: dict[str, float] | None = Field(
-        default=None, description="Each adapted layer's share of the variance of the probabilities, when explain was set."
+        default=None, description="Each adapted layer's share of the variance of the probabilities; only if explain was set."
     )
     samples: list[dict[str, float]] | None = Field(
-        default=None, description="Each posterior sample's probabilities, when return_samples was set."
+        default=None, description="Probabilities of each posterior sample; only if return_samples was set."
     )
 
 
 class Usage(BaseModel):
-    """What the request cost: tokens of its prompts, and rows of the passes (its samples, and its linearised choices)."""
+    """The cost of the request."""
 
-    tokens: int
-    rows: int
+    tokens: int = Field(description="Tokens of all prompts.")
+    rows: int = Field(description="Batch rows computed for the request: one per posterior sample and per linearised choice.")
 
 
 class PredictResponse(BaseModel):
@@ -136,5 +141,5 @@ class PredictResponse(BaseModel):
     model: str
     adapter: str
     predictions: list[Prediction]
-    warnings: list[str] | None = Field(default=None, description="What to know of these answers; left out when nothing.")
+    warnings: list[str] | None = Field(default=None, description="Warnings about these answers; absent if there are none.")
     usage: Usage

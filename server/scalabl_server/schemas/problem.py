@@ -1,4 +1,4 @@
-"""The JSON of an answer that is an error."""
+"""The JSON schema of an error response."""
 
 from __future__ import annotations
 

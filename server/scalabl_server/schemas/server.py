@@ -1,4 +1,4 @@
-"""The JSON of `/info` and `/health`: what the server says of itself."""
+"""The JSON schemas of `/info` and `/health`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scalabl.evaluation.precision_change import QuantizationChange
 
 
 class Health(BaseModel):
-    """`status` is ok; a server that is not says why in an error."""
+    """`status` is always ok. A server that is not healthy answers with an error that gives the reason."""
 
     status: str
 
@@ -21,11 +21,11 @@ class ModelInfo(BaseModel):
     architecture: str
     dtype: str
     device: str
-    quantization: str | None = Field(description="Of its linear layers; null when they are in the dtype.")
+    quantization: str | None = Field(description="Quantization of the linear layers; null if they are not quantized.")
 
 
 class AdapterInfo(BaseModel):
-    """The adapter and its task."""
+    """An adapter and its task."""
 
     name: str
     r: int
@@ -34,22 +34,25 @@ class AdapterInfo(BaseModel):
     stochastic_parameters: int
     additional_parameters: int
     posterior_scale: float
-    relative_spread: float = Field(description="Median of scale * sigma / |mu|; above 0.5 linearized answers are biased.")
+    relative_spread: float = Field(description="Median of scale * sigma / |mu|. Above 0.5, linearized answers are biased.")
     temperature: float
     task: str
     choices: list[str]
-    calibration: Calibration | None = Field(description="What `scalabl calibrate` found, and with which draws.")
+    calibration: Calibration | None = Field(description="Thresholds that `scalabl calibrate` computed, and the draws that it used.")
     quantization_change: QuantizationChange | None = Field(
-        description="What the base model's quantization changed at the start; null without, or when loaded later."
+        description=(
+            "How much the base model's quantization changed this adapter's answers, measured at start-up; null without "
+            "quantization, or if the adapter was loaded later."
+        )
     )
 
 
 class Info(BaseModel):
-    """What is loaded, what a request gets when it names nothing, and what it may ask for."""
+    """The loaded model and adapters, the defaults for request fields, and the limits on requests."""
 
     version: str
     model: ModelInfo
-    adapter: AdapterInfo | None = Field(description="The default adapter; null when it was unloaded.")
-    adapters: list[AdapterInfo] = Field(description="Every adapter that is loaded, by name.")
+    adapter: AdapterInfo | None = Field(description="The default adapter; null if it was unloaded.")
+    adapters: list[AdapterInfo] = Field(description="All loaded adapters, sorted by name.")
     defaults: dict[str, int | str]
     limits: dict[str, int | float]

@@ -1,4 +1,4 @@
-"""HTTP: routes, middleware, access control, and errors as HTTP answers.
+"""HTTP: routes, middleware, API keys, and error responses.
 
-The routes of `open_inference` and `dashboard` are in their own packages; their errors too become answers in `errors`.
+The routes of `open_inference` and `dashboard` are in their own packages; their error responses are made in `errors` too.
 """

@@ -1,4 +1,4 @@
-"""The routes that load and unload adapters, named as vLLM names them. They exist only when the settings enable them."""
+"""The routes that load and unload adapters, with vLLM's names. They exist only with --enable-adapter-loading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalabl_server.web.guard import documented, route_class
 
 
 def build_adapter_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
-    """Both routes, behind the same keys as all others."""
+    """The two routes. They need the same API keys as all others."""
     router = APIRouter(prefix="/v1", tags=["adapters"], route_class=route_class(keys))
     guarded = keys.guards
 
@@ -23,7 +23,8 @@ def build_adapter_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
         responses=documented("path-not-allowed", "adapter-conflict", "invalid-adapter", "starting"),
     )
     async def load(request: LoadAdapter) -> AdapterInfo:
-        """Load the adapter of a folder below the adapter root, or replace one. Running requests keep the one they have."""
+        """Load an adapter from a folder below the adapter root, or replace a loaded one. Requests that are already running
+        finish with the adapter that they started with."""
         return describe_adapter(await server.serving().loader.load(request.lora_name, request.lora_path, request.replace))
 
     @router.post(
@@ -32,7 +33,7 @@ def build_adapter_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
         responses=documented("unknown-adapter", "starting"),
     )
     async def unload(request: UnloadAdapter) -> AdapterNames:
-        """Take an adapter away; requests that already have it are answered."""
+        """Unload an adapter. Requests that are already running finish with it."""
         loaded = server.serving()
         await loaded.loader.unload(request.lora_name)
         return AdapterNames(adapters=sorted(loaded.engine.adapters))

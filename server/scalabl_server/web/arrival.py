@@ -1,4 +1,4 @@
-"""Limits on what arrives, as ASGI middleware: the size of headers and body, how long they take, and ambiguous requests."""
+"""ASGI middleware that limits the size of headers and body and the time for the body, and refuses ambiguous requests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from scalabl_server.web import errors
 
 
 class ArrivalLimits:
-    """Refuse what is too large, too slow or ambiguous, as soon as that is known.
+    """Refuse a request that is too large, too slow or ambiguous, as soon as that is known.
 
     Args:
-        max_header_bytes: of all header lines together.
-        max_body_bytes: by the declared length, or as soon as that much has arrived.
-        body_timeout: seconds until all of the body is here.
+        max_header_bytes: limit on the path and all header lines together.
+        max_body_bytes: limit on the declared length of the body, and on the bytes that arrive.
+        body_timeout: seconds within which the whole body must arrive.
     """
 
     def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, body_timeout: float) -> None:
@@ -36,7 +36,7 @@ class ArrivalLimits:
 
         async def limited() -> Message:
             nonlocal received, complete
-            if complete:  # what is waited for now is the client's leaving
+            if complete:  # the only message left to wait for is the client's disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -44,7 +44,7 @@ class ArrivalLimits:
             except TimeoutError:
                 raise ProblemError(
                     "receive-timeout",
-                    f"{received} bytes of the body arrived within {self._body_timeout:g} s and more were to come",
+                    f"only {received} bytes of the body arrived within the limit of {self._body_timeout:g} s; send it faster",
                 ) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
@@ -58,13 +58,14 @@ class ArrivalLimits:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope.get("raw_path", b""))
         if size > self._max_header_bytes:
             return ProblemError(
-                "headers-too-large", f"path and headers have {size} bytes and the limit is {self._max_header_bytes}"
+                "headers-too-large",
+                f"path and headers have {size} bytes and the limit is {self._max_header_bytes}; send fewer or shorter headers",
             )
         if scope["http_version"] not in ("1.0", "1.1"):
-            return ProblemError("bad-request", f"HTTP {scope['http_version']} is not spoken here; use HTTP 1.1")
+            return ProblemError("bad-request", f"HTTP {scope['http_version']} is not supported; use HTTP 1.1")
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"")
-        if b"transfer-encoding" in headers and declared:  # two proxies could disagree on where the body ends
+        if b"transfer-encoding" in headers and declared:  # request smuggling: two proxies could see different body ends
             return ProblemError("bad-request", "both Content-Length and Transfer-Encoding were sent; send one of them")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             return self._too_large(int(declared))
@@ -73,5 +74,5 @@ class ArrivalLimits:
     def _too_large(self, size: int) -> ProblemError:
         return ProblemError(
             "body-too-large",
-            f"the body has {size} bytes or more and the limit is {self._max_body_bytes}; send fewer inputs",
+            f"the body has at least {size} bytes and the limit is {self._max_body_bytes}; send fewer inputs",
         )

@@ -1,4 +1,4 @@
-"""What the server says of itself: the base model, the adapters, the defaults and the limits."""
+"""The content of `/info`: base model, adapters, defaults and limits of a loaded engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def describe(engine: Engine) -> Info:
 
 
 def describe_adapter(served: Served) -> AdapterInfo:
-    """One adapter's entry."""
+    """The entry of one adapter in `/info`."""
     config = served.config
     return AdapterInfo(
         name=served.name,

@@ -1,4 +1,4 @@
-"""Work that is given up when its client goes away; and the header in which a client says how long it will wait."""
+"""Cancelling a request's work when its client disconnects, and the header with which a client limits its waiting time."""
 
 from __future__ import annotations
 
@@ -14,44 +14,48 @@ Answer = TypeVar("Answer")
 
 RequestTimeout = Annotated[
     float | None,
-    Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use; the server's limit is the most."),
+    Header(
+        gt=0,
+        allow_inf_nan=False,
+        description="Deadline of this request in seconds (default and maximum: the server's request timeout).",
+    ),
 ]
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """The result of `work`, which is cancelled as soon as the client closes its connection.
 
-    Call it once the request's body has been read; what arrives after that is only the client's leaving.
+    Call it only after the request's body has been read: then the only message that can still arrive is the disconnect.
 
     Raises:
-        ProblemError: `client-gone`, which nobody reads any more.
+        ProblemError: `client-gone`, which only the log and the metrics see.
     """
     task = asyncio.current_task()
     assert task is not None  # a coroutine runs in one
-    left = over = False
+    disconnected = finished = False
 
-    def leave(watcher: asyncio.Future[None]) -> None:
-        nonlocal left
+    def cancel_work(watcher: asyncio.Future[None]) -> None:
+        nonlocal disconnected
         if watcher.cancelled():
             return
-        watcher.exception()  # whatever it was, nobody can be answered any more
-        if not over:
-            left = True
+        watcher.exception()  # mark it as seen; whatever it was, the client cannot be answered any more
+        if not finished:
+            disconnected = True
             task.cancel()
 
-    watcher = asyncio.ensure_future(_gone(request))
-    watcher.add_done_callback(leave)
+    watcher = asyncio.ensure_future(_wait_for_disconnect(request))
+    watcher.add_done_callback(cancel_work)
     try:
         return await work
     except asyncio.CancelledError:
-        if left and task.uncancel() == 0:  # else the server wants it to end as well
-            raise ProblemError("client-gone", "the client closed its connection before the answer") from None
+        if disconnected and task.uncancel() == 0:  # otherwise the server has cancelled the task as well
+            raise ProblemError("client-gone", "the client closed its connection before the answer was ready") from None
         raise
     finally:
-        over = True
+        finished = True
         watcher.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Routes that ask for the API key before they read the body, read the body strictly, and document what they can refuse."""
+"""The class of all routes: it checks the API key before the body is read, parses the body strictly, documents errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scalabl_server.web import strict_json
 from scalabl_server.web.auth import SCHEMES, KeyRing
 from scalabl_server.web.errors import STATUSES
 
-# What any route, one that wants a key, and one that reads a body can answer with.
+# The problems that can occur on any route, on a route that needs a key, and on a route that reads a body.
 ANY: tuple[Kind, ...] = ("bad-request", "receive-timeout", "body-too-large", "headers-too-large", "internal-error")
 GUARDED: tuple[Kind, ...] = ("unauthorized",)
 BODY: tuple[Kind, ...] = ("unsupported-media-type", "invalid-field")
@@ -25,7 +25,7 @@ BODY: tuple[Kind, ...] = ("unsupported-media-type", "invalid-field")
 def documented(
     *kinds: Kind, model: type[BaseModel] = Problem, media_type: str = "application/problem+json"
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the errors that a route can answer with."""
+    """The OpenAPI entries for these errors of a route, by status."""
     entries: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
         status, title = STATUSES[kind]
@@ -39,7 +39,12 @@ def route_class(
     model: type[BaseModel] = Problem,
     media_type: str = "application/problem+json",
 ) -> type[APIRoute]:
-    """The class of routes whose errors have the form of `model`; `before_body` may refuse by the headers alone."""
+    """The class for a router's routes.
+
+    Args:
+        before_body: checks the headers before the body is read; raises `ProblemError` to refuse the request.
+        model, media_type: the form of the routes' errors, for OpenAPI.
+    """
 
     class Route(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -72,7 +77,7 @@ def route_class(
 
 
 class StrictRequest(Request):
-    """A request whose JSON is read by `strict_json`."""
+    """A request whose JSON is parsed by `strict_json`."""
 
     async def json(self) -> Any:
         return strict_json.parse(await self.body())

@@ -1,4 +1,4 @@
-"""What every request meets first and last, as ASGI middleware: its ids and headers, then its metrics and its log line."""
+"""The outermost ASGI middleware: request ids and response headers, then metrics, a span and a log line per request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scalabl_server.web import errors
 
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
 QUIET = ("/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready")
-CLIENT_GONE = 499  # nginx's number for a client that left before its answer; never sent
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before its answer; only for metrics and log, never sent
 
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -27,7 +27,7 @@ SECURITY_HEADERS = {
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
 }
-# FastAPI's page loads Swagger UI from where its own script tags say.
+# FastAPI's /docs page loads Swagger UI from these hosts.
 DOCS_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net; "
@@ -36,17 +36,17 @@ DOCS_POLICY = (
 
 
 class Spans(Protocol):
-    """Where spans go, when they go anywhere."""
+    """A recorder of OpenTelemetry spans, used when an OTLP endpoint is set."""
 
     def begin(self, request: RequestTrace) -> None:
-        """A request has begun; may set its ids."""
+        """Called when a request begins; may set its trace ids."""
 
     def end(self, request: RequestTrace, method: str, route: str, status: int) -> None:
-        """It has been answered."""
+        """Called when the request has been answered."""
 
 
 class Observe:
-    """Give each request its ids, its security and timing headers, and afterwards its metrics and its line in the log."""
+    """Give each request its ids and each response its security and timing headers; then record metrics and a log line."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, spans: Spans | None = None, https: bool = False) -> None:
         self._app, self._metrics, self._spans = app, metrics, spans
@@ -77,7 +77,7 @@ class Observe:
 
         try:
             await self._app(scope, watched, sending)
-        except asyncio.CancelledError:  # the time that running requests get after SIGTERM is over
+        except asyncio.CancelledError:  # the shutdown timeout has passed
             if not started:
                 refusal = ProblemError("draining", "the server is shutting down; try another replica", retry_after=5)
                 await errors.answer(refusal, scope["path"])(scope, receive, sending)
@@ -133,7 +133,7 @@ class Observe:
 
 
 def _timing_headers(request: RequestTrace) -> dict[str, str]:
-    """The headers of text-embeddings-inference, times in milliseconds; none for a request that computed nothing."""
+    """The headers that text-embeddings-inference sends, times in milliseconds. Empty for a request without computation."""
     stages = request.stages.seconds()
     if not stages:
         return {}

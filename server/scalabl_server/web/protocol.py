@@ -1,7 +1,7 @@
-"""HTTP/1.1 on a socket: uvicorn's h11 protocol with limits of time, and answers of this server's kind to malformed requests.
+"""uvicorn's h11 protocol (HTTP/1.1 on a socket) with timeouts added, and with this server's errors for malformed requests.
 
-uvicorn waits without end for a first request, for the rest of a request's headers and, once it has answered early, for
-the rest of a body. Here each of them ends.
+Without it uvicorn waits forever for a first request, for the rest of the headers and, after an early answer, for the rest
+of a body.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LINGER_SECONDS = 2.0
 
 
 class _LingeringTransport:
-    """A transport whose `close` first ends the writing side, and the rest once the client has had time to read the answer.
+    """A transport whose `close` ends the writing side first, and the connection after the client had time to read the answer.
 
-    Closing a socket with unread data resets the connection, and the client may lose an answer that it has already been sent.
+    Closing a socket with unread data resets the connection, and then the client may lose an answer that was already sent.
     """
 
     def __init__(self, transport: asyncio.Transport, protocol: TimedProtocol) -> None:
@@ -39,14 +39,14 @@ class _LingeringTransport:
 
 
 class TimedProtocol(H11Protocol):
-    """One connection. A subclass made by `protocol_class` sets the seconds that the headers of a request may take."""
+    """One connection. `protocol_class` creates a subclass with another `header_timeout` (seconds)."""
 
     header_timeout = 10.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         self._socket = transport
         self._header_timer: asyncio.TimerHandle | None = None
-        self._last_timer: asyncio.TimerHandle | None = None  # the connection ends when it fires, whatever arrives
+        self._last_timer: asyncio.TimerHandle | None = None  # closes the connection when it fires
         self._lingering = False
         super().connection_made(cast(asyncio.Transport, _LingeringTransport(transport, self)))
         self._arm_header_timer()
@@ -68,7 +68,7 @@ class TimedProtocol(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         if self._last_timer is not None and self.conn.their_state is not h11.SEND_BODY and not self._lingering:
-            self._last_timer.cancel()  # the body that was not waited for is complete; the connection goes on
+            self._last_timer.cancel()  # the rest of the body arrived after the early answer; keep the connection
             self._last_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -78,16 +78,18 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Called while the error that h11 raised is being handled; it suggests a status."""
+        """Called by uvicorn while it handles an error of h11, which suggests a status."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         if status == 431:
-            self._answer(ProblemError("headers-too-large", "the headers are larger than this server's limit"))
+            self._answer(
+                ProblemError("headers-too-large", "the headers exceed this server's size limit; send fewer or shorter headers")
+            )
         else:
-            self._answer(ProblemError("bad-request", "what arrived is not a well-formed HTTP request"))
+            self._answer(ProblemError("bad-request", "the data that arrived is not a well-formed HTTP/1.1 request"))
 
     def begin_lingering(self) -> bool:
-        """Whether the connection should stay half open for a while, because the client may still be sending."""
+        """Keep the connection half open for a while if the client may still be sending. Returns whether it lingers."""
         if self._lingering:
             return True
         unread = self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
@@ -123,7 +125,7 @@ class TimedProtocol(H11Protocol):
             self._socket.close()
 
     def _answer(self, problem: ProblemError) -> None:
-        """An answer without a request, after which the connection closes."""
+        """Send an error without a complete request, then close the connection."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self._socket.close()
             return
@@ -144,5 +146,5 @@ class TimedProtocol(H11Protocol):
 
 
 def protocol_class(header_timeout: float) -> type[TimedProtocol]:
-    """The protocol with this limit."""
+    """The protocol with this timeout for the headers of a request, in seconds."""
     return type("TimedProtocol", (TimedProtocol,), {"header_timeout": header_timeout})

@@ -1,4 +1,4 @@
-"""The server's own HTTP routes. Each is a thin layer: what it does is in `predict`, `outcomes` and `lifetime`."""
+"""The routes of the server's own API. Each one is a thin layer over `predict`, `outcomes` or `lifetime`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scalabl_server.web.guard import documented, route_class
 
 
 def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
-    """The routes of one server's own interface."""
+    """The routes /predict, /feedback, /predictions and /info."""
     router = APIRouter(route_class=route_class(keys))
     guarded = keys.guards
 
@@ -28,21 +28,21 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
             "unknown-adapter", "invalid-field", "input-too-large", "queue-full", "starting", "outcomes-unavailable",
             "deadline-exceeded",
         ),
-        summary="Choose, and say how sure",
+        summary="Predict with uncertainty",
     )  # fmt: skip
     async def predict(request: PredictRequest, http: Request, x_request_timeout: RequestTimeout = None) -> Response:
-        """Probabilities over the choices with their uncertainty, averaged over K posterior samples."""
+        """Probabilities of the choices and their uncertainty, from K samples of the posterior or by linearisation."""
         return await while_connected(http, server.serving().predictor.predict(request, x_request_timeout, _json))
 
     @router.post(
         "/feedback",
         dependencies=guarded,
         responses=documented("unknown-prediction", "invalid-field", "outcomes-unavailable"),
-        summary="Say what was true",
+        summary="Report the true answers",
     )
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
-        """The true answers to predictions, stored when this returns, all or none. Sending one again changes nothing; another
-        label for the same prediction corrects it."""
+        """Store the true answers to earlier predictions: all of the request or none, on disk when this returns. Sending the
+        same label again changes nothing; sending another label for the same prediction replaces the first."""
         return await server.outcomes.feedback(request if isinstance(request, list) else [request])
 
     @router.get(
@@ -51,30 +51,30 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
         responses=documented("unknown-prediction", "outcomes-unavailable"),
     )
     async def prediction(id: str) -> StoredPrediction:
-        """A stored prediction with its labels."""
+        """A stored prediction with the labels that were reported for it."""
         return await server.outcomes.look_up(id)
 
     @router.get("/info", dependencies=guarded, responses=documented("starting"))
     async def info() -> Info:
-        """What is loaded, the defaults and the limits."""
+        """The loaded model and adapters, the defaults and the limits."""
         return describe(server.serving().engine)
 
     return router
 
 
 def health_routes(server: ServerLifetime) -> APIRouter:
-    """For probes; they need no key."""
+    """The routes for liveness and readiness probes. They need no API key."""
     router = APIRouter(route_class=route_class(KeyRing()))
 
     @router.get("/health/live", responses=documented("failed"))
     async def live() -> Health:
-        """200 unless the model could not be loaded, or its worker is stuck or dead."""
+        """200 unless the server needs a restart: the model could not be loaded, or its worker hangs or has crashed."""
         server.check_alive()
         return Health(status="ok")
 
     @router.get("/health/ready", responses=documented("starting"))
     async def ready() -> Health:
-        """200 once the model is loaded and warm, until the server drains."""
+        """200 while the server can answer: from when the model is loaded and warmed up until shutdown begins."""
         server.check_ready()
         return Health(status="ok")
 
@@ -82,7 +82,7 @@ def health_routes(server: ServerLifetime) -> APIRouter:
 
 
 def metrics_route(server: ServerLifetime) -> APIRouter:
-    """For Prometheus; it needs no key."""
+    """The route for Prometheus. It needs no API key."""
     router = APIRouter(route_class=route_class(KeyRing()))
 
     @router.get(
@@ -91,7 +91,7 @@ def metrics_route(server: ServerLifetime) -> APIRouter:
         responses={200: {"description": "The metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """Prometheus text format."""
+        """All metrics in the Prometheus text format."""
         return Response(server.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,4 +1,4 @@
-"""Reading a request's body as JSON in one way only: UTF-8, no duplicate names, finite numbers, whole characters."""
+"""Strict parsing of a request's JSON: UTF-8, no duplicate names, finite numbers, valid Unicode, limited depth."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LONGEST_NAME_SHOWN = 80  # characters
 
 
 def check_content_type(headers: Headers) -> None:
-    """JSON, or nothing said (as Triton's client does).
+    """Accept a JSON content type, or none (Triton's client sends none), and no content encoding.
 
     Raises:
         ProblemError: `unsupported-media-type`.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise ProblemError("unsupported-media-type", "send the body as it is, without a 'Content-Encoding'")
-    given = headers.get("content-type")
-    if given is None:
+        raise ProblemError("unsupported-media-type", "send the body uncompressed, without a 'Content-Encoding'")
+    content_type = headers.get("content-type")
+    if content_type is None:
         return
-    kind, _, parameters = given.partition(";")
+    kind, _, parameters = content_type.partition(";")
     kind = kind.strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ProblemError("unsupported-media-type", "send a JSON object, with the header 'Content-Type: application/json'")
@@ -37,20 +37,20 @@ def check_content_type(headers: Headers) -> None:
 
 
 def parse(body: bytes) -> Any:
-    """The document.
+    """The parsed JSON document.
 
     Raises:
-        ProblemError: `invalid-field` with what is wrong and where.
+        ProblemError: `invalid-field`; the detail says what is wrong and where.
     """
     try:
         document = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except UnicodeDecodeError as error:
-        raise _refused(f"not a JSON document in UTF-8: byte {error.start} is wrong") from None
+        raise _refused(f"not valid UTF-8 at byte {error.start}; send a JSON document in UTF-8") from None
     except json.JSONDecodeError as error:
         raise _refused(f"not valid JSON at character {error.pos}: {error.msg}") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise _refused(f"a number is too long: {str(error).partition(';')[0]}") from None
     if isinstance(document, str | dict | list):
         _check(document)
@@ -62,7 +62,7 @@ def _refused(detail: str) -> ProblemError:
 
 
 def _too_deep() -> ProblemError:
-    return _refused(f"nested deeper than {MAX_DEPTH} levels")
+    return _refused(f"nested more deeply than the limit of {MAX_DEPTH} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _constant(name: str) -> Any:
 
 
 def _check(document: Any) -> None:
-    """Refuse what is too deep and strings that no encoding can carry, with the field's place. Not recursive."""
+    """Refuse deep nesting, and strings that cannot be encoded as UTF-8; the error names the field. Not recursive."""
     pending: list[tuple[Any, tuple[object, ...]]] = [(document, ())]
     while pending:
         value, where = pending.pop()
