@@ -1,4 +1,4 @@
-"""`create_app` puts the ASGI application together from the settings. The routes themselves are in `web` and its neighbours."""
+"""`create_app` puts the ASGI application together from the settings. The routes themselves are defined elsewhere."""
 
 from __future__ import annotations
 

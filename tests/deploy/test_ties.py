@@ -11,7 +11,7 @@ from scalabl_server import healthcheck
 from scalabl_server.app import create_admin_app, create_app
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.settings import ServeSettings
-from scalabl_server.web.draining import LAST_WORDS_SECONDS
+from scalabl_server.web.draining import FINAL_ANSWER_SECONDS
 
 from scalabl import __version__
 from tests.deploy import dockerfile
@@ -112,14 +112,14 @@ def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
     readiness = container["readinessProbe"]
     assert sleep >= 5
     assert pod_of(rendered(name))["terminationGracePeriodSeconds"] >= (
-        sleep + max(settings.shutdown_timeout, settings.drain_delay) + LAST_WORDS_SECONDS + 5
+        sleep + max(settings.shutdown_timeout, settings.drain_delay) + FINAL_ANSWER_SECONDS + 5
     )
     assert readiness["periodSeconds"] * readiness["failureThreshold"] <= 10
 
 
 def test_compose_waits_for_the_drain_too() -> None:
     settings = dockerfile.settings_in_container(SERVER["environment"])
-    assert seconds(SERVER["stop_grace_period"]) >= settings.shutdown_timeout + LAST_WORDS_SECONDS + 5
+    assert seconds(SERVER["stop_grace_period"]) >= settings.shutdown_timeout + FINAL_ANSWER_SECONDS + 5
     assert dockerfile.final("STOPSIGNAL") == ["SIGTERM"]
 
 
@@ -238,7 +238,7 @@ def test_the_health_check_asks_the_port_that_the_image_exposes() -> None:
     assert dockerfile.final("EXPOSE") == [str(settings.port)]
     url = healthcheck.address(dockerfile.environment())
     assert url == f"http://127.0.0.1:{settings.port}/health/ready"
-    assert seconds(options["timeout"]) > healthcheck.SECONDS
+    assert seconds(options["timeout"]) > healthcheck.TIMEOUT_SECONDS
     assert seconds(options["start-period"]) >= 300
 
 

@@ -101,7 +101,10 @@ class Batcher(Generic[Target]):
         began = self._pass_began  # read once: the worker thread may set it to None at any time
         running = 0.0 if began is None else time.perf_counter() - began
         if running > longest_pass:
-            return f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s; restart the server"
+            return (
+                f"a pass has run for {running:.0f} s, above the limit of {longest_pass:g} s: the worker is stuck; "
+                "restart the server"
+            )
         return None
 
     @property

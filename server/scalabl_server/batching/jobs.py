@@ -130,7 +130,7 @@ class SampledJob(Job):
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveJob(SampledJob):
-    """Posterior samples in rounds, until there are enough. `draws` holds the maximum; the job uses the first ones of them."""
+    """Posterior samples in rounds, until there are enough. `draws` holds the maximum; the job uses the first of them."""
 
     rule: Rule
 

@@ -26,7 +26,7 @@ TORCH_THREADS = torch.get_num_threads()  # torch's default, read before any thre
 
 
 def take_cores(count: int | None) -> None:
-    """Let the calling thread compute on `count` cores; None means torch's default. Call it before any other thread computes."""
+    """Let the calling thread compute on `count` cores; None is torch's default. Call it before any other thread computes."""
     _keep_to(count or TORCH_THREADS)
 
 

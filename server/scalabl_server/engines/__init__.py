@@ -1,1 +1,1 @@
-"""What computes logits: the interface, transformers in this process, and vLLM servers. The queue is in `batching`."""
+"""Engines, which compute logits: the interface, transformers in this process, and vLLM servers. The queue: `batching`."""

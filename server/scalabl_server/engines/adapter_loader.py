@@ -1,4 +1,4 @@
-"""Loading and unloading adapters while the server runs: from below one folder, checked before they count, all or nothing."""
+"""Loading and unloading adapters while the server runs. An adapter must lie below one folder and pass all checks first."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger("scalabl")
 
 
 class AdapterLoader:
-    """Changes an engine's adapters, one change at a time. Requests go on with the adapter that they began with.
+    """Changes the adapters of an engine, one change at a time. Running requests keep the adapter that they started with.
 
     Args:
-        prompt_thread, model_thread: where the tokenizer and the model may be used.
-        on_load: told the name of an adapter that was loaded.
+        prompt_thread, model_thread: the only threads that may use the tokenizer and the model.
+        on_load: called with the name of each loaded adapter.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AdapterLoader:
         self._lock = asyncio.Lock()
 
     async def load(self, name: str, path: str, replace: bool) -> Served:
-        """Read, check and add an adapter; nothing changes when anything is wrong with it.
+        """Read, check and add an adapter. If anything is wrong with it, nothing changes.
 
         Raises:
             ProblemError: `invalid-field`, `path-not-allowed`, `adapter-conflict`, `invalid-adapter` or `out-of-memory`.
@@ -51,7 +51,7 @@ class AdapterLoader:
         if not re.fullmatch(ADAPTER_NAME, name):
             raise ProblemError(
                 "invalid-field",
-                "use up to 64 letters, digits, '.', '_' or '-', the first a letter or a digit",
+                "use up to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit",
                 field="lora_name",
             )
         async with self._lock:
@@ -60,19 +60,21 @@ class AdapterLoader:
                 folder = await asyncio.to_thread(self._folder, path)
                 served = await self._read(name, folder)
             except ScalaBLError as error:
-                said = str(error).replace(str(folder), path)
-                raise ProblemError("invalid-adapter", said, field="lora_path") from None
+                detail = str(error).replace(str(folder), path)
+                raise ProblemError("invalid-adapter", detail, field="lora_path") from None
             except Exception as error:
                 if isinstance(error, ProblemError):
                     raise
                 logger.exception("adapter %s could not be loaded", name)
                 if classify(error).kind == "out-of-memory":
                     raise ProblemError(
-                        "out-of-memory", "the adapter does not fit in memory beside those that are loaded", field="lora_path"
+                        "out-of-memory",
+                        "the adapter does not fit in memory next to the loaded ones; unload one first",
+                        field="lora_path",
                     ) from None
                 raise ProblemError(
                     "invalid-adapter",
-                    f"the adapter cannot be read ({type(error).__name__}); see the server's log",
+                    f"the adapter cannot be read ({type(error).__name__}); see the server's log for details",
                     field="lora_path",
                 ) from None
             old = self._engine.adapters.get(name)
@@ -82,7 +84,7 @@ class AdapterLoader:
             return served
 
     async def unload(self, name: str) -> None:
-        """Take an adapter away.
+        """Unload an adapter.
 
         Raises:
             ProblemError: `unknown-adapter`.
@@ -96,7 +98,7 @@ class AdapterLoader:
         loaded = self._engine.adapters
         if name in loaded and not replace:
             raise ProblemError(
-                "adapter-conflict", f"{name!r} is loaded already; unload it first or send replace: true", field="lora_name"
+                "adapter-conflict", f"{name!r} is already loaded; unload it first or set replace to true", field="lora_name"
             )
         if name not in loaded and len(loaded) >= self._settings.max_adapters:
             raise ProblemError(
@@ -113,30 +115,41 @@ class AdapterLoader:
 
     async def _changed(self, what: str, old: Served | None) -> None:
         self._metrics.adapters.set(len(self._engine.adapters))
-        logger.info("%s; now there are: %s", what, ", ".join(sorted(self._engine.adapters)) or "none")
-        if old is not None:  # nothing of it stays in the base model once its last pass is over
+        logger.info("%s; loaded adapters: %s", what, ", ".join(sorted(self._engine.adapters)) or "none")
+        if old is not None:  # remove it from the base model, after the pass that may still use it
             await asyncio.get_running_loop().run_in_executor(self._model_thread, self._engine.release, old)
 
     def _folder(self, path: str) -> Path:
-        """The folder that a request names, with links resolved, when it and its files lie below the root."""
-        assert self._settings.adapter_root is not None  # the settings see to it
+        """The folder that a request names, with symbolic links resolved.
+
+        Raises:
+            ProblemError: `path-not-allowed` if it or its files lie outside the adapter root; `invalid-field`;
+                `invalid-adapter` if a file is missing, is not a regular file, or is too large.
+        """
+        assert self._settings.adapter_root is not None  # checked by `ServeSettings`
         root = self._settings.adapter_root.resolve()
         try:
             folder = (root / path).resolve()
         except (ValueError, OSError, RuntimeError):  # a NUL byte, a name that is too long, links in a circle
-            raise ProblemError("invalid-field", "this is no path", field="lora_path") from None
+            raise ProblemError("invalid-field", "this is not a valid path", field="lora_path") from None
         files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
         if not folder.is_relative_to(root) or not all(file.resolve().is_relative_to(root) for file in files):
-            raise ProblemError("path-not-allowed", "it must lie, links resolved, below the adapter root", field="lora_path")
+            raise ProblemError(
+                "path-not-allowed",
+                "the folder and its files must lie below the adapter root, also after symbolic links are resolved",
+                field="lora_path",
+            )
         size = 0
         for file in files:
             try:
                 status = file.stat()
             except OSError:
                 raise ProblemError(
-                    "invalid-adapter", f"there is no {file.name} in such a folder below the adapter root", field="lora_path"
+                    "invalid-adapter",
+                    f"there is no {file.name} in this folder below the adapter root; check the path",
+                    field="lora_path",
                 ) from None
-            if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                 raise ProblemError("invalid-adapter", f"{file.name} is not a regular file", field="lora_path")
             size += status.st_size
         if size > self._settings.max_adapter_bytes:

@@ -1,7 +1,6 @@
-"""The token budget of a pass, found by measuring: where a CPU's throughput stops growing, or what a GPU's memory holds.
+"""Measuring the token budget of a pass: where the throughput of a CPU stops growing, or what fits in a GPU's memory.
 
-Larger passes than that would only add latency. The choice among measured points is pure; what is measured is a function that
-runs a pass, so that any engine in this process can use it.
+Larger passes would only add latency. Any engine in this process can use it: it passes a function that runs a pass.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from scalabl_server.batching.selection import FIXED_SHARE
 logger = logging.getLogger("scalabl")
 
 UNMEASURED_CPU_TOKENS = 2048
-LENGTH = 16  # tokens of the inputs that are run to measure: short, so that the smallest pass is small
-SECONDS = 8.0  # for all passes on a CPU, expected ones too
-SURE_SECONDS, TIMES = 0.1, 5  # passes shorter than that are timed again, so often at most
-FLAT = 0.02  # of the best rate before; two sizes in turn that gain less than that are the end
-MEMORY_SHARE = 0.8  # of a GPU's memory, that a full pass may lead to; the rest is for what passes differ in
+LENGTH = 16  # tokens of each input in a measured pass; short, so that the smallest pass is small
+SECONDS = 8.0  # time limit for measuring on a CPU
+SURE_SECONDS, TIMES = 0.1, 5  # a pass size is timed until the sum reaches SURE_SECONDS, but at most TIMES times
+FLAT = 0.02  # measuring ends when two sizes in a row gain less than this share over the best rate before them
+MEMORY_SHARE = 0.8  # share of a GPU's memory that may be in use after a full pass; the rest is a reserve
 
-RunPass = Callable[[int], None]  # of so many tokens (rows x length)
+RunPass = Callable[[int], None]  # runs a pass over this many tokens (rows x length)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A pass that was measured: its tokens, and seconds or bytes."""
+    """A measured pass: its tokens, and the seconds it took or the bytes in use after it."""
 
     tokens: int
     amount: float
@@ -41,22 +40,22 @@ class Point:
 
 
 def knee(points: Sequence[Point], within: float = FIXED_SHARE) -> int:
-    """The fewest tokens whose rate is within a share of the best rate."""
+    """The fewest tokens whose rate is at most the share `within` below the best rate."""
     best = max(point.rate for point in points)
     return min(point.tokens for point in points if point.rate >= (1 - within) * best)
 
 
 def room(points: Sequence[Point], allowed: float) -> int:
-    """The most tokens within so many bytes, by the line through the two largest passes; 0 where not even its start fits."""
+    """The most tokens that fit in `allowed` bytes, extrapolated linearly from the two largest passes; 0 if none fit."""
     small, large = points[-2:] if len(points) > 1 else (Point(0, 0.0), points[0])
     slope = (large.amount - small.amount) / (large.tokens - small.tokens)
-    if slope <= 0:  # the allocator has not had to grow
+    if slope <= 0:  # the allocator did not need more memory
         return large.tokens if large.amount <= allowed else 0
     return max(0, int(large.tokens + (allowed - large.amount) / slope))
 
 
 def ladder(first: int, most: int) -> list[int]:
-    """`first`, twice that, …, and never above `most` but for the first."""
+    """The sizes `first`, 2 `first`, 4 `first`, … up to `most`; always with `first` itself."""
     sizes = [first]
     while 2 * sizes[-1] <= most:
         sizes.append(2 * sizes[-1])
@@ -66,15 +65,17 @@ def ladder(first: int, most: int) -> list[int]:
 def measure_rates(
     run: RunPass, first: int, most: int, seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
 ) -> list[Point]:
-    """Times of ever larger passes, until the rate stays, the next would take too long or there are enough.
+    """Time passes of doubling size, until the rate stops growing, the time is used up or `most` is reached.
 
     Args:
-        clock: in seconds.
+        seconds: limit on the time of all passes.
+        clock: returns seconds.
 
     Raises:
-        Exception: what the smallest pass raises; a larger one that does not fit in memory ends the list.
+        Exception: an error of the smallest pass, or another than out of memory. If a larger pass does not fit in memory,
+            the list ends before it.
     """
-    run(first)  # the first of all allocates
+    run(first)  # warm up: the first pass allocates memory
     until = clock() + seconds
     points: list[Point] = []
     for tokens in ladder(first, most):
@@ -92,22 +93,22 @@ def measure_rates(
 
 
 def _seconds_of(run: RunPass, tokens: int, clock: Callable[[], float]) -> float:
-    taken: list[float] = []
-    while sum(taken) < SURE_SECONDS and len(taken) < TIMES:
+    durations: list[float] = []
+    while sum(durations) < SURE_SECONDS and len(durations) < TIMES:
         began = clock()
         run(tokens)
-        taken.append(clock() - began)
-    return min(taken)
+        durations.append(clock() - began)
+    return min(durations)
 
 
 def measure_memory(run: RunPass, used: Callable[[], int], first: int, most: int, allowed: float) -> list[Point]:
-    """Bytes in use after ever larger passes, until the next would be above `allowed`, or one did not fit.
+    """Measure the bytes in use after passes of doubling size, until the next would exceed `allowed` or one does not fit.
 
     Args:
-        used: bytes that are taken now, the allocator's reserve among them.
+        used: returns the bytes in use now, including the allocator's reserve.
 
     Raises:
-        Exception: what the smallest pass raises.
+        Exception: an error of the smallest pass, or another than out of memory.
     """
     points: list[Point] = []
     for tokens in ladder(first, most):
@@ -124,11 +125,11 @@ def measure_memory(run: RunPass, used: Callable[[], int], first: int, most: int,
 
 
 def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> int:
-    """Tokens up to which waiting inputs should share a pass, found on the device that runs them, and said in the log.
+    """Measure on the device up to how many tokens waiting inputs should share a pass, and log the result.
 
     Args:
-        first: of the smallest pass, one input.
-        most: that a pass may have.
+        first: tokens of the smallest pass, with one input.
+        most: the most tokens that a pass may have.
     """
     began = time.perf_counter()
     if device.type == "cuda":
@@ -137,18 +138,20 @@ def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> in
         tokens = max(first, min(most, room(points, MEMORY_SHARE * total)))
         torch.cuda.empty_cache()
         conclusion = (
-            f"memory holds passes of {tokens} tokens ({points[-1].tokens} took {points[-1].amount - (total - free):.3g} B)"
+            f"passes of {tokens} tokens fit in memory ({points[-1].tokens} tokens needed "
+            f"{points[-1].amount - (total - free):.3g} bytes)"
         )
     else:
         points = measure_rates(run, first, most)
-        # One point of several has no knee: the machine was too busy for a second pass.
+        # With only one of several points measured there is no knee to find: the machine was too busy for a second pass.
         cut_short = len(points) == 1 and len(ladder(first, most)) > 1
         tokens = min(most, max(first, UNMEASURED_CPU_TOKENS) if cut_short else knee(points))
         rates = ", ".join(f"{point.tokens}: {point.rate:.0f}" for point in points)
-        conclusion = (
-            f"passes of {tokens} tokens come within {FIXED_SHARE:.0%} of the best rate (tokens per second by size: {rates})"
-        )
+        conclusion = f"passes of {tokens} tokens reach at least {1 - FIXED_SHARE:.0%} of the best rate "
+            f"(tokens per second by size: {rates})"
         if cut_short:
-            conclusion = f"passes of {tokens} tokens, unmeasured: one of {first} took too long for a second"
-    logger.info("%s; measured in %.1f s, --target-batch-tokens sets it", conclusion, time.perf_counter() - began)
+            conclusion = f"passes of {tokens} tokens by default: one of {first} took too long to measure a second one"
+    logger.info(
+        "token budget: %s; measured in %.1f s, set it with --target-batch-tokens", conclusion, time.perf_counter() - began
+    )
     return tokens

@@ -1,4 +1,4 @@
-"""What the server asks of an engine: token ids in, logits over an adapter's choices out. `load` knows every engine."""
+"""The interface of engines: token ids in, logits over an adapter's choices out. The module `load` picks the engine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from scalabl_server.settings import ServeSettings
 
 @dataclass(eq=False)
 class Served:
-    """One adapter, ready to answer. What only its engine needs of it is in a subclass.
+    """One loaded adapter, ready to answer. Each engine adds what it needs in a subclass.
 
     Attributes:
-        draws: (num_samples, seed) -> the draws, which are kept for the next requests with the same arguments. Any thread may
-            ask.
-        relative_spread: by which a linearisation is trusted or not.
+        scheme: how the posterior samples are drawn.
+        draws: (num_samples, seed) -> the draws. They are cached; any thread may call it.
+        relative_spread: median of scale * sigma / |mu|; if it is large, linearised answers are inaccurate.
         pads: whether a pass computes the padding of its inputs.
-        quantization_change: what `--quantization` changes in its answers; None where it is not known.
+        quantization_change: how `--quantization` changes the adapter's answers; None if it was not measured.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Served:
     quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        # A cache of its own, so that it goes when the adapter goes.
+        # One cache per adapter, so that it is freed together with the adapter.
         self.draws = functools.lru_cache(maxsize=64)(
             lambda num_samples, seed: draw(seed, num_samples, self.stochastic_parameters, self.scheme)
         )
@@ -53,7 +53,7 @@ class Served:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Engine(ABC):
-    """A base model with its adapters. `run`, `check` and `release` belong to the model's thread."""
+    """A base model with its adapters. `run`, `check` and `release` are called on the model thread only."""
 
     adapters: dict[str, Served] = field(default_factory=dict)
     default_adapter: str
@@ -64,13 +64,13 @@ class Engine(ABC):
     max_input_tokens: int
     target_batch_tokens: int
     settings: ServeSettings
-    prefixes: PrefixStore = field(default_factory=lambda: PrefixStore(0))  # for an engine that keeps none here
+    prefixes: PrefixStore = field(default_factory=lambda: PrefixStore(0))  # empty, for engines without a prefix cache
 
     def adapter(self, name: str | None) -> Served:
-        """The adapter of this name; None is the default one.
+        """The loaded adapter with this name; None stands for the default adapter.
 
         Raises:
-            ProblemError: `unknown-adapter`, with the names that there are.
+            ProblemError: `unknown-adapter`; the detail lists the loaded adapters.
         """
         served = self.adapters.get(self.default_adapter if name is None else name)
         if served is None:
@@ -81,40 +81,54 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-        """One batch: B prompts of one adapter, each with its job."""
+        """Run one batch: B prompts for one adapter, each with its job."""
 
     @abstractmethod
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
-        """Read an adapter's files. Any thread may, while the model's runs passes; what is returned, only the prompts' may.
+        """Read the files of an adapter. Any thread may call this, also while passes run.
+
+        Returns:
+            A function that finishes the adapter. Only the prompt thread may call it, because it uses the tokenizer.
 
         Raises:
-            AdapterError, PromptError: what is wrong, and with which file, module or field.
+            AdapterError, PromptError: what is wrong, and in which file, module or field.
         """
 
     @abstractmethod
     def check(self, served: Served) -> None:
-        """Make an adapter ready for its first request.
+        """Check an adapter and make it ready for its first request.
 
         Raises:
-            AdapterError: it changes no logit, or has more stochastic parameters than the draw scheme reaches.
+            AdapterError: it changes no logit, or has more stochastic parameters than the draw scheme supports.
         """
 
     @abstractmethod
     def release(self, served: Served) -> None:
-        """Keep nothing of an adapter that was unloaded or replaced."""
+        """Free everything that belongs to an adapter which was unloaded or replaced."""
 
     def check_request(self, method: Method, seed: int | None) -> None:
-        """Raises ProblemError `invalid-field` for what this engine cannot do. `seed`: None where the request names none."""
+        """Check that this engine supports a request's method and seed.
+
+        Args:
+            seed: None if the request does not set it.
+
+        Raises:
+            ProblemError: `invalid-field`.
+        """
         return
 
     def check_ready(self) -> None:
-        """Raises ProblemError `engine-unavailable` while a request could not be answered. Any thread may ask."""
+        """Check that the engine can answer requests now. Any thread may call this.
+
+        Raises:
+            ProblemError: `engine-unavailable`.
+        """
         return
 
     def watch(self, metrics: Metrics) -> None:
-        """Count what this engine alone has to count in these metrics."""
+        """Report the metrics that only this engine has."""
         return
 
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Stop the engine's threads and close its connections."""
         return

@@ -1,6 +1,6 @@
-"""Running jobs that draw samples: one pass for all of them, then one for each round of those that have too few.
+"""Running the jobs that draw samples, in rounds: one pass for all jobs, then one per round for those that need more.
 
-For any engine: the pass itself is a function that it gives.
+Works with any engine: the engine passes a function that runs a pass.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 from scalabl.model.posterior import Draws
 from scalabl_server.batching.jobs import Job
 
-# (indices of inputs, the draws of each) -> their logits [K, C] on the CPU, from one pass
+# Runs one pass: (indices of inputs, the draws of each) -> the logits [K, C] of each on the CPU
 RunSamples = Callable[[Sequence[int], Sequence[Draws]], Sequence[Tensor]]
 
 
 def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperature: float) -> dict[int, Tensor]:
-    """Logits [K, C] of every job that draws samples, by its index."""
+    """The logits [K, C] of each job that draws samples, by the job's index."""
     draws_of = {index: draws for index, job in enumerate(jobs) if (draws := job.first_draws()) is not None}
     logits_of: dict[int, Tensor] = {}
     while draws_of:

@@ -1,4 +1,4 @@
-"""The default engine: transformers in this process. The one module of the server that touches a `ScalaBLModel`."""
+"""The default engine: transformers in this process. The only module of the server that uses a `ScalaBLModel`."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ logger = logging.getLogger("scalabl")
 
 
 class CapacityError(ScalaBLError):
-    """What the settings allow does not fit in this machine's memory."""
+    """A pass that the settings allow does not fit in this machine's memory."""
 
 
 @dataclass(eq=False)
 class LocalAdapter(Served):
-    """An adapter over the base model in this process.
+    """An adapter on the base model in this process.
 
     Attributes:
-        opening: what its template puts before every input.
-        prefixes: what is kept of its prompts' beginnings; None for nothing, and until it is checked.
+        opening: the tokens that its prompt template puts before every input.
+        prefixes: the prefix cache of its prompts; None if it is disabled, and until the adapter is checked.
     """
 
     model: ScalaBLModel
@@ -57,12 +57,12 @@ class LocalAdapter(Served):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TransformersEngine(Engine):
-    """The base model in this process, its weights once, with any number of adapters over it."""
+    """The base model in this process, loaded once, with any number of adapters that share it."""
 
     pretrained: Pretrained
 
     def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-        """One forward pass for all that are sampled, more for those that go on, and the passes of the linearised."""
+        """One forward pass for all sampled jobs, further rounds for those that need more, and the linearisations."""
         try:
             return self._run(_local(served), sequences, jobs)
         finally:
@@ -75,7 +75,7 @@ class TransformersEngine(Engine):
         except Exception as error:
             if not self.prefixes.bytes or classify(error).kind != "out-of-memory":
                 raise
-            logger.warning("a pass over %d inputs did not fit in memory; dropping all kept prefixes", len(sequences))
+            logger.warning("a pass over %d inputs did not fit in memory; emptying the prefix cache", len(sequences))
         self.prefixes.clear()
         return run_jobs(local.model, sequences, jobs)
 
@@ -100,7 +100,7 @@ class TransformersEngine(Engine):
         )
 
     def check(self, served: Served) -> None:
-        """The first passes of an adapter: what its layers see, its effect, and every launch shape."""
+        """Run the first passes of an adapter: find which work its samples can share, check its effect, and warm up."""
         local = _local(served)
         model = local.model
         try:
@@ -114,11 +114,11 @@ class TransformersEngine(Engine):
             if self.prefixes.limit:
                 local.prefixes = PrefixCache(self.prefixes, model, local.opening)
                 if not local.prefixes.longest:
-                    logger.info("adapter %s: with this base model no beginnings of prompts are kept", served.name)
+                    logger.info("adapter %s: the prefix cache cannot be used with this base model", served.name)
             model.warm_up()
             if served.relative_spread > SPREAD_LIMIT:
                 logger.warning(
-                    "adapter %s: sigma is %.2g of |mu| in the median; its answers by the method linearized will be biased",
+                    "adapter %s: the median sigma / |mu| is %.2g; answers of the method linearized will be biased",
                     served.name,
                     served.relative_spread,
                 )
@@ -133,7 +133,7 @@ class TransformersEngine(Engine):
             local.prefixes.clear()
 
     def budget(self) -> int:
-        """The tokens that a pass should have, by a flag or by measuring passes of the default adapter."""
+        """The target for the tokens of a pass, from the settings or by measuring passes of the default adapter."""
         settings, device, most = self.settings, self.pretrained.device, self.settings.max_batch_tokens
         if settings.target_batch_tokens is not None:
             return min(settings.target_batch_tokens, most)
@@ -152,23 +152,27 @@ class TransformersEngine(Engine):
 
     @contextmanager
     def _room_for_prefixes(self) -> Iterator[None]:
-        """Holds a GPU's memory that kept prefixes may take later."""
+        """Reserve the GPU memory that the prefix cache may need later."""
         device = self.pretrained.device
         room = torch.empty(0 if device.type == "cpu" else self.prefixes.limit, dtype=torch.uint8, device=device)
         yield
         del room
 
     def compare(self, served: Served, before: Predictive) -> None:
-        """Find and log by how much an adapter's answers are others than these, of the base model as it was."""
+        """Measure and log how much quantization has changed an adapter's answers.
+
+        Args:
+            before: its answers with the unquantized base model.
+        """
         after = _asker(self.settings)(_local(served).model, self.pretrained)
         served.quantization_change = QuantizationChange.between(before, after)
         logger.info("adapter %s: %s: %s", served.name, self.settings.quantization, served.quantization_change)
 
     def warm_up(self) -> None:
-        """Passes of the default adapter, of the largest shapes when the settings say so.
+        """Run passes of the default adapter; also of the largest shapes that requests may cause, if the settings say so.
 
         Raises:
-            CapacityError: a pass that requests may ask for does not fit in memory.
+            CapacityError: one of these passes does not fit in memory.
         """
         served, settings = self.adapter(None), self.settings
         shapes = [(1, settings.num_samples, min(16, self.max_input_tokens))]  # inputs, samples, length
@@ -188,23 +192,24 @@ class TransformersEngine(Engine):
                 if classify(error).kind != "out-of-memory":
                     raise
                 raise CapacityError(
-                    f"a pass over {inputs} inputs x {samples} samples x {length} tokens, which --max-batch-tokens "
-                    f"{settings.max_batch_tokens} allows, does not fit in memory beside --prefix-cache-bytes "
+                    f"a pass over {inputs} inputs x {samples} samples x {length} tokens does not fit in memory, but "
+                    f"--max-batch-tokens {settings.max_batch_tokens} allows it next to --prefix-cache-bytes "
                     f"{settings.prefix_cache_bytes}; lower one of them or --max-input-tokens"
                 ) from None
 
 
 def load(settings: ServeSettings) -> Engine:
-    """Load, check and warm up what the settings name.
+    """Load, check and warm up the base model and the adapters.
 
     Raises:
-        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
+        AdapterError, BaseModelError, PromptError: what is wrong, and in which file, module or field.
+        CapacityError: a pass that requests may ask for does not fit in memory.
     """
     started = time.perf_counter()
-    disable_progress_bar()  # a log has no use for it
+    disable_progress_bar()  # it would only clutter the log
     take_cores(settings.threads)
     folders = settings.adapter_folders()
-    configs = [read_config(folder) for folder in folders.values()]  # cheap checks before the expensive load
+    configs = [read_config(folder) for folder in folders.values()]  # check the configurations before the slow load
     name = settings.model or configs[0].base_model_name_or_path
     pretrained, unquantised = _load_base(settings, name, folders)
     limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
@@ -246,7 +251,7 @@ def load(settings: ServeSettings) -> Engine:
 
 
 def _load_base(settings: ServeSettings, name: str, folders: dict[str, Path]) -> tuple[Pretrained, dict[str, Predictive]]:
-    """The base model, and what the adapters answered before it was quantised, where it is."""
+    """The base model, and the adapters' answers before it was quantised; these are empty without quantization."""
     load_as = functools.partial(
         load_pretrained,
         name,
@@ -263,7 +268,7 @@ def _load_base(settings: ServeSettings, name: str, folders: dict[str, Path]) -> 
 
 
 def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Predictive]:
-    """What an adapter is asked before and after its base model is quantised."""
+    """A function that asks an adapter the probe questions, which are compared before and after quantization."""
     probes = Probes(settings.probe_file)
 
     def ask(model: ScalaBLModel, pretrained: Pretrained) -> Predictive:
@@ -275,21 +280,21 @@ def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Pred
 
 
 def _local(served: Served) -> LocalAdapter:
-    assert isinstance(served, LocalAdapter)  # `_serve` makes no other
+    assert isinstance(served, LocalAdapter)  # `_serve` creates no others
     return served
 
 
 def _usual_job(served: Served, num_samples: int, seed: int) -> Job:
-    """What most requests ask for each input."""
+    """The job that most requests have for each input."""
     return SampledJob(served.draws(num_samples, seed), len(served.config.task.choices))
 
 
 def run_jobs(
     model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], cache: PrefixCache | None = None
 ) -> list[Result]:
-    """B prompts, each with its job; those that are sampled may begin with what is kept in a cache."""
+    """Run B prompts, each with its job. Sampled ones may reuse prefixes from the cache."""
     has_rounds = any(job.has_rounds for job in jobs)
-    rounds: list[Rounds] = []  # made by the first pass, which all prompts with samples are in
+    rounds: list[Rounds] = []  # empty, or one object, created in the first pass; all sampled prompts are in that pass
 
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
         draws_of = dict(zip(indices, draws, strict=True))
@@ -304,7 +309,7 @@ def run_jobs(
 
 
 def _linearize(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[int, Linearization]:
-    """Of each input whose job is to be linearised, all of them in one batch."""
+    """The linearisation of each input whose job needs it, by index; computed in one batch."""
     indices = [index for index, job in enumerate(jobs) if job.is_linearized]
     if not indices:
         return {}

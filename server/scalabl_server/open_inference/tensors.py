@@ -81,7 +81,7 @@ class RequestedOutput(BaseModel):
 
 
 class InferParameters(BaseModel):
-    """Fields of /predict. `choices` may also be a list encoded as a JSON string, because the protocol allows only scalars."""
+    """Fields of /predict. `choices` may also be a list encoded as a JSON string, since the protocol allows only scalars."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -195,7 +195,9 @@ def wanted(request: InferRequest) -> list[OutputName]:
     names = [output.name for output in request.outputs]
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ProblemError("invalid-field", f"the output {name!r} is requested twice; name it once", field=f"outputs.{position}")
+            raise ProblemError(
+                "invalid-field", f"the output {name!r} is requested twice; name it once", field=f"outputs.{position}"
+            )
     return names
 
 

@@ -98,7 +98,9 @@ def warnings_of(served: Served, asked: Asked) -> list[str]:
     warnings = []
     if asked.method == "linearized" and served.relative_spread > SPREAD_LIMIT:
         spread = f"its median sigma / |mu| is {served.relative_spread:.2g}, above the limit of {SPREAD_LIMIT:g}"
-        warnings.append(f"the linearized method is biased for the adapter {served.name!r}: {spread}; use monte_carlo instead")
+        warnings.append(
+            f"the linearized method is biased for the adapter {served.name!r}: {spread}; use monte_carlo instead"
+        )
     if asked.uncalibrated is not None:
         warnings.append(asked.uncalibrated)
     return warnings

@@ -103,7 +103,7 @@ def level_for(calibration: Calibration | None, coverage: float | None, unlike: s
         if coverage is not None:
             raise ProblemError(
                 "invalid-field",
-                "the adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
+                "this adapter is not calibrated; leave the field out, or run `scalabl calibrate` on the adapter",
                 field="coverage",
             )
         return None

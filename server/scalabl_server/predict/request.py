@@ -141,13 +141,13 @@ def _choices_per_input(task: Task, request: PredictRequest, count: int, settings
         if request.choices is not None:
             raise ProblemError(
                 "invalid-field",
-                "the adapter's task is classification with fixed choices; leave the field out",
+                "this adapter's task is classification with fixed choices; leave the field out",
                 field="choices",
             )
         return [task.choices] * count
     if request.choices is None:
         raise ProblemError(
-            "invalid-field", "the adapter's task is multiple_choice; send the choices of the inputs", field="choices"
+            "invalid-field", "this adapter's task is multiple_choice; send the choices of the inputs", field="choices"
         )
     lists: list[Sequence[str]] = [names for names in request.choices if not isinstance(names, str)]
     if lists and len(lists) != count:

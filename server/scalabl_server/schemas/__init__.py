@@ -1,1 +1,1 @@
-"""The JSON schemas of the server's own routes. Those of the dashboard and the Open Inference Protocol are in their packages."""
+"""The JSON schemas of the server's own routes. Those of the dashboard and of `open_inference` are in their packages."""

@@ -31,15 +31,15 @@ class PredictRequest(BaseModel):
     num_samples: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
         default=None,
         description=(
-            "K, the number of posterior samples (default: the server's setting). With auto the server draws samples for each "
-            "input until `target` is known well enough, at most 64."
+            "K, the number of posterior samples (default: the server's setting). With auto, the server draws samples for "
+            "each input until `target` is known well enough, at most 64."
         ),
     )
     target: Target | None = Field(
         default=None,
         description=(
-            "Only with num_samples auto: the quantity that must be known well enough. decision (the default): which choice is "
-            "the most probable; probabilities; or mutual_information."
+            "Only with num_samples auto: the quantity that must be known well enough. decision (the default): which choice "
+            "is the most probable; probabilities; or mutual_information."
         ),
     )
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -54,7 +54,8 @@ class PredictRequest(BaseModel):
         default=None, description="Seed of the posterior samples (default: the server's setting)."
     )
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Coverage of the prediction set; must be a calibrated level (default: 0.9, or the first level)."
+        default=None,
+        description="Coverage of the prediction set; must be a calibrated level (default: 0.9, or the first level).",
     )
     method: Method = Field(
         default="monte_carlo",
@@ -67,8 +68,8 @@ class PredictRequest(BaseModel):
     priority: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = Field(
         default=0,
         description=(
-            "Requests with a lower value run earlier; one step is worth one second of waiting. The server limits the absolute "
-            "value; with a limit of 0 it accepts only priority 0."
+            "Requests with a lower value run earlier; one step is worth one second of waiting. The server limits the "
+            "absolute value; with a limit of 0 it accepts only priority 0."
         ),
     )
     explain: bool = Field(default=False, description="Also return each layer's share of the variance; not with monte_carlo.")
@@ -117,7 +118,7 @@ class Prediction(BaseModel):
         description="Null if the adapter is not calibrated, or not for the settings of this request."
     )
     abstain: bool | None = Field(
-        description="Whether the prediction is too uncertain for the calibrated risk. Null if there is no calibrated threshold."
+        description="Whether the prediction is too uncertain for the calibrated risk. Null without a calibrated threshold."
     )
     layer_shares: dict[str, float] | None = Field(
         default=None, description="Each adapted layer's share of the variance of the probabilities; only if explain was set."

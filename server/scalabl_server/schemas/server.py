@@ -38,7 +38,9 @@ class AdapterInfo(BaseModel):
     temperature: float
     task: str
     choices: list[str]
-    calibration: Calibration | None = Field(description="Thresholds that `scalabl calibrate` computed, and the draws that it used.")
+    calibration: Calibration | None = Field(
+        description="Thresholds that `scalabl calibrate` computed, and the draws that it used."
+    )
     quantization_change: QuantizationChange | None = Field(
         description=(
             "How much the base model's quantization changed this adapter's answers, measured at start-up; null without "

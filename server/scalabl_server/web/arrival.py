@@ -44,7 +44,7 @@ class ArrivalLimits:
             except TimeoutError:
                 raise ProblemError(
                     "receive-timeout",
-                    f"only {received} bytes of the body arrived within the limit of {self._body_timeout:g} s; send it faster",
+                    f"only {received} bytes of the body arrived within {self._body_timeout:g} s; send it in that time",
                 ) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
@@ -59,7 +59,7 @@ class ArrivalLimits:
         if size > self._max_header_bytes:
             return ProblemError(
                 "headers-too-large",
-                f"path and headers have {size} bytes and the limit is {self._max_header_bytes}; send fewer or shorter headers",
+                f"path and headers have {size} bytes and the limit is {self._max_header_bytes}; send fewer headers",
             )
         if scope["http_version"] not in ("1.0", "1.1"):
             return ProblemError("bad-request", f"HTTP {scope['http_version']} is not supported; use HTTP 1.1")

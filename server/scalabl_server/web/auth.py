@@ -84,7 +84,7 @@ class KeyRing:
         # Compare with every hash, so that the time does not depend on which key matches.
         names = [name for known, name in self._known.items() if hmac.compare_digest(offered, known)]
         if not names:
-            raise ProblemError("unauthorized", "this server does not know the API key; check it for typing errors")
+            raise ProblemError("unauthorized", "this server does not know the API key; send a valid one")
         trace.current().key = names[0]
 
     def _reload_if_changed(self) -> None:
@@ -136,7 +136,9 @@ def _read(entries: Iterable[str], where: str, *, nameless: bool) -> dict[bytes, 
             raise ApiKeysError(f"{where} {number}: a name is 1 to 64 letters, digits, dots, dashes or underscores")
         if secret.startswith("sha256:"):
             if not DIGEST.fullmatch(secret):
-                raise ApiKeysError(f"{where} {number}: sha256: must be followed by the key's SHA-256 in 64 hexadecimal digits")
+                raise ApiKeysError(
+                    f"{where} {number}: sha256: must be followed by the key's SHA-256 in 64 hexadecimal digits"
+                )
             digest = bytes.fromhex(secret.removeprefix("sha256:"))
         elif not secret.strip() or not secret.isascii() or not secret.isprintable():
             raise ApiKeysError(f"{where} {number}: a key is one or more printable ASCII characters")

@@ -93,7 +93,9 @@ def invalid_fields(errors: Sequence[Any]) -> ProblemError:
         branches = messages.setdefault(field, [])
         if error["msg"] not in branches:
             branches.append(error["msg"])
-    return ProblemError("invalid-field", "; ".join(f"{field}: {' or '.join(branches)}" for field, branches in messages.items()))
+    return ProblemError(
+        "invalid-field", "; ".join(f"{field}: {' or '.join(branches)}" for field, branches in messages.items())
+    )
 
 
 def unexpected(error: Exception) -> ProblemError:

@@ -22,7 +22,7 @@ LINGER_SECONDS = 2.0
 
 
 class _LingeringTransport:
-    """A transport whose `close` ends the writing side first, and the connection after the client had time to read the answer.
+    """A transport whose `close` ends the writing side first, and the connection after the client could read the answer.
 
     Closing a socket with unread data resets the connection, and then the client may lose an answer that was already sent.
     """
@@ -83,7 +83,7 @@ class TimedProtocol(H11Protocol):
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         if status == 431:
             self._answer(
-                ProblemError("headers-too-large", "the headers exceed this server's size limit; send fewer or shorter headers")
+                ProblemError("headers-too-large", "the headers exceed this server's size limit; send fewer headers")
             )
         else:
             self._answer(ProblemError("bad-request", "the data that arrived is not a well-formed HTTP/1.1 request"))

@@ -118,7 +118,7 @@ def test_tls_on_the_main_port_and_clients_with_certificates(models: Path, certif
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ssl_certfile": "absent.pem"}, "error: the TLS certificate, key or authorities cannot be used"),
+        ({"ssl_certfile": "absent.pem"}, "error: the TLS certificate, key or CA certificates cannot be used"),
         ({"ssl_keyfile": "absent.key"}, "error: --ssl-keyfile and --ssl-ca-certs need --ssl-certfile"),
         ({"otlp_endpoint": "collector:4318"}, "error: otlp_endpoint: 'collector:4318' is no URL"),
     ],
@@ -155,7 +155,7 @@ def test_keys_rotate_without_a_restart_and_never_reach_the_log(models: Path, tmp
         ("with-second", 401, None),
         ("with-second", 200, "ann"),
     }
-    assert any(line.get("message") == "read the API keys again: ann" for line in lines)
+    assert any(line.get("message") == "reloaded the API keys; the names are now: ann" for line in lines)
     assert not any(word in server.log for word in ("first-secret", "second-secret", "private words"))
 
 

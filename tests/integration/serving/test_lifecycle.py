@@ -213,7 +213,7 @@ def test_a_stuck_worker_fails_liveness_with_the_reason(start: Callable[..., Serv
         assert 0.9 < took < 3
         response = get(server, "/health/live")
         assert response.json()["type"] == "urn:scalabl:problem:stuck"
-        assert "above the limit of 1 s; the worker is stuck" in response.json()["detail"]
+        assert "above the limit of 1 s: the worker is stuck; restart the server" in response.json()["detail"]
         assert get(server, "/health/ready").status_code == 503
         assert "scalabl_ready 0.0" in get(server, "/metrics").text
         assert stuck.result().status_code == 504
@@ -225,7 +225,7 @@ def test_a_dead_worker_fails_liveness_with_the_reason(start: Callable[..., Serve
     with ThreadPoolExecutor(1) as pool:
         dead = pool.submit(ask, server, inputs="!dead!")
         wait_until(lambda: get(server, "/health/live").status_code == 503)
-        assert "has ended; the server must be restarted" in get(server, "/health/live").json()["detail"]
+        assert "the batching loop has crashed; restart the server" in get(server, "/health/live").json()["detail"]
         assert dead.result().status_code in (500, 503, 504)
     assert server.stop() == 0
 

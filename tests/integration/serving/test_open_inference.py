@@ -122,5 +122,5 @@ def test_triton_is_told_what_is_wrong(colours: Served) -> None:
         client.infer("colours", [strings("text", [""])], outputs=WANTED, headers=auth())
     with pytest.raises(InferenceServerException, match="send a key"):
         client.infer("colours", [tensor], outputs=WANTED)
-    with pytest.raises(InferenceServerException, match="not one that this server knows"):
+    with pytest.raises(InferenceServerException, match="this server does not know the API key"):
         client.infer("colours", [tensor], outputs=WANTED, headers={"X-API-Key": "wrong"})

@@ -139,7 +139,7 @@ def test_two_gateways_agree_and_a_killed_engine_comes_back(vllm: Vllm, models: P
             else:
                 problem = answer.json()
                 assert problem["type"] == "urn:scalabl:problem:engine-unavailable"
-                assert f"no server of the engine can answer: 127.0.0.1:{vllm.port}: " in problem["detail"]
+                assert f"no vLLM server can answer: 127.0.0.1:{vllm.port}: " in problem["detail"]
                 assert int(answer.headers["retry-after"]) >= 1
         assert wait_until_ready(one, 503).json()["type"] == "urn:scalabl:problem:engine-unavailable"
         assert httpx.get(f"{one.url}/health/live").status_code == 200

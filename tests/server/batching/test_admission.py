@@ -17,8 +17,8 @@ def admission(max_inputs: int = 10, max_tokens: int = 1000) -> Admission:
 @pytest.mark.parametrize(
     ("waiting", "asked", "slug", "said"),
     [
-        ([1] * 8, [1] * 3, "queue-full", "8 inputs wait and the queue holds 10; this request has 3"),
-        ([900], [101], "queue-full", "900 tokens .* wait and the queue holds 1000; this request adds about 101"),
+        ([1] * 8, [1] * 3, "queue-full", "8 inputs wait and the queue is limited to 10; this request has 3"),
+        ([900], [101], "queue-full", "900 tokens .* wait and the queue is limited to 1000; this request adds about 101"),
         ([], [1] * 11, "input-too-large", "11 inputs never fit in the queue of 10; send fewer"),
         ([], [600, 401], "input-too-large", "about 1001 tokens .* never fit in the queue of 1000; .* lower num_samples"),
     ],
@@ -78,7 +78,9 @@ def test_what_could_not_be_answered_in_time_is_refused_with_the_time_to_come_bac
     queue.enter([500], 60)
     queue.running_tokens = 100
     assert queue.expected_wait(600) == pytest.approx(6)
-    with pytest.raises(ProblemError, match=r"takes about 6\.0 s and this request's deadline is 11 s") as caught:
+    with pytest.raises(
+        ProblemError, match=r"need about 6\.0 s more, which is too long for this request's deadline of 11 s"
+    ) as caught:
         queue.enter([1], 11)
     assert caught.value.retry_after == pytest.approx(6)
     queue.enter([1], 13)
@@ -113,9 +115,9 @@ def test_a_request_waits_for_what_goes_before_it_and_not_for_later_priorities() 
     places = queue.enter([500], 60, priority=3)
     queue.running_tokens = 100
     queue.enter([1], 11, priority=2)
-    with pytest.raises(ProblemError, match=r"takes about 6\.0 s"):
+    with pytest.raises(ProblemError, match=r"need about 6\.0 s more"):
         queue.enter([1], 11, priority=3)
-    with pytest.raises(ProblemError, match=r"501 tokens .* wait and the queue holds 1000"):
+    with pytest.raises(ProblemError, match=r"501 tokens .* wait and the queue is limited to 1000"):
         queue.enter([500], 60, priority=-10)
     places[0].resize(5)
     queue.enter([1], 11, priority=3)

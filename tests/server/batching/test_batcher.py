@@ -207,7 +207,7 @@ def test_a_request_is_admitted_whole_or_not_at_all() -> None:
     async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
         await hold(batcher, passes)
         kept = submit(batcher, None, [[2], [3]], sampled())
-        with pytest.raises(ProblemError, match="2 inputs wait and the queue holds 3; this request has 2") as caught:
+        with pytest.raises(ProblemError, match="2 inputs wait and the queue is limited to 3; this request has 2") as caught:
             submit(batcher, None, [[4], [5]], sampled())
         assert caught.value.kind == "queue-full"
         assert caught.value.retry_after is not None
@@ -306,7 +306,7 @@ def test_a_loop_that_has_died_is_a_fault() -> None:
         submit(batcher, None, [[2]], sampled())
         while batcher.fault(300) is None:
             await asyncio.sleep(0.001)
-        assert "has ended; the server must be restarted" in (batcher.fault(300) or "")
+        assert "the batching loop has crashed; restart the server" in (batcher.fault(300) or "")
 
     with_batcher(scenario)
 
@@ -319,11 +319,11 @@ def test_an_error_of_the_batchers_own_is_a_fault_that_leaves_nobody_waiting() ->
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         passes.gate.set()
         await held
-        with pytest.raises(ProblemError, match="must be restarted") as caught:
+        with pytest.raises(ProblemError, match="restart the server") as caught:
             await waiting
         assert caught.value.kind == "stuck"
         assert batcher.fault(300) is not None
-        with pytest.raises(ProblemError, match="must be restarted"):
+        with pytest.raises(ProblemError, match="restart the server"):
             submit(batcher, None, [[3]], sampled())
 
     with_batcher(scenario)

@@ -131,7 +131,7 @@ def test_a_request_may_name_its_coverage(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("coverage", "message"),
     [
-        (0.85, "coverage: 0.85 was not calibrated; this adapter has 0.8, 0.9, 0.95"),
+        (0.85, "coverage: 0.85 was not calibrated; use one of 0.8, 0.9, 0.95"),
         (1, "coverage: Input should be less than 1"),
         ("most", "coverage: Input should be a valid number"),
     ],
@@ -233,7 +233,7 @@ def test_thresholds_are_not_used_for_another_predictive_than_theirs(
     answer = client.post("/predict", json={"inputs": "xx"} | changes).json()
     (prediction,) = answer["predictions"]
     assert (prediction["prediction_set"], prediction["abstain"]) == (None, None)
-    assert re.search(f"prediction_set and abstain are null: this answer has {said}", " ".join(answer["warnings"]))
+    assert re.search(f"prediction_set and abstain are null, because this request uses {said}", " ".join(answer["warnings"]))
     asked = client.post("/predict", json={"inputs": "xx", "coverage": 0.9} | changes)
     assert asked.status_code == 422
     assert re.search(f"coverage: .*{said}", asked.json()["detail"])

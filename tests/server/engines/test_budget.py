@@ -130,7 +130,7 @@ def test_a_server_measures_its_budget_and_says_so(
         began = time.perf_counter()
         limits = serve(warmup="auto", max_batch_tokens=4096).get("/info").json()["limits"]
     assert limits["target_batch_tokens"] in ladder(256, 4096)
-    assert f"passes of {limits['target_batch_tokens']} tokens come within 5% of the best rate" in caplog.text
+    assert f"passes of {limits['target_batch_tokens']} tokens reach at least 95% of the best rate" in caplog.text
     assert time.perf_counter() - began < 20
 
 

@@ -118,9 +118,12 @@ def test_calibration_applies(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"method": "linearized"}, "method: linearized takes gradients, which this server's engine (vLLM) does not give"),
-        ({"method": "control_variate"}, "method: control_variate takes gradients"),
-        ({"seed": 1}, "seed: this server's engine (vLLM) has the samples of seed 0 only"),
+        (
+            {"method": "linearized"},
+            "method: the method linearized needs gradients, which this server's engine (vLLM) does not provide",
+        ),
+        ({"method": "control_variate"}, "method: the method control_variate needs gradients"),
+        ({"seed": 1}, "seed: this server's engine (vLLM) has only the samples of seed 0"),
         ({"num_samples": 9}, "num_samples: 9 is above this server's limit of 8"),
     ],
 )
@@ -162,8 +165,8 @@ def failure(settings: ServeSettings) -> str:
     [
         ({"names_tokens": False}, "gives no log-probability of the token"),
         ({"loads": False}, "has no adapter scalabl-"),
-        ({"leaves_out": frozenset({"lm_head"})}, "leaves out what the adapter does to lm_head"),
-        ({"answers_as": "the-base"}, "it answered for 'the-base' where 'scalabl-"),
+        ({"leaves_out": frozenset({"lm_head"})}, "does not apply the adapter's change of lm_head"),
+        ({"answers_as": "the-base"}, "it answered for 'the-base' instead of 'scalabl-"),
     ],
 )
 def test_a_server_that_would_answer_wrongly_is_refused_at_the_start(
@@ -176,7 +179,7 @@ def test_a_server_that_would_answer_wrongly_is_refused_at_the_start(
 def test_without_a_server_it_waits_and_then_says_so(folders: Path, tmp_path: Path) -> None:
     server = LoraServer()
     said = failure(behind(folders, tmp_path, server, engine_start_timeout=0.2))
-    assert f"no server within 0.2 s: 127.0.0.1:{server.port}: it cannot be reached" in said
+    assert f"no vLLM server could be used within 0.2 s: 127.0.0.1:{server.port}: it cannot be reached" in said
 
 
 def test_a_server_with_another_base_model_is_left_out(
@@ -213,7 +216,7 @@ def test_killed_under_load_it_gives_503s_and_recovers_with_the_same_answers(star
             agree(expected, answer.json()["predictions"])
     wait_until(lambda: client.get("/health/ready").status_code == 503)
     response = ask(client, inputs=TEXTS)
-    refused(response, 503, "engine-unavailable", f"no server of the engine can answer: 127.0.0.1:{server.port}: ")
+    refused(response, 503, "engine-unavailable", f"no vLLM server can answer: 127.0.0.1:{server.port}: ")
     assert int(response.headers["retry-after"]) >= 1
     assert client.get("/health/live").status_code == 200, "a restart of the gateway would not help"
     for name in list(server.models):

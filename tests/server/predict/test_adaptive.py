@@ -123,14 +123,20 @@ def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClien
     ("body", "message"),
     [
         ({"num_samples": "many"}, "num_samples: Input should be a valid integer or Input should be 'auto'"),
-        ({"target": "decision"}, "target: it goes with num_samples 'auto'"),
-        ({"tolerance": 0.1, "num_samples": 8}, "tolerance: it goes with num_samples 'auto'"),
+        ({"target": "decision"}, "target: the field is only for num_samples 'auto'"),
+        ({"tolerance": 0.1, "num_samples": 8}, "tolerance: the field is only for num_samples 'auto'"),
         ({"num_samples": "auto", "target": "entropy"}, "target: Input should be 'decision', 'probabilities' or"),
         ({"num_samples": "auto", "tolerance": 0}, "tolerance: Input should be greater than 0"),
-        ({"num_samples": "auto", "tolerance": 1.0}, "tolerance: for the target decision it is a probability"),
+        (
+            {"num_samples": "auto", "tolerance": 1.0},
+            "tolerance: 1 is not below 1; for the target decision the tolerance is a probability",
+        ),
         ({"num_samples": "auto", "method": "linearized"}, "num_samples: the linearized method draws no samples"),
-        ({"num_samples": "auto", "method": "control_variate"}, "num_samples: 'auto' is for the method monte_carlo"),
-        ({"num_samples": "auto", "explain": True}, "explain: samples alone do not tell layers apart"),
+        ({"num_samples": "auto", "method": "control_variate"}, "num_samples: 'auto' is only for the method monte_carlo"),
+        (
+            {"num_samples": "auto", "explain": True},
+            "explain: the method monte_carlo cannot attribute the variance to layers",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(body: dict[str, Any], message: str, colours: TestClient) -> None:

@@ -98,7 +98,7 @@ def test_without_the_default_adapter_requests_must_name_one(start: Callable[...,
 def test_a_loaded_name_is_replaced_only_when_that_is_asked_for(start: Callable[..., TestClient]) -> None:
     client = start()
     before = answer(client, "colours")
-    refused(load(client, "colours", "other"), 409, "adapter-conflict", "is loaded already; unload it first or send replace")
+    refused(load(client, "colours", "other"), 409, "adapter-conflict", "is already loaded; unload it first or set replace")
     assert answer(client, "colours") == pytest.approx(before, abs=1e-5)
     assert load(client, "colours", "other", replace=True).status_code == 200
     assert answer(client, "colours") != pytest.approx(before, abs=1e-5)

@@ -56,7 +56,7 @@ def test_keys_from_the_environment_and_the_file_have_names_that_are_counted(
 def test_a_file_that_changes_is_read_again_and_a_bad_one_changes_nothing(
     serve: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(auth, "SECONDS_BETWEEN_FILE_CHECKS", 0.0)
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("ann:old")
     second.write_text("ann:new\nbob:other")
@@ -77,18 +77,18 @@ def test_a_file_that_changes_is_read_again_and_a_bad_one_changes_nothing(
 @pytest.mark.parametrize(
     ("keys", "file", "said"),
     [
-        (" , ", None, "api_keys is set and holds no key"),
-        ("", None, "api_keys is set and holds no key"),
+        (" , ", None, "api_keys is set but contains no key"),
+        ("", None, "api_keys is set but contains no key"),
         ("ann:", None, "api_keys: entry 1: a key is one or more printable"),
         ("ok, a b:secret", None, "entry 2: a name is 1 to 64 letters"),
-        ("ann:sha256:1234", None, "entry 1: after sha256: come the 64 hexadecimal digits"),
+        ("ann:sha256:1234", None, "entry 1: sha256: must be followed by the key's SHA-256 in 64 hexadecimal digits"),
         (f"sha256:{'0' * 64}", None, "entry 1: a hash needs a name"),
-        ("ann:secret,bob:secret", None, "entry 2: the same key has two names"),
+        ("ann:secret,bob:secret", None, "entry 2: this key already has another name"),
         ("ann:s\u00e9cret", None, "printable ASCII"),
-        (None, "", "holds no key"),
-        (None, "# nothing\n", "holds no key"),
-        (None, "secret", "line 1: no name; write name:key"),
-        (None, "\n\nann:secret\nbob:secret", "line 4: the same key has two names"),
+        (None, "", "contains no key"),
+        (None, "# nothing\n", "contains no key"),
+        (None, "secret", "line 1: the name is missing; write name:key"),
+        (None, "\n\nann:secret\nbob:secret", "line 4: this key already has another name"),
     ],
 )
 def test_keys_that_cannot_be_used_are_refused_without_being_shown(

@@ -30,14 +30,14 @@ def lifetime_of(client: TestClient) -> ServerLifetime:
             {"inputs": ["b", "a" * 11]},
             413,
             "input-too-large",
-            "inputs.1: 11 characters are above the limit of 10; shorten the input or ask for truncate: true",
+            "inputs.1: 11 characters exceed the limit of 10; shorten the input or set truncate to true",
         ),
         (
             {"max_sample_values": 24},
             {"inputs": ["a", "b"], "num_samples": 5, "return_samples": True},
             413,
             "input-too-large",
-            "return_samples: 30 probabilities (inputs x samples x choices) are above the limit of 24",
+            "return_samples: 30 probabilities (inputs x samples x choices) exceed the limit of 24",
         ),
         (
             {"max_queue_tokens": 100},
@@ -60,9 +60,9 @@ def test_a_request_above_a_limit_is_refused_with_value_and_limit(
 @pytest.mark.parametrize(
     ("setting", "choices", "detail"),
     [
-        ({"max_choices": 3}, ["a", "b", "c", "d"], "choices: 4 are above the limit of 3"),
-        ({"max_choices": 3}, [["a", "b"], ["a", "b", "c", "d"]], "choices.1: 4 are above the limit of 3"),
-        ({"max_choice_chars": 5}, ["a", "b" * 6], "choices: one of 6 characters is above the limit of 5"),
+        ({"max_choices": 3}, ["a", "b", "c", "d"], "choices: 4 choices exceed the limit of 3"),
+        ({"max_choices": 3}, [["a", "b"], ["a", "b", "c", "d"]], "choices.1: 4 choices exceed the limit of 3"),
+        ({"max_choice_chars": 5}, ["a", "b" * 6], "choices: a choice of 6 characters exceeds the limit of 5"),
     ],
 )
 def test_choices_above_a_limit_are_refused(
@@ -110,7 +110,7 @@ def test_a_deadline_that_has_passed_frees_the_place(serve: Callable[..., TestCli
 @pytest.mark.parametrize(
     ("settings", "inputs", "more", "detail"),
     [
-        ({"max_queue": 2}, ["b", "c"], "d", "2 inputs wait and the queue holds 2; this request has 1"),
+        ({"max_queue": 2}, ["b", "c"], "d", "2 inputs wait and the queue is limited to 2; this request has 1"),
         ({"max_queue_tokens": 1800}, "b" * 100, ["d" * 100] * 4, "416 tokens (inputs x samples x length) wait"),
     ],
     ids=["inputs", "tokens"],
@@ -158,9 +158,9 @@ def test_a_large_request_does_not_hold_up_the_tokenising_of_others(serve: Callab
 @pytest.mark.parametrize(
     ("limit", "priority", "detail"),
     [
-        (10, 11, "priority: 11 is outside this server's -10 to 10"),
-        (10, -11, "priority: -11 is outside this server's -10 to 10"),
-        (0, 1, "priority: this server takes requests as they come; leave the field out"),
+        (10, 11, "priority: 11 is outside this server's range of -10 to 10"),
+        (10, -11, "priority: -11 is outside this server's range of -10 to 10"),
+        (0, 1, "priority: this server does not accept priorities; leave the field out"),
         (10, 2**63, "priority: Input should be less than"),
         (10, 1.5, "priority: Input should be a valid integer"),
     ],

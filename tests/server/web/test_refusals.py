@@ -67,13 +67,13 @@ def test_a_wrong_field_is_named(colours: TestClient, body: dict[str, Any], detai
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        ({}, "choices: this adapter's task is multiple_choice; send the choices to rank"),
+        ({}, "choices: this adapter's task is multiple_choice; send the choices of the inputs"),
         ({"choices": ["a"]}, "choices: "),
         ({"choices": []}, "choices: "),
         ({"choices": ["a", "b", "a"]}, "choices: 'a' appears twice; choices must be distinct"),
         ({"choices": list("abcde")}, "choices: the number of choices is 5; send 2 to 4"),
         ({"choices": ["a", ""]}, "choices: the text is empty"),
-        ({"choices": [["a", "b"], ["c", "d"]]}, "choices: 2 lists were given for 1 inputs"),
+        ({"choices": [["a", "b"], ["c", "d"]]}, "choices: 2 lists of choices for 1 inputs"),
         ({"choices": [["a", "b"], "c"]}, "choices"),
         ({"choices": [["a"]]}, "choices"),
         ({"inputs": ["x", "y"], "choices": [["a", "b"], ["c", "c"]]}, "choices.1: 'c' appears twice"),
@@ -90,21 +90,21 @@ def test_wrong_choices_are_named(letters: TestClient, body: dict[str, Any], deta
         (b"", "body: "),
         (b"[]", "body: send a JSON object"),
         (b'"text"', "body: send a JSON object"),
-        (b'{"inputs": "\xff"}', "body: not a JSON document in UTF-8: byte 12 is wrong"),
+        (b'{"inputs": "\xff"}', "body: not valid UTF-8 at byte 12"),
         (b'{"inputs": "\\ud800 a"}', "inputs: the text is not valid Unicode (a lone surrogate at character 0)"),
         (
             b'{"inputs": "a", "\\ud800": 1}',
             "body: a field's name is not valid Unicode (a lone surrogate at character 0)",
         ),
-        (b"[" * 100_000, "body: nested deeper than 64 levels"),
-        (b'{"inputs": ' + b"[" * 64 + b"]" * 64 + b"}", "body: nested deeper than 64 levels"),
+        (b"[" * 100_000, "body: nested more deeply than the limit of 64 levels"),
+        (b'{"inputs": ' + b"[" * 64 + b"]" * 64 + b"}", "body: nested more deeply than the limit of 64 levels"),
         (b'{"inputs": "a", "inputs": "b"}', "body: the name 'inputs' appears twice in one object"),
         (b'{"inputs": "a", "seed": NaN}', "body: NaN is not JSON; send a finite number or null"),
         (b'{"inputs": "a", "seed": -Infinity}', "body: -Infinity is not JSON"),
         (b'{"inputs": "a", "num_samples": 1e999}', "num_samples: "),
         (b'{"inputs": "a", "seed": ' + b"9" * 5000 + b"}", "body: a number is too long"),
         (b'{"inputs": [' + b"1," * 100_000 + b"1]}", "inputs: "),
-        ('{"inputs": "a"}'.encode("utf-16"), "body: not a JSON document in UTF-8"),
+        ('{"inputs": "a"}'.encode("utf-16"), "body: not valid UTF-8 at byte 0"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(colours: TestClient, content: bytes, detail: str) -> None:
@@ -165,7 +165,7 @@ def test_an_adapter_that_is_not_loaded_is_never_replaced(colours: TestClient) ->
 
 
 def test_unknown_routes_and_methods(colours: TestClient) -> None:
-    refused(colours.get("/nowhere"), 404, "not-found", "/nowhere is not a route; see /docs")
+    refused(colours.get("/nowhere"), 404, "not-found", "/nowhere is not a route of this server; see /docs")
     response = colours.get("/predict")
     refused(response, 405, "method-not-allowed", "/predict takes POST")
     assert response.headers["allow"] == "POST"
@@ -207,7 +207,7 @@ def test_an_input_that_no_pass_can_hold_is_refused_at_once(serve: Callable[..., 
 
 
 def test_too_many_inputs_are_refused(serve: Callable[..., TestClient]) -> None:
-    details = ("inputs: 4 texts are above the limit of 3 per request",)
+    details = ("inputs: 4 texts exceed the limit of 3 per request",)
     refused(ask(serve(max_inputs=3), inputs=["a"] * 4), 413, "input-too-large", *details)
 
 
@@ -215,13 +215,13 @@ def test_too_many_inputs_are_refused(serve: Callable[..., TestClient]) -> None:
     ("headers", "detail"),
     [
         ({}, "send a key as 'Authorization: Bearer <key>' or 'X-API-Key: <key>'"),
-        ({"authorization": "Bearer wrong"}, "the API key is not one that this server knows"),
+        ({"authorization": "Bearer wrong"}, "this server does not know the API key; send a valid one"),
         ({"x-api-key": "two "}, None),
         ({"authorization": "Basic b25l"}, "send a key"),
         ({"authorization": "Bearer "}, "send a key"),
         ({"authorization": "Bearer one"}, None),
         ({"authorization": "bearer two"}, None),
-        ({"x-api-key": "wrong"}, "the API key is not one"),
+        ({"x-api-key": "wrong"}, "this server does not know the API key"),
     ],
 )
 def test_a_key_is_needed_where_keys_are_set(keyed: TestClient, headers: dict[str, str], detail: str | None) -> None:
@@ -251,7 +251,7 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_come_back(serve: Callabl
         waiting = pool.submit(ask, client, inputs=["b", "c"])
         wait_until(lambda: "scalabl_queue_inputs 2.0" in client.get("/metrics").text)
         response = ask(client, inputs="d")
-        refused(response, 429, "queue-full", "2 inputs wait and the queue holds 2; this request has 1")
+        refused(response, 429, "queue-full", "2 inputs wait and the queue is limited to 2; this request has 1")
         assert int(response.headers["retry-after"]) >= 1
         gate.open.set()
         assert running.result().status_code == waiting.result().status_code == 200
@@ -293,7 +293,7 @@ def test_while_the_model_loads_the_server_is_live_and_not_ready(folders: Path) -
         refused(client.get("/health/ready"), 503, "starting", "the model is being loaded")
         refused(client.get("/info"), 503, "starting")
         response = ask(client, inputs="a")
-        refused(response, 503, "starting", "wait for /health/ready")
+        refused(response, 503, "starting", "wait until /health/ready returns 200")
         assert int(response.headers["retry-after"]) >= 1
         assert "scalabl_ready 0.0" in client.get("/metrics").text
         may_load.set()
@@ -321,7 +321,7 @@ def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path, folders: Path
     with TestClient(create_app(settings, on_failure=failures.append)) as client:
         wait_until(lambda: bool(failures))
         for path in ("/health/live", "/health/ready", "/info"):
-            refused(client.get(path), 503, "failed", "could not be loaded; the server's log says why")
+            refused(client.get(path), 503, "failed", "could not be loaded; see the server's log for the reason")
         refused(ask(client, inputs="a"), 503, "failed")
     assert isinstance(failures[0], AdapterError)
 

@@ -1,1 +1,1 @@
-"""The engine that asks vLLM servers: client, pool, examination. Nothing of the base model is in this process."""
+"""The engine that uses vLLM servers: client, pool, examination. The base model is not loaded in this process."""

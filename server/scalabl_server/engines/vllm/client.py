@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP: its adapters, and exact log-probabilities of named tokens. Which one is asked is the pool's."""
+"""The HTTP client of one vLLM server: its LoRAs, and exact log-probabilities of given tokens. `pool` chooses the server."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 CONNECT_SECONDS = 2.0
 TOKENS_PER_CALL = 128  # vLLM's limit on `logprob_token_ids`
 
-# What became of a call. unreachable, slow, broken: the server's state, which may pass. absent: it lacks the adapter, as
-# after a restart. refused: it is not set up as it must be. rejected: the request's fault, whichever server gets it.
+# The outcome of a call. unreachable, slow, broken: the server has a problem that may pass. absent: it lacks the adapter, for
+# example after a restart. refused: its configuration is unsuitable. rejected: the request is wrong, on any server.
 Outcome = Literal["ok", "unreachable", "slow", "broken", "absent", "refused", "rejected"]
 
-# Whatever the model's generation_config says, and with any --logprobs-mode, these leave the logits as they are.
+# Sampling parameters that leave the logits unchanged, whatever the model's generation_config and --logprobs-mode say.
 PLAIN = {
     "max_tokens": 1,
     "temperature": 0,
@@ -34,7 +34,7 @@ PLAIN = {
 
 
 class CallError(Exception):
-    """A call that gave no answer, and why."""
+    """A call that failed: its outcome, and the cause in words."""
 
     def __init__(self, outcome: Outcome, cause: str) -> None:
         super().__init__(cause)
@@ -43,12 +43,12 @@ class CallError(Exception):
 
 @dataclass(frozen=True)
 class Models:
-    """What a server has.
+    """The models of a server.
 
     Attributes:
-        base: the base model's name there.
-        max_tokens: of a prompt and what follows it.
-        adapters: names of LoRAs.
+        base: name of the base model on this server.
+        max_tokens: limit on a prompt together with its generated tokens; None if the server does not say.
+        adapters: names of the loaded LoRAs.
     """
 
     base: str
@@ -57,10 +57,10 @@ class Models:
 
 
 class VllmClient:
-    """Calls of one server. Any number of threads may share it.
+    """Calls one server. Any number of threads may share a client.
 
     Args:
-        url: http://host:port, with a path where a proxy has one.
+        url: http://host:port, with a path if a proxy needs one.
         timeout: seconds that an answer may take.
     """
 
@@ -75,11 +75,11 @@ class VllmClient:
         )
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Close the connections."""
         self._client.close()
 
     def models(self) -> Models:
-        """The models that it has."""
+        """The models of the server."""
         answer = self._ask("GET", "/v1/models", timeout=min(self._timeout, 10.0))
         try:
             cards = answer["data"]
@@ -87,37 +87,39 @@ class VllmClient:
             adapters = frozenset(str(card["id"]) for card in cards if card.get("parent") is not None)
             return Models(str(base["id"]), base.get("max_model_len"), adapters)
         except (KeyError, TypeError, AttributeError, StopIteration):
-            raise CallError("refused", "its /v1/models is not vLLM's; --engine-url must lead to vLLM servers") from None
+            raise CallError(
+                "refused", "its answer to /v1/models is not that of vLLM; --engine-url must point to vLLM servers"
+            ) from None
 
     def load(self, name: str, path: str) -> None:
-        """Have it load a LoRA from a folder that it can read."""
+        """Make the server load a LoRA from a folder that it can read."""
         try:
             self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except CallError as error:
-            if "already been loaded" in error.cause:  # by another gateway, meanwhile
+            if "already been loaded" in error.cause:  # by another gateway in the meantime
                 return
             if error.outcome in ("absent", "rejected", "broken"):
                 raise CallError(
                     "refused",
                     f"it has no adapter {name} and does not load it ({error.cause}); start it with --enable-lora and "
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and let it read --engine-adapter-dir under the same path, or give "
-                    "it what `scalabl export vllm` writes with --lora-modules",
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, with --engine-adapter-dir readable under the same path, or pass it "
+                    "the files of `scalabl export vllm` with --lora-modules",
                 ) from None
             raise
 
     def unload(self, name: str) -> None:
-        """Have it forget a LoRA."""
+        """Make the server unload a LoRA."""
         self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def score(
         self, model: str, prompts: Sequence[Sequence[int]], tokens: Sequence[int], timeout: float | None = None
     ) -> Tensor:
-        """Log-probabilities of these tokens after each of B prompts: [B, C] float32.
+        """The log-probabilities of C tokens after each of B prompts: [B, C] float32.
 
-        With --logprobs-mode raw_logits they are logits: the same up to a constant of each row.
+        If the server runs with --logprobs-mode raw_logits, they are logits, which differ by a constant per row.
 
         Raises:
-            CallError: there is none for one of the tokens, or another model than `model` answered.
+            CallError: one of the tokens has no log-probability, or another model than `model` answered.
         """
         columns = []
         for start in range(0, len(tokens), TOKENS_PER_CALL):
@@ -128,38 +130,44 @@ class VllmClient:
             except KeyError as error:
                 raise CallError(
                     "refused",
-                    f"it gives no log-probability of the token {error.args[0]}, so answers would not be exact; vLLM has "
-                    "logprob_token_ids in /v1/completions from 0.32 on",
+                    f"it gives no log-probability of the token {error.args[0]}, so answers would not be exact; use vLLM "
+                    "0.32 or newer, which supports logprob_token_ids in /v1/completions",
                 ) from None
         return torch.cat(columns, dim=1)
 
     def most_likely(self, model: str, prompt: Sequence[int], count: int) -> dict[int, float]:
-        """The most likely next tokens with their log-probabilities, by vLLM's other way of finding them."""
+        """The `count` most likely next tokens with their log-probabilities, computed by vLLM's ordinary top-k logprobs."""
         (top,) = self._tops(model, [prompt], None, logprobs=count)
         return top
 
     def _tops(
         self, model: str, prompts: Sequence[Sequence[int]], timeout: float | None, **wanted: Any
     ) -> list[dict[int, float]]:
-        """What is said of the next token after each prompt: token -> log-probability."""
+        """The returned log-probabilities of the next token after each prompt: token id -> log-probability."""
         body = {"model": model, "prompt": [list(prompt) for prompt in prompts], **PLAIN, **wanted}
         answer = self._ask("POST", "/v1/completions", body, timeout)
         try:
             if answer["model"] != model:
-                raise CallError("refused", f"it answered for {answer['model']!r} where {model!r} was asked")
+                raise CallError("refused", f"it answered for {answer['model']!r} instead of {model!r}")
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             tops = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
             log_probabilities = [
                 {int(key.removeprefix("token_id:")): float(value) for key, value in top.items()} for top in tops
             ]
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            raise CallError("refused", "its answer has no log-probabilities by token id, as vLLM's would") from None
+            raise CallError(
+                "refused", "its answer has no log-probabilities by token id; --engine-url must point to vLLM servers"
+            ) from None
         if len(log_probabilities) != len(prompts):
-            raise CallError("broken", f"it answered {len(log_probabilities)} of {len(prompts)} prompts")
+            raise CallError("broken", f"it answered only {len(log_probabilities)} of {len(prompts)} prompts")
         return log_probabilities
 
     def _ask(self, method: str, path: str, body: object = None, timeout: float | None = None) -> Any:
-        """The answer's JSON; None where it is text."""
+        """The JSON of the answer; None if the answer is text.
+
+        Raises:
+            CallError: the call failed.
+        """
         seconds = self._timeout if timeout is None else min(timeout, self._timeout)
         try:
             response = self._client.request(

@@ -1,7 +1,7 @@
-"""The engine that asks vLLM servers: a posterior sample is an ordinary LoRA there, and nothing of the base model is here.
+"""The engine that uses vLLM servers. Each posterior sample is an ordinary LoRA there; the base model is not loaded here.
 
-What stays here is the server's own: prompts, draws, what samples come to. Choices' logits are log-probabilities, the same up
-to a constant of each row, which no softmax sees.
+This process makes the prompts and the draws and combines the samples. It uses log-probabilities as the logits of choices:
+they differ from logits by a constant per row, which does not change the softmax.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ logger = logging.getLogger("scalabl")
 
 @dataclass(eq=False)
 class RemoteAdapter(Served):
-    """An adapter whose samples are LoRAs of the servers. `lora_of`: a draw's bytes -> the LoRA of that sample."""
+    """An adapter whose samples are LoRAs on the servers.
+
+    Attributes:
+        lora_of: the bytes of a draw's numbers -> the name of the LoRA of that sample.
+    """
 
     examined: Examined
     lora_of: dict[bytes, str]
@@ -48,18 +52,18 @@ class RemoteAdapter(Served):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VllmEngine(Engine):
-    """Adapters over a base model that vLLM servers have."""
+    """Adapters on a base model that vLLM servers have loaded."""
 
     pool: VllmPool
-    base: str  # name or folder of the base model, for its shapes
+    base: str  # name or folder of the base model, to read its shapes
     tokenizer: PreTrainedTokenizerBase
 
     def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-        """A call for each posterior sample, all at once; more for each round of those inputs that go on."""
-        assert isinstance(served, RemoteAdapter)  # `read` makes no other
+        """One call per posterior sample, all at once; more calls in further rounds for inputs that need more samples."""
+        assert isinstance(served, RemoteAdapter)  # `read` creates no others
 
         def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
-            names_of = {table.key: _names(served, table) for table in draws}  # few: inputs share their draws
+            names_of = {table.key: _names(served, table) for table in draws}  # few, because inputs share their draws
             wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
             for position, table in enumerate(draws):
                 for row, name in enumerate(names_of[table.key]):
@@ -106,11 +110,11 @@ class VllmEngine(Engine):
             examined=Examined(loras),
             lora_of={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
-        served.pads = False  # each prompt is a sequence of its own there
+        served.pads = False  # vLLM does not pad prompts to a common length
         return served
 
     def check(self, served: Served) -> None:
-        """Have the servers load its LoRAs, and see that they answer with all of them."""
+        """Make the servers load the adapter's LoRAs, and check that they answer correctly with all of them."""
         assert isinstance(served, RemoteAdapter)
         self.check_ready()
         try:
@@ -123,18 +127,18 @@ class VllmEngine(Engine):
         self.pool.remove(served.examined)
 
     def check_request(self, method: Method, seed: int | None) -> None:
-        """Refuse what takes gradients, or samples that the servers do not have."""
+        """Refuse methods that need gradients, and seeds whose samples the servers do not have."""
         if method != "monte_carlo":
             raise ProblemError(
                 "invalid-field",
-                f"{method} takes gradients, which this server's engine (vLLM) does not give; "
-                "send monte_carlo, or ask a server with --engine transformers",
+                f"the method {method} needs gradients, which this server's engine (vLLM) does not provide; "
+                "use monte_carlo, or a server with --engine transformers",
                 field="method",
             )
         if seed is not None and seed != self.settings.seed:
             raise ProblemError(
                 "invalid-field",
-                f"this server's engine (vLLM) has the samples of seed {self.settings.seed} only; leave the field out",
+                f"this server's engine (vLLM) has only the samples of seed {self.settings.seed}; leave the field out",
                 field="seed",
             )
 
@@ -149,20 +153,20 @@ class VllmEngine(Engine):
 
 
 def _names(served: RemoteAdapter, draws: Draws) -> list[str]:
-    """The LoRA of each sample, found by the numbers that it was made of."""
+    """The name of each sample's LoRA, looked up by the numbers of its draw."""
     return [served.lora_of[row.numpy().tobytes()] for row in draws.epsilon]
 
 
 def load(settings: ServeSettings) -> Engine:
-    """Read the adapters, and wait for a server that answers with them.
+    """Read the adapters, and wait until a vLLM server can answer with them.
 
     Raises:
-        AdapterError, BaseModelError, PromptError: what is wrong, and with which file, module or field.
-        EngineError: no server can be used; the cause of each.
+        AdapterError, BaseModelError, PromptError: what is wrong, and in which file, module or field.
+        EngineError: no server can be used; it names the cause for each.
     """
-    assert settings.engine_url is not None  # the settings see to it
+    assert settings.engine_url is not None  # checked by `ServeSettings`
     started = time.perf_counter()
-    if "max_samples" not in settings.model_fields_set:  # each is a LoRA that the servers hold
+    if "max_samples" not in settings.model_fields_set:  # do not make the servers load more LoRAs than needed
         settings = settings.model_copy(update={"max_samples": settings.num_samples})
     folders = settings.adapter_folders()
     base = settings.model or read_config(settings.adapter).base_model_name_or_path
@@ -195,7 +199,7 @@ def load(settings: ServeSettings) -> Engine:
         settings.engine_start_timeout,
     )
     if pool.max_tokens is not None:
-        longest = min(longest, pool.max_tokens - 1)  # vLLM counts the token that it adds
+        longest = min(longest, pool.max_tokens - 1)  # vLLM's limit includes the generated token
     engine = dataclasses.replace(reader, max_input_tokens=longest, adapters=adapters)
     logger.info(
         "%s with %s ready in %.1f s: %d samples each, on %s",

@@ -1,4 +1,4 @@
-"""Whether a vLLM server answers for an adapter exactly, with all of it, and as the others do: asked before it is used."""
+"""Examining a vLLM server before it is used: it must answer exactly, apply the whole adapter, and agree with the others."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from scalabl.files.sample_loras import SampleLoras
 from scalabl_server.engines.vllm.client import CallError, Models, VllmClient
 
-SAME = 0.05  # by which probabilities of two servers may differ: rounding is far below it, another model far above
-EXACT = 0.05  # nats by which two ways of asking one server may differ
+SAME = 0.05  # the most that probabilities of two servers may differ; rounding is far below it, another model far above
+EXACT = 0.05  # the most that log-probabilities from two ways of asking one server may differ, in nats
 PROBE_LENGTHS = (3, 8, 21)
 
 
 @dataclass(eq=False)
 class Examined:
-    """The LoRAs of one adapter, and what the first server said to the probes.
+    """The LoRAs of one adapter, and the answers of the first examined server to the probe prompts.
 
     Attributes:
-        answers: probabilities [names, probes, C], by which every other server is measured.
+        answers: probabilities [LoRAs, probes, C], with which every other server is compared; None before the first.
     """
 
     loras: SampleLoras
@@ -32,7 +32,7 @@ class Examined:
     @property
     def tokens(self) -> tuple[int, ...]:
         tokens = self.loras.loras.config.task.choice_tokens
-        assert tokens is not None  # `ScalaBLModel` sees to it
+        assert tokens is not None  # set by `ScalaBLModel`
         return tokens
 
     def probes(self) -> list[list[int]]:
@@ -40,14 +40,14 @@ class Examined:
 
 
 def examine(client: VllmClient, models: Models, adapter: Examined, folder: Path) -> None:
-    """Give a server what it lacks of an adapter, and see whether it answers with all of it.
+    """Make a server load the LoRAs of an adapter that it lacks, and check its answers with all of them.
 
     Args:
-        models: what it has.
-        folder: where LoRAs are written for it.
+        models: the models that the server has.
+        folder: where LoRAs are written for the server.
 
     Raises:
-        CallError: it does not; the cause says what is missing.
+        CallError: the server cannot be used; the cause says why.
     """
     loras, probes = adapter.loras, adapter.probes()
     for name in loras.all_names:
@@ -57,23 +57,23 @@ def examine(client: VllmClient, models: Models, adapter: Examined, folder: Path)
     likely = client.most_likely(models.base, probes[0], 5)
     named = client.score(models.base, probes[:1], list(likely))[0]
     if float((named - torch.tensor(list(likely.values()))).abs().max()) > EXACT:
-        raise CallError("refused", "its log-probabilities of named tokens are not those of its most likely tokens")
+        raise CallError("refused", "its log-probabilities of requested tokens differ from those of its most likely tokens")
     answers = []
     for name in loras.all_names:
         log_probabilities = client.score(name, probes, adapter.tokens)
         if torch.equal(log_probabilities, plain) and name in loras.parts:
-            raise CallError("refused", f"it leaves out what the adapter does to {loras.parts[name]}")
+            raise CallError("refused", f"it does not apply the adapter's change of {loras.parts[name]}")
         answers.append(torch.softmax(log_probabilities, -1))
     if all(torch.equal(probabilities, torch.softmax(plain, -1)) for probabilities in answers):
-        raise CallError("refused", "the adapter changes nothing there")
-    told = torch.stack(answers)
+        raise CallError("refused", "its answers are the same with and without the adapter")
+    probabilities_of_all = torch.stack(answers)
     with adapter.lock:
         if adapter.answers is None:
-            adapter.answers = told
-    difference = float((told - adapter.answers).abs().max())
+            adapter.answers = probabilities_of_all
+    difference = float((probabilities_of_all - adapter.answers).abs().max())
     if not difference <= SAME:
         raise CallError(
             "refused",
             f"its probabilities differ by up to {difference:.2g} from those of the server that was examined first: it "
-            "has another base model, or other LoRAs under these names",
+            "has another base model, or other LoRAs under the same names",
         )

@@ -1,7 +1,7 @@
-"""Several vLLM servers with the same adapters: which gets a call, who is left alone for a while, and how one comes back.
+"""A pool of vLLM servers with the same adapters: chooses a server for each call, and takes failed servers out and back in.
 
-A server takes calls once it has been examined. A thread for each examines it again after it failed. A call changes nothing,
-so that it may go to a second server, without harm, when the first one fails or is slow.
+A server is used only after it was examined. After a failure its thread examines it again. Calls do not change a server, so
+a call can safely be repeated on a second server if the first one fails or is slow.
 """
 
 from __future__ import annotations
@@ -24,17 +24,26 @@ from scalabl_server.problems import ProblemError
 
 logger = logging.getLogger("scalabl")
 
-LOOK_SECONDS = 5.0  # between two looks at a server that takes calls
-PAUSES = (0.5, 30.0)  # seconds until one that failed is examined again: doubled from the first up to the second
+LOOK_SECONDS = 5.0  # interval between checks of a server in use
+PAUSES = (0.5, 30.0)  # seconds until a failed server is examined again: from the first, doubled up to the second
 
 
 class EngineError(ScalaBLError):
-    """No vLLM server that can be used, at the start."""
+    """No vLLM server can be used."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One server and what is known of it. Changed under the pool's lock."""
+    """One server and its state. Changed only under the pool's lock.
+
+    Attributes:
+        ready: whether it may get calls.
+        cause: why it is not ready; empty when it is.
+        refused: whether its configuration is unsuitable, so that waiting will not help.
+        failures: since it was ready last.
+        max_tokens: its limit on a prompt together with its generated tokens.
+        wake: set to check the server at once.
+    """
 
     client: VllmClient
     ready: bool = False
@@ -48,7 +57,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Call:
-    """B prompts for one LoRA of an adapter."""
+    """A call with B prompts for one LoRA of an adapter."""
 
     adapter: Examined
     name: str
@@ -71,14 +80,14 @@ class VllmPool:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = threading.Event()
-        self._pace: float | None = None  # seconds for each token of a pass, a moving average; None before the first
+        self._pace: float | None = None  # moving average of the seconds per token; None before the first pass
         self._threads = ThreadPoolExecutor(128, thread_name_prefix="vllm")
 
     def start(self, adapters: Sequence[Examined], seconds: float) -> None:
-        """Examine the servers until one takes calls.
+        """Examine the servers until one of them can be used.
 
         Raises:
-            EngineError: all of them refuse, or none can be used within `seconds`.
+            EngineError: all of them are unsuitable, or none can be used within `seconds`.
         """
         self._adapters = list(adapters)
         for replica in self.replicas:
@@ -93,10 +102,11 @@ class VllmPool:
                 return
             refused, causes = usable, self._causes()
         self.close()
-        raise EngineError(f"{'every server refuses' if refused else f'no server within {seconds:g} s'}: {causes}")
+        reason = "no vLLM server is suitable" if refused else f"no vLLM server could be used within {seconds:g} s"
+        raise EngineError(f"{reason}: {causes}")
 
     def close(self) -> None:
-        """End the threads and the connections."""
+        """Stop the threads and close the connections."""
         self._closed.set()
         for replica in self.replicas:
             replica.wake.set()
@@ -105,20 +115,20 @@ class VllmPool:
             replica.client.close()
 
     def check_ready(self) -> None:
-        """Whether a call would find a server.
+        """Check that at least one server can be used.
 
         Raises:
-            ProblemError: `engine-unavailable`, with every server's cause.
+            ProblemError: `engine-unavailable`, with the cause for each server.
         """
         with self._lock:
             if not any(replica.ready for replica in self.replicas):
                 raise self._unavailable()
 
     def add(self, adapter: Examined) -> None:
-        """Have every server that takes calls load an adapter; those that cannot take no more calls.
+        """Make every server in use load an adapter. Those that cannot are taken out of use.
 
         Raises:
-            EngineError: none can; nothing has changed then.
+            EngineError: no server can load it; then nothing has changed.
         """
         with self._lock:
             ready = [replica for replica in self.replicas if replica.ready]
@@ -130,15 +140,16 @@ class VllmPool:
                 failed[replica] = error
         if len(failed) == len(ready):
             raise EngineError(
-                "; ".join(f"{replica.client.name}: {error.cause}" for replica, error in failed.items()) or "none is up"
+                "; ".join(f"{replica.client.name}: {error.cause}" for replica, error in failed.items())
+                or "no vLLM server is ready"
             )
         with self._lock:
             self._adapters.append(adapter)
-        for replica, why in failed.items():
-            self._failed(replica, why)
+        for replica, cause in failed.items():
+            self._failed(replica, cause)
 
     def remove(self, adapter: Examined) -> None:
-        """Have the servers forget an adapter, if they can; another gateway that has it makes them load it again."""
+        """Make the servers unload an adapter, if they can. A gateway that still uses it will make them load it again."""
         with self._lock:
             if adapter not in self._adapters:
                 return
@@ -147,24 +158,24 @@ class VllmPool:
             ready = [replica for replica in self.replicas if replica.ready]
         for replica in ready:
             for name in adapter.loras.all_names:
-                if name in still_needed:  # the same files under another name
+                if name in still_needed:  # another adapter has the same files
                     continue
                 try:
                     replica.client.unload(name)
                 except CallError as error:
-                    logger.info("engine %s keeps %s: %s", replica.client.name, name, error.cause)
+                    logger.info("engine %s did not unload %s: %s", replica.client.name, name, error.cause)
                     break
 
     def score(self, calls: Sequence[Call], seconds: float) -> list[Tensor]:
-        """Each call's log-probabilities [B, C] of the adapter's choices; all calls run at once.
+        """For each call the log-probabilities [B, C] of the adapter's choices. All calls run at the same time.
 
-        A call whose server fails goes to another one; so does one that takes far longer than the others did, and the first
-        answer counts.
+        If a server fails, its call is repeated on another one. A call that takes far longer than the others is sent to a
+        second server too, and the first answer counts.
 
         Raises:
-            ProblemError: `engine-unavailable`: there is no server left for a call, or `seconds` have passed;
-                `unknown-adapter`: the adapter was unloaded meanwhile.
-            CallError: a call that any server would reject.
+            ProblemError: `engine-unavailable` if no server is left for a call or `seconds` have passed;
+                `unknown-adapter` if the adapter was unloaded in the meantime.
+            CallError: the call is wrong, on any server.
         """
         began = time.monotonic()
         deadline = began + seconds
@@ -205,7 +216,7 @@ class VllmPool:
                     raise self._unavailable_now()
             if now >= deadline and len(results) < len(calls):
                 raise ProblemError(
-                    "engine-unavailable", f"the engine did not answer within {seconds:.3g} s", retry_after=PAUSES[0]
+                    "engine-unavailable", f"the vLLM servers did not answer within {seconds:.3g} s", retry_after=PAUSES[0]
                 )
             for index, started in [(index, started) for index, _, started in running.values()]:
                 if index not in results and len(tried[index]) == 1 and now - started > patience and launch(index):
@@ -217,19 +228,19 @@ class VllmPool:
     def _slower_than_the_second(
         self, index: int, running: dict[Future[Tensor], tuple[int, Replica, float]], before: float
     ) -> None:
-        """Leave servers alone that were asked first, before this moment, and have not answered when the second one has."""
+        """Take servers out of use that got a call before the time `before`, and were slower than the second server."""
         for other, replica, started in running.values():
             if other == index and started < before:
-                self._failed(replica, CallError("slow", "it took far longer than another server did"))
+                self._failed(replica, CallError("slow", "it took far longer than another server"))
 
     def _take(self, tried: Sequence[Replica]) -> Replica | None:
-        """The server with the fewest calls, in turn among equals, of those that were not tried."""
+        """The ready server with the fewest running calls that was not tried yet; among equals, they take turns."""
         with self._lock:
             free = [replica for replica in self.replicas if replica.ready and replica not in tried]
             if not free:
                 return None
             chosen = min(free, key=lambda replica: replica.in_flight)
-            self.replicas.remove(chosen)  # the last in line from now on
+            self.replicas.remove(chosen)  # move it to the end, so that equals take turns
             self.replicas.append(chosen)
             chosen.in_flight += 1
             return chosen
@@ -242,7 +253,9 @@ class VllmPool:
         except CallError as error:
             outcome = error.outcome
             if outcome == "absent" and call.adapter not in self._adapters:
-                raise ProblemError("unknown-adapter", "it was unloaded while the request waited", field="adapter") from None
+                raise ProblemError(
+                    "unknown-adapter", "the adapter was unloaded while the request waited", field="adapter"
+                ) from None
             if outcome != "rejected":
                 self._failed(replica, error)
             raise
@@ -259,20 +272,20 @@ class VllmPool:
 
     def _failed(self, replica: Replica, error: CallError) -> None:
         with self._changed:
-            was_ready, said = replica.ready, replica.cause
+            was_ready, previous_cause = replica.ready, replica.cause
             replica.ready, replica.cause, replica.refused = False, error.cause, error.outcome == "refused"
             replica.failures += 1
             self._changed.notify_all()
         self._show(replica)
         if was_ready:
-            logger.warning("engine %s takes no more calls: %s", replica.client.name, error.cause)
-            if error.outcome != "slow":  # which is left alone for a while
+            logger.warning("engine %s is taken out of use: %s", replica.client.name, error.cause)
+            if error.outcome != "slow":  # a slow server gets a pause first
                 replica.wake.set()
-        elif error.cause != said:
+        elif error.cause != previous_cause:
             logger.warning("engine %s cannot be used: %s", replica.client.name, error.cause)
 
     def _look_after(self, replica: Replica) -> None:
-        """On the server's own thread: examine it, and look again from time to time."""
+        """Examine a server, and check it again from time to time. Runs on a thread of its own for each server."""
         while not self._closed.is_set():
             try:
                 models = replica.client.models()
@@ -285,9 +298,9 @@ class VllmPool:
             except CallError as error:
                 self._failed(replica, error)
             except Exception:
-                if self._closed.is_set():  # and the connections with it
+                if self._closed.is_set():  # the error comes from the closed connections
                     return
-                self._failed(replica, CallError("broken", "it could not be examined; the server's log says why"))
+                self._failed(replica, CallError("broken", "it could not be examined; see this server's log for the reason"))
                 logger.exception("engine %s could not be examined", replica.client.name)
             first, last = PAUSES
             pause = LOOK_SECONDS if replica.ready else min(last, first * 2.0 ** min(replica.failures - 1, 10))
@@ -296,27 +309,27 @@ class VllmPool:
 
     def _passed(self, replica: Replica, models: Models) -> None:
         with self._changed:
-            came, replica.ready = not replica.ready, True
+            is_new, replica.ready = not replica.ready, True
             replica.cause, replica.refused, replica.max_tokens = "", False, models.max_tokens
             replica.failures = 0
             self._changed.notify_all()
-        if came:
+        if is_new:
             self._show(replica)
-            logger.info("engine %s takes calls: %s", replica.client.name, models.base)
+            logger.info("engine %s is ready, with the base model %s", replica.client.name, models.base)
 
     def _show(self, replica: Replica) -> None:
         if self.metrics is not None:
             self.metrics.engine_ready.labels(replica.client.name).set(float(replica.ready))
 
     def watch(self, metrics: Metrics) -> None:
-        """Count in these metrics from now on."""
+        """Report to these metrics from now on."""
         self.metrics = metrics
         for replica in list(self.replicas):
             self._show(replica)
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest sequence that every examined server takes."""
+        """The longest sequence that all examined servers accept; None if no server names a limit."""
         limits = [replica.max_tokens for replica in list(self.replicas) if replica.max_tokens is not None]
         return min(limits, default=None)
 
@@ -326,7 +339,7 @@ class VllmPool:
         )
 
     def _unavailable(self) -> ProblemError:
-        return ProblemError("engine-unavailable", f"no server of the engine can answer: {self._causes()}", retry_after=2)
+        return ProblemError("engine-unavailable", f"no vLLM server can answer: {self._causes()}", retry_after=2)
 
     def _unavailable_now(self) -> ProblemError:
         with self._lock:
