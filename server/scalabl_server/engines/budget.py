@@ -147,8 +147,10 @@ def find_budget(run: RunPass, device: torch.device, first: int, most: int) -> in
         cut_short = len(points) == 1 and len(ladder(first, most)) > 1
         tokens = min(most, max(first, UNMEASURED_CPU_TOKENS) if cut_short else knee(points))
         rates = ", ".join(f"{point.tokens}: {point.rate:.0f}" for point in points)
-        conclusion = f"passes of {tokens} tokens reach at least {1 - FIXED_SHARE:.0%} of the best rate "
+        conclusion = (
+            f"passes of {tokens} tokens reach at least {1 - FIXED_SHARE:.0%} of the best rate "
             f"(tokens per second by size: {rates})"
+        )
         if cut_short:
             conclusion = f"passes of {tokens} tokens by default: one of {first} took too long to measure a second one"
     logger.info(

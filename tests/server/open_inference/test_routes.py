@@ -97,7 +97,7 @@ TEXT = tensor("text", [1], ["a"])
         ([], {}, "inputs: "),
         ([tensor("words", [1], ["a"])], {}, "inputs.0.name: Input should be 'text' or 'choices'"),
         ([tensor("choices", [2], ["a", "b"])], {}, "inputs: the tensor 'text' is missing"),
-        ([TEXT, TEXT], {}, "inputs: 'text' is given twice"),
+        ([TEXT, TEXT], {}, "inputs: 'text' appears twice"),
         ([tensor("text", [1], [1.5], "FP32")], {}, "inputs.0.datatype: Input should be 'BYTES'"),
         ([tensor("text", [1], [7])], {}, "inputs.0.data.0: Input should be a valid string"),
         ([tensor("text", [1], [[["a"]]])], {}, "inputs.0.data.0"),
@@ -146,7 +146,7 @@ def test_every_error_below_v2_has_the_protocols_form(colours: TestClient) -> Non
         (colours.get("/v2/models/colours/versions/2"), 404, "has no version '2'"),
         (colours.get("/v2/models/..%2f..%2fetc%2fpasswd"), 404, "is not a route"),
         (colours.get("/v2/nowhere"), 404, "is not a route"),
-        (colours.get("/v2/models/colours/infer"), 405, "takes POST"),
+        (colours.get("/v2/models/colours/infer"), 405, "supports only POST"),
         (colours.post("/v2/models/colours/infer", content=b"{}x", headers=binary), 415, "binary-data extension"),
         (
             colours.post("/v2/models/colours/infer", json=body, headers={"inference-header-content-length": "10"}),
