@@ -85,10 +85,7 @@ class Engine(ABC):
 
     @abstractmethod
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
-        """Read the files of an adapter. Any thread may call this, also while passes run.
-
-        Returns:
-            A function that finishes the adapter. Only the prompt thread may call it, because it uses the tokenizer.
+        """Read an adapter's files, on any thread. The returned function uses the tokenizer; call it on the prompt thread.
 
         Raises:
             AdapterError, PromptError: what is wrong, and in which file, module or field.
@@ -107,22 +104,11 @@ class Engine(ABC):
         """Free everything that belongs to an adapter which was unloaded or replaced."""
 
     def check_request(self, method: Method, seed: int | None) -> None:
-        """Check that this engine supports a request's method and seed.
-
-        Args:
-            seed: None if the request does not set it.
-
-        Raises:
-            ProblemError: `invalid-field`.
-        """
+        """Raise ProblemError `invalid-field` if this engine does not support the method or the seed (None: not set)."""
         return
 
     def check_ready(self) -> None:
-        """Check that the engine can answer requests now. Any thread may call this.
-
-        Raises:
-            ProblemError: `engine-unavailable`.
-        """
+        """Raise ProblemError `engine-unavailable` if requests cannot be answered now. Any thread may call this."""
         return
 
     def watch(self, metrics: Metrics) -> None:

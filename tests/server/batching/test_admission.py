@@ -19,8 +19,13 @@ def admission(max_inputs: int = 10, max_tokens: int = 1000) -> Admission:
     [
         ([1] * 8, [1] * 3, "queue-full", "8 inputs wait and the queue is limited to 10; this request has 3"),
         ([900], [101], "queue-full", "900 tokens .* wait and the queue is limited to 1000; this request adds about 101"),
-        ([], [1] * 11, "input-too-large", "11 inputs never fit in the queue of 10; send fewer"),
-        ([], [600, 401], "input-too-large", "about 1001 tokens .* never fit in the queue of 1000; .* lower num_samples"),
+        ([], [1] * 11, "input-too-large", "11 inputs never fit in the queue of 10 inputs; send fewer"),
+        (
+            [],
+            [600, 401],
+            "input-too-large",
+            "about 1001 tokens .* never fit in the queue of 1000 tokens; .* lower num_samples",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_whole(waiting: list[int], asked: list[int], slug: str, said: str) -> None:

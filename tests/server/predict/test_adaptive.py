@@ -116,7 +116,12 @@ def test_a_pass_must_be_able_to_hold_its_largest_round(serve: Callable[..., Test
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
     model_of(lifetime_of(client).serving().engine).adapted["lm_head"].lora_B.fill_(float("inf"))
-    refused(client.post("/predict", json={"inputs": "a", "num_samples": "auto"}), 500, "internal-error", "inputs.0 logits")
+    refused(
+        client.post("/predict", json={"inputs": "a", "num_samples": "auto"}),
+        500,
+        "internal-error",
+        "logits that are not finite for inputs.0",
+    )
 
 
 @pytest.mark.parametrize(

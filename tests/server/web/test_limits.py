@@ -44,9 +44,9 @@ def lifetime_of(client: TestClient) -> ServerLifetime:
             {"inputs": "a" * 30, "num_samples": 10},
             413,
             "input-too-large",
-            "never fit in the queue of 100",
+            "never fit in the queue of 100 tokens",
         ),
-        ({"max_queue": 2}, {"inputs": ["a"] * 3}, 413, "input-too-large", "3 inputs never fit in the queue of 2"),
+        ({"max_queue": 2}, {"inputs": ["a"] * 3}, 413, "input-too-large", "3 inputs never fit in the queue of 2 inputs"),
     ],
 )
 def test_a_request_above_a_limit_is_refused_with_value_and_limit(
@@ -89,7 +89,7 @@ def test_a_request_may_have_a_shorter_deadline_and_not_a_longer_one(serve: Calla
     client = serve(load=gate.load, request_timeout=0.3)
     for header, told in (("0.1", "0.1"), ("9", "0.3")):
         response = client.post("/predict", json={"inputs": "a"}, headers={"x-request-timeout": header})
-        refused(response, 504, "deadline-exceeded", f"no answer within {told} s")
+        refused(response, 504, "deadline-exceeded", f"no answer within the deadline of {told} s")
 
 
 @pytest.mark.parametrize("header", ["0", "-1", "nan", "inf", "soon", ""])
@@ -195,4 +195,4 @@ def test_the_next_pass_is_for_who_has_the_lowest_priority(serve: Callable[..., T
 def test_logits_that_are_not_finite_are_no_answer(serve: Callable[..., TestClient]) -> None:
     client = serve()
     model_of(lifetime_of(client).serving().engine).adapted["lm_head"].lora_B.fill_(float("inf"))
-    refused(ask(client, inputs="a"), 500, "internal-error", "inputs.0 logits that are not finite")
+    refused(ask(client, inputs="a"), 500, "internal-error", "logits that are not finite for inputs.0")

@@ -167,7 +167,7 @@ def test_an_adapter_that_is_not_loaded_is_never_replaced(colours: TestClient) ->
 def test_unknown_routes_and_methods(colours: TestClient) -> None:
     refused(colours.get("/nowhere"), 404, "not-found", "/nowhere is not a route of this server; see /docs")
     response = colours.get("/predict")
-    refused(response, 405, "method-not-allowed", "/predict takes POST")
+    refused(response, 405, "method-not-allowed", "/predict supports only POST")
     assert response.headers["allow"] == "POST"
 
 
@@ -260,7 +260,12 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_come_back(serve: Callabl
 
 def test_a_deadline_that_passes_is_said_and_the_work_dropped(serve: Callable[..., TestClient], gate: Gate) -> None:
     client = serve(load=gate.load, request_timeout=0.2)
-    refused(ask(client, inputs="a"), 504, "deadline-exceeded", "no answer within 0.2 s; send fewer inputs or samples")
+    refused(
+        ask(client, inputs="a"),
+        504,
+        "deadline-exceeded",
+        "no answer within the deadline of 0.2 s; send fewer inputs or samples",
+    )
     refused(ask(client, inputs="b"), 504, "deadline-exceeded")
     gate.open.set()
     wait_until(lambda: ask(client, inputs="c").status_code == 200)
@@ -274,7 +279,7 @@ def test_a_failing_pass_is_an_error_without_its_secrets_and_the_server_goes_on(
     gate.open.set()
     gate.broken.set()
     response = ask(client, inputs="a")
-    refused(response, 500, "internal-error", "the server's log has it")
+    refused(response, 500, "internal-error", "the server's log has the details")
     assert "secret" not in response.text
     assert "path" not in response.text
     gate.broken.clear()
