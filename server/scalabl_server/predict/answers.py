@@ -13,7 +13,7 @@ from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Served
 from scalabl_server.predict.decisions import decisions
-from scalabl_server.predict.request import Asked
+from scalabl_server.predict.request import CheckedRequest
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import Prediction, StandardError
 
@@ -26,7 +26,7 @@ def is_small(jobs: Sequence[Job], results: Sequence[Result]) -> bool:
 
 
 def answers_of(
-    jobs: Sequence[Job], results: Sequence[Result], asked: Asked, config: AdapterConfig
+    jobs: Sequence[Job], results: Sequence[Result], checked: CheckedRequest, config: AdapterConfig
 ) -> tuple[list[Predictive], list[Prediction]]:
     """The predictive distribution of each input and its JSON. Call it on another thread than the event loop's, unless it
     `is_small`.
@@ -43,13 +43,13 @@ def answers_of(
             )
         outcomes.append(job.outcome(result, config.temperature))
     return [outcome for outcome, _ in outcomes], [
-        prediction_of(outcome, names, asked, shares, decisions(outcome, names, config.calibration, asked.level))
-        for (outcome, shares), names in zip(outcomes, asked.choices, strict=True)
+        prediction_of(outcome, names, checked, shares, decisions(outcome, names, config.calibration, checked.level))
+        for (outcome, shares), names in zip(outcomes, checked.choices, strict=True)
     ]
 
 
 def prediction_of(
-    outcome: Predictive, choices: Sequence[str], asked: Asked, shares: dict[str, float], decided: dict[str, Any]
+    outcome: Predictive, choices: Sequence[str], checked: CheckedRequest, shares: dict[str, float], decided: dict[str, Any]
 ) -> Prediction:
     """The JSON of one prediction, with a new id.
 
@@ -61,9 +61,9 @@ def prediction_of(
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
     error = outcome.standard_error
     optional: dict[str, Any] = {}  # only in the JSON if the request asks for them
-    if asked.return_samples:
+    if checked.return_samples:
         optional["samples"] = [dict(zip(choices, sample, strict=True)) for sample in outcome.sample_probabilities.tolist()]
-    if asked.explain:
+    if checked.explain:
         optional["layer_shares"] = shares
     return Prediction(
         id=f"pred-{uuid.uuid4().hex}",
@@ -80,8 +80,8 @@ def prediction_of(
             expected_entropy=_known(float(error.expected_entropy)),
             mutual_information=_known(float(error.mutual_information)),
         ),
-        num_samples=0 if asked.method == "linearized" else len(outcome.sample_probabilities),
-        method=asked.method,
+        num_samples=0 if checked.method == "linearized" else len(outcome.sample_probabilities),
+        method=checked.method,
         recorded=True,
         **decided,
         **optional,
@@ -92,15 +92,15 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def warnings_of(served: Served, asked: Asked) -> list[str]:
+def warnings_of(served: Served, checked: CheckedRequest) -> list[str]:
     """Warnings for the client: that linearisation is inaccurate for this adapter, and why `prediction_set` and `abstain` are
     null although the adapter is calibrated."""
     warnings = []
-    if asked.method == "linearized" and served.relative_spread > SPREAD_LIMIT:
+    if checked.method == "linearized" and served.relative_spread > SPREAD_LIMIT:
         spread = f"its median sigma / |mu| is {served.relative_spread:.2g}, above the limit of {SPREAD_LIMIT:g}"
         warnings.append(
             f"the linearized method is biased for the adapter {served.name!r}: {spread}; use monte_carlo instead"
         )
-    if asked.uncalibrated is not None:
-        warnings.append(asked.uncalibrated)
+    if checked.calibration_mismatch is not None:
+        warnings.append(checked.calibration_mismatch)
     return warnings

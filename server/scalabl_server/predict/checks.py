@@ -63,7 +63,7 @@ def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
     return Rule(target, request.tolerance, min(Rule.first, most), most)
 
 
-def uncalibrated(
+def calibration_mismatch(
     calibration: Calibration | None, method: Method, num_samples: int | Literal["auto"], seed: int, scheme: Scheme
 ) -> str | None:
     """Why the calibrated thresholds do not apply to a request; None if they do, or if there are none.
@@ -90,11 +90,11 @@ def uncalibrated(
     return f"prediction_set and abstain are null, because this request uses {', '.join(differing)}"
 
 
-def level_for(calibration: Calibration | None, coverage: float | None, unlike: str | None) -> str | None:
+def level_for(calibration: Calibration | None, coverage: float | None, mismatch: str | None) -> str | None:
     """The calibrated level for a request's `coverage`, or the default level; None if there is no applicable calibration.
 
     Args:
-        unlike: the result of `uncalibrated`.
+        mismatch: the result of `calibration_mismatch`.
 
     Raises:
         ProblemError: `invalid-field`, for a coverage that was not calibrated.
@@ -107,11 +107,11 @@ def level_for(calibration: Calibration | None, coverage: float | None, unlike: s
                 field="coverage",
             )
         return None
-    if unlike is not None:
+    if mismatch is not None:
         if coverage is not None:
             raise ProblemError(
                 "invalid-field",
-                f"{unlike}; leave the field out, or use the settings of the calibration",
+                f"{mismatch}; leave the field out, or use the settings of the calibration",
                 field="coverage",
             )
         return None

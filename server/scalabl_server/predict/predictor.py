@@ -25,7 +25,7 @@ from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.store import OutcomeStore
 from scalabl_server.predict.answers import answers_of, is_small, warnings_of
 from scalabl_server.predict.preparation import encode, is_short, jobs_for, slices
-from scalabl_server.predict.request import Asked, read_request
+from scalabl_server.predict.request import CheckedRequest, read_request
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import Prediction, PredictRequest, PredictResponse, Usage
 
@@ -85,16 +85,16 @@ class Predictor:
         engine, started = self._engine, time.perf_counter()
         served = engine.adapter(request.adapter)
         engine.check_request(request.method, request.seed)
-        asked = read_request(request, served.config, engine.settings, engine.max_input_tokens)
+        checked = read_request(request, served.config, engine.settings, engine.max_input_tokens)
         engine.check_ready()
         seconds = min(engine.settings.request_timeout, timeout or engine.settings.request_timeout)
-        self._note(served, asked)
-        rows = self._admission.expected_rows(asked.demand)
-        places = self._admission.enter(asked.estimated_tokens(rows, engine.max_input_tokens), seconds, asked.priority)
+        self._note(served, checked)
+        rows = self._admission.expected_rows(checked.demand)
+        places = self._admission.enter(checked.estimated_tokens(rows, engine.max_input_tokens), seconds, checked.priority)
         self.in_flight += 1
         try:
             async with asyncio.timeout(seconds):
-                computed = await self._compute(served, asked, places, started + seconds)
+                computed = await self._compute(served, checked, places, started + seconds)
             formed: list[Answer] = []
 
             def form_answer(predictions: Sequence[Prediction]) -> None:
@@ -129,21 +129,21 @@ class Predictor:
         )
         return formed[-1]
 
-    def _note(self, served: Served, asked: Asked) -> None:
+    def _note(self, served: Served, checked: CheckedRequest) -> None:
         """Write the adapter and the size of the request to its trace."""
         request_trace = trace.current()
-        request_trace.adapter, request_trace.inputs = served.name, len(asked.texts)
-        request_trace.characters = sum(map(len, asked.texts))
+        request_trace.adapter, request_trace.inputs = served.name, len(checked.texts)
+        request_trace.characters = sum(map(len, checked.texts))
         request_trace.compute_type = self._engine.device.partition(":")[0]
 
-    async def _compute(self, served: Served, asked: Asked, places: Sequence[Place], until: float) -> _Computed:
+    async def _compute(self, served: Served, checked: CheckedRequest, places: Sequence[Place], until: float) -> _Computed:
         """Tokenise, run the passes and compute the answers.
 
         Args:
             until: the request's deadline, on the clock of `time.perf_counter`.
         """
         request_trace, started = trace.current(), time.perf_counter()
-        sequences, jobs = await self._prepare(served, asked)
+        sequences, jobs = await self._prepare(served, checked)
         self._metrics.stage("tokenise", time.perf_counter() - started)
         request_trace.tokens = sum(map(len, sequences))
         request_trace.stages.tokenized_in(started)
@@ -154,32 +154,32 @@ class Predictor:
             for future in pending:
                 future.cancel()
         if is_small(jobs, results):
-            outcomes, predictions = answers_of(jobs, results, asked, served.config)
+            outcomes, predictions = answers_of(jobs, results, checked, served.config)
         else:
             outcomes, predictions = await asyncio.get_running_loop().run_in_executor(
-                self._answer_threads, answers_of, jobs, results, asked, served.config
+                self._answer_threads, answers_of, jobs, results, checked, served.config
             )
         rows = sum(job.rows_taken(result) for job, result in zip(jobs, results, strict=True))
-        return _Computed(outcomes, predictions, warnings_of(served, asked), rows)
+        return _Computed(outcomes, predictions, warnings_of(served, checked), rows)
 
-    async def _prepare(self, served: Served, asked: Asked) -> tuple[list[list[int]], list[Job]]:
+    async def _prepare(self, served: Served, checked: CheckedRequest) -> tuple[list[list[int]], list[Job]]:
         """The token ids and the job of each input.
 
         A short request is prepared at once on this thread. A longer one is prepared on the prompt thread in slices, so that
         requests take turns, and a cancelled request stops at the next slice.
         """
         loop, max_tokens = asyncio.get_running_loop(), self._engine.max_input_tokens
-        *earlier, last = slices(asked)
-        if is_short(asked, self._engine.settings):
-            prepared = self._prompt_thread.call(_prepare_last, served, asked, last, max_tokens)
+        *earlier, last = slices(checked)
+        if is_short(checked, self._engine.settings):
+            prepared = self._prompt_thread.call(_prepare_last, served, checked, last, max_tokens)
             if prepared is not None:
                 return prepared
         sequences: list[list[int]] = []
         for positions in earlier:
             sequences += await loop.run_in_executor(
-                self._prompt_thread, encode, served.prompter, asked, positions, max_tokens
+                self._prompt_thread, encode, served.prompter, checked, positions, max_tokens
             )
-        ids, jobs = await loop.run_in_executor(self._prompt_thread, _prepare_last, served, asked, last, max_tokens)
+        ids, jobs = await loop.run_in_executor(self._prompt_thread, _prepare_last, served, checked, last, max_tokens)
         return sequences + ids, jobs
 
     def _response(self, adapter: str, predictions: Sequence[Prediction], computed: _Computed) -> PredictResponse:
@@ -201,6 +201,8 @@ class Predictor:
             self._metrics.observe_prediction(adapter, outcome)
 
 
-def _prepare_last(served: Served, asked: Asked, positions: range, max_tokens: int) -> tuple[list[list[int]], list[Job]]:
+def _prepare_last(
+    served: Served, checked: CheckedRequest, positions: range, max_tokens: int
+) -> tuple[list[list[int]], list[Job]]:
     """The token ids of the last slice of inputs, and the jobs of all inputs."""
-    return encode(served.prompter, asked, positions, max_tokens), jobs_for(served, asked)
+    return encode(served.prompter, checked, positions, max_tokens), jobs_for(served, checked)

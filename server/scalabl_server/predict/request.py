@@ -11,7 +11,7 @@ from scalabl.uncertainty.adaptive import Rule
 from scalabl_server.batching.jobs import AdaptiveJob
 from scalabl_server.batching.row_demand import RowDemand
 from scalabl_server.methods import Method
-from scalabl_server.predict.checks import check_method, level_for, rule_of, uncalibrated
+from scalabl_server.predict.checks import calibration_mismatch, check_method, level_for, rule_of
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import PredictRequest
 from scalabl_server.settings import ServeSettings
@@ -20,7 +20,7 @@ CHARACTERS_PER_TOKEN = 4  # in English text; used to estimate a length before th
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckedRequest:
     """A checked request, with the defaults filled in.
 
     Attributes:
@@ -29,7 +29,7 @@ class Asked:
         rule: when to stop drawing samples for an input; None if K is fixed.
         linear_rows: batch rows of the linearisation, one per choice of the adapter; 0 without linearisation.
         level: the calibrated coverage of the prediction set; None without an applicable calibration.
-        uncalibrated: why the adapter's calibration does not apply to this request; None if it does, or there is none.
+        calibration_mismatch: why the adapter's calibration does not apply; None if it does, or if there is none.
     """
 
     texts: list[str]
@@ -41,7 +41,7 @@ class Asked:
     seed: int
     priority: int
     level: str | None
-    uncalibrated: str | None
+    calibration_mismatch: str | None
     truncate: bool
     return_samples: bool
     explain: bool
@@ -58,7 +58,7 @@ class Asked:
         return [rows * min(max_tokens, 1 + len(text) // CHARACTERS_PER_TOKEN) for text in self.texts]
 
 
-def read_request(request: PredictRequest, config: AdapterConfig, settings: ServeSettings, max_tokens: int) -> Asked:
+def read_request(request: PredictRequest, config: AdapterConfig, settings: ServeSettings, max_tokens: int) -> CheckedRequest:
     """Check a request against the adapter and the limits. Cheap: it does not tokenise the texts.
 
     Args:
@@ -113,8 +113,8 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
             )
     seed = settings.seed if request.seed is None else request.seed
     drawn: int | Literal["auto"] = num_samples if rule is None else "auto"
-    unlike = uncalibrated(config.calibration, request.method, drawn, seed, settings.draw_scheme)
-    return Asked(
+    mismatch = calibration_mismatch(config.calibration, request.method, drawn, seed, settings.draw_scheme)
+    return CheckedRequest(
         texts=[text[:limit] for text in texts] if request.truncate else texts,
         choices=choices,
         method=request.method,
@@ -123,8 +123,8 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         linear_rows=0 if request.method == "monte_carlo" else len(config.task.choices),
         seed=seed,
         priority=request.priority,
-        level=level_for(config.calibration, request.coverage, unlike),
-        uncalibrated=unlike,
+        level=level_for(config.calibration, request.coverage, mismatch),
+        calibration_mismatch=mismatch,
         truncate=request.truncate,
         return_samples=request.return_samples,
         explain=request.explain,

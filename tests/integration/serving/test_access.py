@@ -1,4 +1,4 @@
-"""Access to a real process: the admin port, TLS, rotated keys, its log, and spans at a real OTLP receiver."""
+"""Access to a real server process: the admin port, TLS, rotated keys, the log, and spans at a real OTLP receiver."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def openssl(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and certificates of it for 127.0.0.1 and for a client."""
+    """A certificate authority, and its certificates for 127.0.0.1 and for a client."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed; apt-get install openssl")
     folder = tmp_path_factory.mktemp("certificates")

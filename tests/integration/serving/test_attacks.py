@@ -1,4 +1,4 @@
-"""Hand-made attacks over real sockets against a real process, each with the answer that it gets."""
+"""Hand-made attacks over sockets against a real server process, each with the expected answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @dataclass
 class Answer:
-    """What came back on a socket until the server closed it, or until one whole answer was there."""
+    """The data received on a socket until the server closed it, or until one answer was complete."""
 
     raw: bytes
 
@@ -53,7 +53,7 @@ class Answer:
 
 
 def send(server: Served, data: bytes, seconds: float = 10) -> Answer:
-    """Send bytes, then read until the server closes or has answered and fallen silent for a moment."""
+    """Send bytes, then read until the server closes the connection, or has answered and sends nothing for a moment."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer and close before all is sent
             connection.sendall(data)
@@ -233,7 +233,7 @@ def test_a_client_that_waits_for_100_continue_never_sends_what_is_too_large(serv
 
 
 def drip(server: Served, first: bytes, byte: Callable[[int], bytes], seconds: float) -> tuple[Answer, float]:
-    """Send `first` and then a byte now and again, until the connection ends; the answer and how long it lived."""
+    """Send `first`, then single bytes until the connection ends. Returns the answer and the seconds until then."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(first)
         raw, started, sent = b"", time.monotonic(), 0

@@ -1,4 +1,4 @@
-"""A server whose base model is divided by a device map, one block of it on disk: the answers of a whole one."""
+"""A server whose base model is split by a device map, with one block on disk, answers like an unsplit one."""
 
 from __future__ import annotations
 

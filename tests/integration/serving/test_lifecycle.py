@@ -1,4 +1,4 @@
-"""A server's life as its operator and its clients see it: real processes, real signals, faults in the middle of traffic."""
+"""Start, faults and shutdown of real server processes under traffic, as operator and clients see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmarks.load` on the tiny model: every part runs against a real server, and what it writes hangs together."""
+"""`benchmarks.load` on the tiny model: every part runs against a real server, and its results are consistent."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ WANTED = [triton.InferRequestedOutput(name, binary_data=False) for name in OUTPU
 
 
 def auth() -> dict[str, str]:
-    """Made anew for each call, since the client writes into it."""
+    """Created anew for each call, because the client modifies it."""
     return {"Authorization": f"Bearer {KEY}"}
 
 

@@ -1,4 +1,4 @@
-"""Ten times the capacity: who is accepted is answered in time, who is not is told at once, and nothing of it stays.
+"""Ten times the capacity: accepted requests are answered in time, others are refused at once, and the server recovers.
 
 `SCALABL_STORM_SECONDS` sets how long the storm lasts (default 60). The times hold on a machine that does nothing else.
 """
@@ -28,12 +28,12 @@ UNCACHED = {"prefix_cache_bytes": 0}  # the prompts of the storm come again, tho
 
 
 def body(number: int) -> dict[str, Any]:
-    """One input of about 110 tokens and 64 samples: a pass of its own, of tens of milliseconds."""
+    """One input of about 110 tokens and 64 samples. It fills a pass, which takes tens of milliseconds."""
     return {"inputs": f"{number % 1000:04d}" + "a" * 97, "num_samples": 64}
 
 
 def capacity(server: Served, seconds: float) -> float:
-    """Answers per second to clients that always wait, few enough that none is refused."""
+    """Answers per second with a few clients that wait for each answer, so that no request is refused."""
     answers = asyncio.run(storm.closed_loop(server.port, 4, seconds, body))
     assert {answer.status for answer in answers} == {200}
     return len(answers) / (max(a.ended for a in answers) - min(a.began for a in answers))
@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 async def watched_storm(server: Served, per_second: float) -> tuple[list[storm.Answer], list[int]]:
-    """The storm's answers, and the server's resident bytes four times a second meanwhile."""
+    """The answers under overload, and the server's resident bytes, measured four times a second."""
     process, resident = psutil.Process(server.process.pid), []
     running = asyncio.create_task(storm.open_loop(server.port, per_second, SECONDS, body, x_request_timeout=str(DEADLINE)))
     while not running.done():

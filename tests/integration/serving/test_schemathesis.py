@@ -60,7 +60,7 @@ ran: list[int] = []
 
 
 def fuzz(server: Served, folder: Path, config: str, examples: int, seed: int) -> dict[str, Any]:
-    """Run schemathesis; its report. Each request has 20 s, so that a hang is an error."""
+    """Run schemathesis and return its report. Requests time out after 20 s, so that a hang is an error."""
     (folder / "schemathesis.toml").write_text(config)
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", "schemathesis.toml", "run"]
     command += [f"{server.url}/openapi.json", "--checks", "all", "--header", f"Authorization: Bearer {KEY}"]

@@ -57,7 +57,7 @@ WORDS = (
 
 @dataclass
 class Sample:
-    """What the process holds at one time."""
+    """The resources of the process at one time."""
 
     at: float
     answered: int
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass
 class Soak:
-    """What was asked, and what came back."""
+    """The requests that were sent, and their answers."""
 
     statuses: Counter[tuple[str, int | None]] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
@@ -107,7 +107,7 @@ def _body(number: int) -> dict[str, Any]:
 
 
 async def _ask(server: Served, soak: Soak, number: int) -> None:
-    """A prediction, and for one in four its label."""
+    """Request a prediction, and send a label for one in four."""
     answer = await post(server.port, _body(number))
     soak.count("predict", answer)
     soak.seconds.append(answer.seconds)
@@ -118,7 +118,7 @@ async def _ask(server: Served, soak: Soak, number: int) -> None:
 
 
 async def _reload(server: Served, soak: Soak, until: float) -> None:
-    """Load an adapter, ask it, replace it, ask it, unload it, and so on; one that is gone is a 404."""
+    """Load, replace and unload an adapter again and again, with predictions in between. An unloaded one gives a 404."""
     number = 0
     while time.monotonic() < until:
         name = ("first", "second")[number % 2]
@@ -152,7 +152,7 @@ async def _watch(server: Served, soak: Soak, until: float) -> None:
 
 
 async def _capacity(server: Served, soak: Soak, numbers: Iterator[int], seconds: float) -> float:
-    """Requests for predictions answered per second, with clients that ask as soon as they are answered."""
+    """Predictions per second, with clients that send the next request as soon as they have an answer."""
     before, began = soak.statuses["predict", 200], time.monotonic()
     until = began + seconds
 

@@ -1,4 +1,4 @@
-"""`scalabl serve --engine vllm` before a real vLLM: the default engine's numbers, and its death under load."""
+"""`scalabl serve --engine vllm` with a real vLLM server: the numbers of the default engine, and a vLLM killed under load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_SAMPLES = 4
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base`, with heads of 32 values, since vLLM has no smaller ones on a CPU, and `colours` for it."""
+    """The model `base` with heads of 32 values, the smallest that vLLM supports on a CPU, and the adapter `colours`."""
     python()
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def predictions(server: Served, **body: Any) -> list[dict[str, Any]]:
 
 
 def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
-    """The largest of any probability, and of mutual information."""
+    """The largest difference of any probability, and of the mutual information."""
     assert len(one) == len(other)
     pairs = list(zip(one, other, strict=True))
     return (

@@ -1,4 +1,4 @@
-"""Places in the queue: what fits, what is refused and why, and that every place comes back."""
+"""Admission to the queue: what fits, what is refused and why, and that every place is released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admission and batching, on a real thread and with passes that wait at a gate."""
+"""The batching loop with a real worker thread, and passes that a test can hold up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNLUCKY = 13  # the first token of an input on which a pass fails
 
 
 class Passes:
-    """A forward pass that records what it was given: each answer is the input's first token."""
+    """A forward pass that records its arguments. The result of each input is its first token."""
 
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
@@ -71,7 +71,7 @@ def submit(
     priority: int = 0,
     deadline: float = math.inf,
 ) -> list[asyncio.Future[Result]]:
-    """As a request does it: take places, queue."""
+    """Queue inputs as a request does: first admission, then submission."""
     places = admission_of(batcher).enter([1] * len(sequences), 10**6, priority)
     futures = batcher.submit(target, sequences, [job] * len(sequences), places, deadline=deadline)
     for future, place in zip(futures, places, strict=True):
@@ -112,7 +112,7 @@ def with_batcher(
 
 
 async def hold(batcher: Batcher[str | None], passes: Passes) -> asyncio.Future[Result]:
-    """Occupy the worker with one input of its own, so that what follows has to wait."""
+    """Keep the worker busy with one input, so that everything queued afterwards must wait."""
     passes.gate.clear()
     (held,) = submit(batcher, None, [[1]], sampled())
     assert await asyncio.to_thread(passes.entered.wait, 30)
@@ -127,7 +127,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def chosen(batcher: Batcher[str | None]) -> list[int]:
-    """The first tokens of the inputs that are to go next."""
+    """The first tokens of the inputs in the next pass."""
     slot = batcher._slot
     return [] if slot is None else [queued.token_ids[0] for queued in slot.inputs]
 

@@ -1,4 +1,4 @@
-"""Jobs: what each method asks of the engine, and its answer, against what `scalabl` computes of the same input."""
+"""Jobs: what each method needs from the engine, and its answer compared with the functions of `scalabl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which inputs make up the next pass: the budgets, the order, the padding, and that nobody waits for ever."""
+"""Choosing the inputs of the next pass: budgets, order, padding, and that no input waits forever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ numbers = itertools.count()
 def queued(
     length: int = 10, rows: int = 2, target: str = "x", came: float = 0.0, priority: int = 0, peak: int | None = None
 ) -> QueuedInput[str]:
-    """An input without a request behind it: the choice looks at nothing of that."""
+    """A queued input without a real job and result: the choice does not use them."""
     order = (came + PRIORITY_SECONDS * priority, next(numbers))
     at_once = rows if peak is None else peak
     nothing = cast(Any, None)
@@ -115,7 +115,7 @@ def test_the_most_that_a_pass_may_hold_bounds_it_beside_what_is_expected() -> No
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[list[QueuedInput[str]]]:
-    """What arrives before each pass; chosen by an adversary, who knows the rules."""
+    """Arrivals before each pass, drawn at random, to find an order in which an input would wait forever."""
     return [
         [
             queued(draw(st.integers(1, 40)), draw(st.integers(1, 8)), draw(st.sampled_from("xy")), float(step))
@@ -126,7 +126,7 @@ def streams(draw: st.DrawFn) -> list[list[QueuedInput[str]]]:
 
 
 def run(stream: list[list[QueuedInput[str]]], target: int) -> list[Choice[str]]:
-    """Passes until nothing waits, as the batcher takes them."""
+    """Run passes as the batcher would, until the queue is empty."""
     waiting: list[QueuedInput[str]] = []
     passes = []
     arrivals = iter(stream)

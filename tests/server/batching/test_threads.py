@@ -1,4 +1,4 @@
-"""Only the model's thread computes on several cores."""
+"""CPU threads: only the model thread computes on several cores."""
 
 from __future__ import annotations
 

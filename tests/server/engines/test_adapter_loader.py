@@ -1,4 +1,4 @@
-"""Several adapters in one server: each request names its own, and no answer is another adapter's."""
+"""Several adapters in one server: each request is answered by the adapter that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engines' border: what the rest of the server may know of how logits come about. Read from its source."""
+"""The boundary of the engines: which modules may import transformers, the model or vLLM. Checked in the source code."""
 
 from __future__ import annotations
 

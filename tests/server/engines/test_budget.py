@@ -1,4 +1,4 @@
-"""The budget of a pass: which point is chosen, when measuring ends, and what a server finds on this CPU."""
+"""The token budget of a pass: which point is chosen, when measuring ends, and the budget of a server on this CPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_sizes_double_up_to_the_most() -> None:
 
 
 class Device:
-    """Passes of a known cost, and the clock by which they cost it."""
+    """Simulated passes with a known cost, and the clock that they advance."""
 
     def __init__(self, cost: Callable[[int], float]) -> None:
         self.cost, self.now, self.sizes = cost, 0.0, list[int]()

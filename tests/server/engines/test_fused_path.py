@@ -1,4 +1,4 @@
-"""The whole served path with the Triton kernel in it: the plain form's logits, and no launch shape that was not warm."""
+"""A server with the Triton kernel: it gives the logits of the plain computation, and requests need no new compilation."""
 
 from __future__ import annotations
 

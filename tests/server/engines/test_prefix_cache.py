@@ -1,4 +1,4 @@
-"""Prompts that begin alike, over HTTP: the answers of a server that keeps nothing, and what the metrics say of it."""
+"""The prefix cache, over HTTP: the answers equal those without it, and the metrics count its hits."""
 
 from __future__ import annotations
 

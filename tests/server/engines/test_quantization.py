@@ -1,4 +1,4 @@
-"""A server whose base model is in lower precision says what that changes, and answers accordingly."""
+"""A server with a quantized base model reports what that changes, and its answers agree with the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds of passes over jobs that draw samples: who is in which pass, and with which draws."""
+"""Sampling in rounds: which jobs are in which pass, and with which draws."""
 
 from __future__ import annotations
 

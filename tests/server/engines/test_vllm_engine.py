@@ -1,4 +1,4 @@
-"""`--engine vllm`: the numbers of the default engine, what it refuses, and what becomes of servers that fail."""
+"""`--engine vllm`: it gives the numbers of the default engine; what it refuses; how failing vLLM servers are handled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start(folders: Path, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
-    """A gateway before some servers, which are up already or not."""
+    """Starts a gateway in front of some servers, which may or may not be running."""
     with ExitStack() as stack:
 
         def started(*servers: LoraServer, adapter: str = "colours", **changes: Any) -> TestClient:
@@ -54,7 +54,7 @@ def server() -> Iterator[LoraServer]:
 
 @pytest.fixture(scope="module")
 def gateway(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, LoraServer]]:
-    """A gateway and its server, for tests that change neither."""
+    """A gateway and its server, shared by tests that change neither."""
     with LoraServer().up() as server, serving(behind(folders, tmp_path_factory.mktemp("gateway"), server)) as client:
         yield client, server
 
@@ -152,7 +152,7 @@ def test_loras_that_were_exported_before_are_found_by_name(
 
 
 def failure(settings: ServeSettings) -> str:
-    """Why a gateway does not start."""
+    """The error with which a gateway fails to start."""
     failures: list[Exception] = []
     with TestClient(create_app(settings, on_failure=failures.append)) as client:
         wait_until(lambda: bool(failures))

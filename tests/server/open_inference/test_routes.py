@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: metadata, tensors in and out, refusals in the protocol's own form."""
+"""The Open Inference Protocol: metadata, input and output tensors, and errors in the protocol's own form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`num_samples: "auto"`: the answer of as many samples as it took, its refusals, and what the server counts it as."""
+"""`num_samples: "auto"`: the answers equal those with the same number of samples; refusals; how its rows are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/predict` by linearisation: the method's numbers, beside samples in one batch, with its refusals and its warning."""
+"""`/predict` with linearisation: its numbers, alone and in one batch with samples; its refusals and its warning."""
 
 from __future__ import annotations
 

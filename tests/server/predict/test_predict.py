@@ -1,4 +1,4 @@
-"""The numbers that `/predict` answers are the method's, whatever else the server does."""
+"""The numbers of `/predict` equal those of the model called directly, whatever else the server does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _one(client: TestClient, **body: Any) -> dict[str, Any]:
 
 
 def _method(text: str, num_samples: int = 16, seed: int = 0) -> Predictive:
-    """The same question, asked of the model directly."""
+    """The answer to the same input, computed with the model directly."""
     model = tiny.adapted()
     ids = Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).encode(text)
     draws = model.draws(num_samples, seed)

@@ -1,4 +1,4 @@
-"""Adapters that come and go while the server runs: every refusal changes nothing, and nobody loses an answer."""
+"""Loading and unloading adapters while the server runs: a refusal changes nothing, and no request loses its answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter root with `other` (another answer than `colours`) and `letters`; beside it, `outside`."""
+    """An adapter root with `other` (answers differ from `colours`) and `letters`; next to the root, `outside`."""
     folder = tmp_path_factory.mktemp("loading")
     tiny.write_adapter(folder / "root" / "other", posterior_scale=0.0)
     tiny.write_adapter(folder / "root" / "letters", task=tiny.MULTIPLE_CHOICE)

@@ -1,4 +1,4 @@
-"""API keys: how they are written, kept, compared, named and read again; which routes want one."""
+"""API keys: their formats, names, comparison and reloading, and which routes need one."""
 
 from __future__ import annotations
 

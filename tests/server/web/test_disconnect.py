@@ -1,4 +1,4 @@
-"""A client that leaves, over a real socket: its work is dropped and its place is free."""
+"""A client that disconnects, over a real socket: its work is cancelled and its place in the queue is released."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_client_that_leaves_frees_its_place_and_its_work_is_not_done(folders: 
 
 
 class Wire:
-    """A request whose client leaves when told, and work that ends when told; both at once where both are told at once."""
+    """A request whose client disconnects on an event, and work that ends on an event; the two events may coincide."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()

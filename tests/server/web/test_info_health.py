@@ -1,4 +1,4 @@
-"""What the server says of itself."""
+"""`/info`, the health routes and the OpenAPI document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each limit with its flag, deadlines, and refusals that do not wait for the busy threads."""
+"""Each limit with its flag, deadlines, and refusals that are sent at once even while all threads are busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every refusal is a problem document with its slug, and a detail that says what to change."""
+"""Every refused request gets a problem document with its `type`, and a detail that says what to change."""
 
 from __future__ import annotations
 
