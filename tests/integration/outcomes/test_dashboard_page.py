@@ -283,7 +283,7 @@ def test_an_answer_that_is_refused_says_what_to_change(visit: Visit, server: Ser
         page.fill("#text", "x" * 100_000)
         page.press("#text", "Control+Enter")
         page.wait_for_selector("#answer .bad")
-        assert "above the limit" in page.inner_text("#answer")
+        assert "exceed the limit" in page.inner_text("#answer")
         page.click("summary >> text=Options")
         page.fill("#samples", "4")
         page.select_option("#coverage", "0.9")
