@@ -65,7 +65,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "scalabl_rejected_requests",
-            "Requests answered with 429, because of too many inputs or tokens in the queue or a wait beyond the deadline.",
+            "Requests answered with 429, because of too many inputs or tokens in the queue or too long a wait.",
             ["reason"],
             registry=self.registry,
         )
