@@ -21,7 +21,7 @@ serve: $(VENV)/.installed-gguf
 	@base=$(BASE) && $(OFFLINE) exec $(BIN)/scalabl serve --model "$$base" --adapter examples/intent_router/adapter \
 		--adapter-name intent-router $(ARGS)
 
-# Puts the example's base model and adapter into models/, in the layout that the image and the manifests expect.
+# Lays out the example's base model and adapter in the folder that the image and the manifests expect.
 models: $(VENV)/.installed-gguf
 	$(OFFLINE) $(BIN)/python -m examples.intent_router.base_model models/base
 	mkdir -p models/adapters/intent-router

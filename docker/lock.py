@@ -1,8 +1,8 @@
 """Writes the image's requirement files: every package with the hashes of its files. Run by `make lock`; needs the network.
 
-`requirements.txt` is for both variants of the image. `requirements-cpu.txt` has torch's CPU build; `requirements-cuda.txt` has
-torch from PyPI, with the CUDA libraries and the Triton version that it requires. Other versions come from constraints.txt, so
-that the image has the versions that are tested.
+`requirements.txt` is for both variants of the image. `requirements-cpu.txt` has torch's CPU build. `requirements-cuda.txt`
+has torch from PyPI, with the CUDA libraries and the Triton version that it requires. Other versions come from
+constraints.txt, so that the image has the versions that are tested.
 """
 
 from __future__ import annotations
