@@ -134,8 +134,8 @@ def visit(browser: Browser) -> Visit:
         seen = Seen(page)
         page.goto(f"{server.url}/dashboard{query}")
         yield page
-        told = [error for error in seen.errors if not any(f"status of {status} " in error for status in refusals)]
-        assert told == []
+        unexpected = [error for error in seen.errors if not any(f"status of {status} " in error for status in refusals)]
+        assert unexpected == []
         assert all(address.startswith(f"{server.url}/") for address in seen.addresses)
         context.close()
 
@@ -331,11 +331,11 @@ def test_a_server_that_starts_is_waited_for(visit: Visit, server: Served) -> Non
     starting = {"type": "urn:scalabl:problem:starting", "title": "", "status": 503, "detail": "wait"}
     with visit(server, refusals=(503,)) as page:
         page.wait_for_selector("#stored:not([hidden])")
-        told = []
+        requests = []
 
         def refuse(route: Any) -> None:
-            told.append(route.request.url)
-            if len(told) > 1:
+            requests.append(route.request.url)
+            if len(requests) > 1:
                 route.continue_()
             else:
                 route.fulfill(status=503, content_type="application/problem+json", body=json.dumps(starting))

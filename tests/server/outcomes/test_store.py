@@ -235,7 +235,7 @@ def test_the_routes_want_a_key(serve: Serve, url: str) -> None:
 
 
 def test_feedback_needs_no_model(folders: Path, url: str) -> None:
-    """While a model loads, or could not be loaded, labels are taken all the same."""
+    """Labels are accepted even while the model is loading or if it could not be loaded."""
     with serving(settings_for(folders, outcomes_url=url)) as client:
         (answer,) = _predict(client, inputs="rose")
 
