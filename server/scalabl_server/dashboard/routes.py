@@ -43,9 +43,7 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     @router.get("/dashboard/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
         if name not in files:
-            raise ProblemError(
-                "not-found", f"the dashboard has no file of this name; its files are {', '.join(sorted(files))}"
-            )
+            raise ProblemError("not-found", f"the dashboard has no such file; its files are {', '.join(sorted(files))}")
         content, kind = files[name]
         return Response(content, media_type=kind, headers=headers)
 
