@@ -1,8 +1,8 @@
-"""Write the image's requirement files: every package with the hash of each of its files. `make lock`; it needs the network.
+"""Writes the image's requirement files: every package with the hashes of its files. Run by `make lock`; needs the network.
 
-`requirements.txt` is for both variants, `requirements-cpu.txt` has torch's CPU build, and `requirements-cuda.txt` torch as
-PyPI has it, with the CUDA libraries and the Triton that it asks for. Versions are those of constraints.txt, which is what is
-tested.
+`requirements.txt` is for both variants of the image. `requirements-cpu.txt` has torch's CPU build. `requirements-cuda.txt`
+has torch from PyPI, with the CUDA libraries and the Triton version that it requires. Other versions come from
+constraints.txt, so that the image has the versions that are tested.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CUDA = re.compile(r"(torch|triton|nvidia-.+|cuda-.+)==")
 
 
 def resolve() -> list[str]:
-    """The entries of a requirement file for Linux and `PYTHON`, from the index that uv is set up for."""
+    """The entries of a requirement file for Linux and `PYTHON`, from the package index that uv is configured for."""
     constraints = (HERE.parent / "constraints.txt").read_text(encoding="utf-8")
-    # PyPI's torch asks for a Triton of its own; the pinned one is for the CPU build, which asks for none.
+    # torch from PyPI requires a Triton version of its own. The pinned version is for the CPU build, which requires none.
     constraints = re.sub(r"^triton==.*\n", "", constraints, flags=re.MULTILINE)
     command = [os.environ.get("UV", "uv"), "pip", "compile", "pyproject.toml", "--constraint", "-", "--generate-hashes"]
     command += ["--python-version", PYTHON, "--python-platform", "x86_64-manylinux_2_28"]
@@ -35,7 +35,11 @@ def resolve() -> list[str]:
 
 
 def cpu_torch(version: str, page: str) -> str:
-    """The entry of torch's CPU build: the hashes that an index's page gives for Linux and `PYTHON`."""
+    """The entry for torch's CPU build, with the hashes for Linux and `PYTHON` from the index's page.
+
+    Raises:
+        SystemExit: the index has no such build.
+    """
     tag = "cp" + PYTHON.replace(".", "")
     wheel = rf"torch-{re.escape(version)}(?:%2B|\+)cpu-{tag}-{tag}-manylinux_2_28_(?:x86_64|aarch64)\.whl"
     hashes = sorted(set(re.findall(wheel + "#sha256=([0-9a-f]{64})", page)))
@@ -45,7 +49,7 @@ def cpu_torch(version: str, page: str) -> str:
 
 
 def main() -> None:
-    """Both variants."""
+    """Write the requirement files of both variants."""
     entries = resolve()
     version = next(entry for entry in entries if entry.startswith("torch==")).split()[0].removeprefix("torch==")
     index = sys.argv[1] if len(sys.argv) > 1 else CPU_INDEX

@@ -1,1 +1,1 @@
-"""The two Grafana dashboards, built by code. `python -m deploy.grafana.build` writes them to `dashboards/`."""
+"""The two Grafana dashboards as code. `python -m deploy.grafana.build` writes their JSON files to `dashboards/`."""

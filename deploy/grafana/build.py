@@ -1,4 +1,4 @@
-"""Writes the dashboards' JSON: `python -m deploy.grafana.build`. The files are committed, and a test compares them."""
+"""Writes the dashboards' JSON files: `python -m deploy.grafana.build`. They are committed; a test checks that they match."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).with_name("dashboards")
 
 
 def rendered() -> dict[str, str]:
-    """File name -> JSON."""
+    """File name -> JSON text of a dashboard."""
     texts = {}
     for name, make in (("calibration.json", calibration.build), ("service.json", service.build)):
         board: dict[str, Any] = json.loads(json.dumps(make().build(), cls=JSONEncoder))

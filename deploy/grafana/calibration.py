@@ -1,4 +1,4 @@
-"""The dashboard *ScalaBL: calibration*: whether the confidence, the prediction sets and the uncertainty can be believed."""
+"""The dashboard *ScalaBL: calibration*: whether confidence, prediction sets and uncertainty are correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scalabl_server.outcomes.scoring import UPPER_EDGES
 
 from deploy.grafana.panels import Look, Query, buckets, choice, clouds, curve, lines, new_board, number, rows
 
-# As in every query: one adapter, all of its replicas.
+# The selector of every query: one adapter, all of its replicas.
 ONE = '{namespace=~"$namespace", job=~"$job", adapter="$adapter"}'
 LABELS = "Over the last day, by the time of the label (the window of the recording rules)."
 BAND = "rgba(128, 128, 128, 0.6)"
@@ -15,7 +15,7 @@ BAND = "rgba(128, 128, 128, 0.6)"
 LABELLED = f"adapter_bin:scalabl_outcomes:recent{ONE}"
 CONFIDENCE = f"adapter_bin:scalabl_confidence:recent{ONE}"
 ACCURACY = f"adapter_bin:scalabl_accuracy:recent{ONE}"
-# Two standard deviations of the accuracy of a bin's labels, were they calibrated.
+# Two standard deviations of a bin's accuracy, for a calibrated adapter.
 CHANCE = f"2 * sqrt(adapter_bin:scalabl_outcomes_variance:recent{ONE}) / ({LABELLED} > 0.5)"
 
 BY_CONFIDENCE = [
@@ -28,13 +28,13 @@ BY_CONFIDENCE = [
 
 
 def from_bin_up(metric: str) -> str:
-    """PromQL: for each bin with labels, what it and those of higher confidence add up to, as `least`."""
+    """PromQL: for each bin with labels, the sum over it and all bins of higher confidence, with the bin as label `least`."""
     sums = []
     for index, edge in enumerate(UPPER_EDGES):
         bins = "|".join(UPPER_EDGES[index:])
         selected = metric.replace("}", f', bin=~"{bins}"}}')
-        some = LABELLED.replace("}", f', bin="{edge}"}}')
-        total = f"sum without (bin) ({selected}) and sum without (bin) ({some} > 0.5)"
+        labels_of_bin = LABELLED.replace("}", f', bin="{edge}"}}')
+        total = f"sum without (bin) ({selected}) and sum without (bin) ({labels_of_bin} > 0.5)"
         sums.append(f'label_replace({total}, "least", "{edge}", "", "")')
     return " or ".join(sums)
 
@@ -48,8 +48,8 @@ def build() -> dashboard.Dashboard:
     board = new_board(
         "ScalaBL: calibration",
         "scalabl-calibration",
-        "Accuracy, calibration, prediction sets and uncertainty of one adapter, over all replicas. Its alerts and what to "
-        "do: docs/runbook.md.",
+        "Accuracy, calibration, prediction sets and uncertainty of one adapter, over all replicas. docs/runbook.md says "
+        "what to do about its alerts.",
         "7d",
     )
     adapters = 'label_values(scalabl_outcomes_total{namespace=~"$namespace", job=~"$job"}, adapter)'
@@ -60,24 +60,36 @@ def build() -> dashboard.Dashboard:
 
 
 def _labelled_numbers(board: dashboard.Dashboard) -> None:
-    board.with_row(dashboard.Row("Of the last day's labels"))
+    board.with_row(dashboard.Row("Labels of the last day"))
     for title, name, unit, decimals, text in (
-        ("ECE", "ece", "none", 3, "Expected calibration error, 15 bins. That of a calibrated adapter is not 0: see below."),
-        ("Accuracy", "accuracy", "percentunit", 1, "Labels that were the prediction."),
+        (
+            "ECE",
+            "ece",
+            "none",
+            3,
+            "Expected calibration error, 15 bins. It is not 0 even for a calibrated adapter: see the ECE panel.",
+        ),
+        ("Accuracy", "accuracy", "percentunit", 1, "Share of labels that equal the prediction."),
         (
             "Mean confidence",
             "confidence",
             "percentunit",
             1,
-            "Of the same predictions: above the accuracy is over-confident.",
+            "Mean confidence of the same predictions. Above the accuracy means over-confident.",
         ),
-        ("Labels", "outcomes", "short", 0, "Below 100 no alert on calibration fires."),
-        ("Abstained", "abstention", "percentunit", 1, "Of all predictions, labelled or not. 0 too without a calibration."),
+        ("Labels", "outcomes", "short", 0, "Number of labels. Below 100 no alert on calibration fires."),
+        (
+            "Abstained",
+            "abstention",
+            "percentunit",
+            1,
+            "Share of all predictions with abstention. Also 0 without a calibration.",
+        ),
     ):
         query = Query(f"adapter:scalabl_{name}:recent{ONE}", title)
         board.with_panel(number(title, f"{text} {LABELS}", query, unit, decimals=decimals))
     coverage = Query(f"adapter_level:scalabl_coverage:recent{ONE}", "{{level}}")
-    text = f"Prediction sets that held the label, by the coverage that they name. {LABELS}"
+    text = f"Share of prediction sets that contain the label, by nominal coverage. {LABELS}"
     board.with_panel(number("Coverage of sets", text, coverage, "percentunit", decimals=1))
 
 
@@ -86,8 +98,9 @@ def _calibration(board: dashboard.Dashboard) -> None:
     board.with_panel(
         curve(
             "Reliability diagram",
-            "Accuracy over mean confidence, a point for each bin with labels. Points below the diagonal are over-confident; "
-            f"within the band (two standard deviations) is chance. Bars: labels. {LABELS}",
+            "Accuracy against mean confidence, a point for each bin with labels. Points below the diagonal are "
+            "over-confident. Within the band (two standard deviations) the difference may be chance. Bars: number of "
+            f"labels. {LABELS}",
             [Query(CONFIDENCE, "Mean confidence"), *BY_CONFIDENCE],
             "percentunit",
             x="Mean confidence",
@@ -100,7 +113,7 @@ def _calibration(board: dashboard.Dashboard) -> None:
             ],
         )
     )
-    text = f"The reliability diagram in numbers; bin is the upper edge of the confidence. {LABELS}"
+    text = f"The numbers of the reliability diagram. bin is the upper edge of the confidence. {LABELS}"
     board.with_panel(
         rows("Calibration by confidence", text, BY_CONFIDENCE, "percentunit", sort="Confidence", counts=["Labels"])
     )
@@ -108,8 +121,8 @@ def _calibration(board: dashboard.Dashboard) -> None:
     board.with_panel(
         lines(
             "ECE with its confidence band",
-            "The band is where a calibrated adapter would be with as many labels in the same bins (mean and two standard "
-            f"deviations); above the dashed line, and above 0.05, the alert fires. {LABELS}",
+            "The band is the ECE of a calibrated adapter with as many labels in the same bins (mean and two standard "
+            f"deviations). The alert fires above the dashed line, if ECE is also above 0.05. {LABELS}",
             [
                 Query(f"adapter:scalabl_ece:recent{ONE}", "ECE"),
                 Query(f"clamp_min({floor} - 2 * {deviation}, 0)", "Calibrated, low"),
@@ -130,13 +143,13 @@ def _calibration(board: dashboard.Dashboard) -> None:
         Query(f"adapter:scalabl_accuracy:recent{ONE}", "Accuracy"),
         Query(f"adapter:scalabl_confidence:recent{ONE}", "Mean confidence"),
     ]
-    text = f"Mean confidence above accuracy: over-confident. {LABELS}"
+    text = f"Mean confidence above accuracy means over-confident. {LABELS}"
     board.with_panel(lines("Accuracy and mean confidence", text, queries, "percentunit", high=1, width=6))
     queries = [
         Query(f"adapter:scalabl_brier:recent{ONE}", "Brier score"),
         Query(f"adapter:scalabl_log_loss_nats:recent{ONE}", "Log loss (nats)"),
     ]
-    text = f"Proper scores: lower is better, and both calibration and accuracy count. {LABELS}"
+    text = f"Proper scores: lower is better. Both calibration and accuracy improve them. {LABELS}"
     board.with_panel(lines("Brier score and log loss", text, queries, "none", low=0, width=6))
 
 
@@ -145,8 +158,8 @@ def _selection(board: dashboard.Dashboard) -> None:
     board.with_panel(
         curve(
             "Risk and coverage by confidence",
-            "If only answers of more than some confidence were given (a point for each bin): which share of "
-            f"the inputs would be answered, and which share of those wrongly. {LABELS}",
+            "If only predictions above a confidence were answered (a point for each bin): the share of inputs that would be "
+            f"answered, and the share of wrong answers among them. {LABELS}",
             [
                 Query(f"({ANSWERED}) / ignoring (least) group_left () adapter:scalabl_outcomes:recent{ONE}", "Answered"),
                 Query(f"1 - ({ANSWERED_RIGHT}) / (({ANSWERED}) > 0.5)", "Wrong"),
@@ -161,8 +174,8 @@ def _selection(board: dashboard.Dashboard) -> None:
     board.with_panel(
         lines(
             "Coverage of prediction sets",
-            "Labels in the prediction set, by the level that it names. Between the dashed lines (two standard deviations) "
-            f"is chance. {LABELS}",
+            "Share of prediction sets that contain the label, by nominal coverage. Between the dashed lines (two standard "
+            f"deviations) the difference may be chance. {LABELS}",
             [
                 Query(f"adapter_level:scalabl_coverage:recent{ONE}", "{{level}}"),
                 Query(f"{level} - {chance}", "{{level}}, low"),
@@ -177,10 +190,10 @@ def _selection(board: dashboard.Dashboard) -> None:
         Query(f"1 - adapter:scalabl_selective_accuracy:recent{ONE}", "Wrong, where answered"),
         Query(f"1 - adapter:scalabl_accuracy:recent{ONE}", "Wrong, had all been answered"),
     ]
-    text = f"What abstaining costs and what it is good for. {LABELS}"
+    text = f"Share of abstentions, and the share of wrong answers with and without abstention. {LABELS}"
     board.with_panel(lines("Abstention", text, queries, "percentunit", low=0))
     query = Query(f"adapter_level:scalabl_set_choices:recent{ONE}", "{{level}}")
-    text = f"Choices in a prediction set, by the level that it names: fewer say more. {LABELS}"
+    text = f"Mean number of choices in a prediction set, by nominal coverage. Small sets are more informative. {LABELS}"
     board.with_panel(lines("Mean size of prediction sets", text, [query], "none", low=0))
 
 
@@ -188,7 +201,7 @@ def _uncertainty(board: dashboard.Dashboard) -> None:
     board.with_row(dashboard.Row("Uncertainty, of all predictions"))
     kinds = (
         ("Mutual information", "mutual_information", "Epistemic: high for inputs unlike the training data."),
-        ("Entropy", "entropy", "Total uncertainty, of the question and of the adapter."),
+        ("Entropy", "entropy", "Total uncertainty: of the input and of the model."),
     )
     for title, name, text in kinds:
         expr = f"sum by (le) (increase(scalabl_prediction_{name}_nats_bucket{ONE}[$__rate_interval]))"
@@ -200,11 +213,11 @@ def _uncertainty(board: dashboard.Dashboard) -> None:
         )
     metric = "adapter_le:scalabl_prediction_mutual_information_nats_bucket"
     for title, when, text in (
-        ("Mutual information, last hour", "now", "Shares of the last hour's predictions."),
+        ("Mutual information, last hour", "now", "Shares of predictions in the last hour."),
         (
             "Mutual information, reference",
             "reference",
-            "Shares in the week that ended a day ago.",
+            "Shares of predictions in the week that ended a day ago.",
         ),
     ):
         share = f"{metric}:{when}{ONE} / ignoring (le) group_left () (adapter:scalabl_predictions:{when}{ONE} > 0.5)"
@@ -214,8 +227,9 @@ def _uncertainty(board: dashboard.Dashboard) -> None:
         Query(f"adapter:scalabl_mutual_information_distance_noise:now{ONE}", "Chance"),
     ]
     text = (
-        "Kolmogorov-Smirnov distance of the two distributions; above 0.2 and above chance (1 in 1,000) the alert fires. "
-        "Empty until there is a reference, a day after the first prediction."
+        "Kolmogorov-Smirnov distance between the last hour and the reference. The alert fires above 0.2, if the distance "
+        "is also above what chance gives once in 1,000 times. Empty until there is a reference, a day after the first "
+        "prediction."
     )
     board.with_panel(
         lines("Drift of mutual information", text, queries, "none", low=0, looks=[Look("Chance", dashed=True, color="red")])
@@ -226,17 +240,19 @@ def _labels(board: dashboard.Dashboard) -> None:
     board.with_row(dashboard.Row("Labels"))
     delay = f"sum by (le) (increase(scalabl_label_delay_seconds_bucket{ONE}[1d]))"
     queries = [Query(f"histogram_quantile({q}, {delay})", f"p{q}") for q in (0.5, 0.9, 0.99)]
-    text = "From a prediction to its first label, of labels of the last day. Ids expire with --outcomes-retention-days."
+    text = (
+        "Time from a prediction to its first label, for labels of the last day. Ids expire after --outcomes-retention-days."
+    )
     board.with_panel(lines("Label delay", text, queries, "s", low=0, width=8))
     queries = [
         Query(f"adapter:scalabl_recorded_predictions:recent{ONE}", "Predictions"),
         Query(f"adapter:scalabl_outcomes:recent{ONE}", "Labels"),
     ]
-    board.with_panel(lines("Predictions and labels in a day", LABELS, queries, "short", low=0, width=8))
+    board.with_panel(lines("Predictions and labels per day", LABELS, queries, "short", low=0, width=8))
     count = "increase(scalabl_outcomes{what}_total{one}[$__rate_interval])"
     queries = [
         Query(f"sum({count.format(what='', one=ONE)})", "Labels, corrections included"),
-        Query(f"sum({count.format(what='_retracted', one=ONE)})", "Taken back by corrections"),
+        Query(f"sum({count.format(what='_retracted', one=ONE)})", "Retracted by corrections"),
     ]
-    text = "Many corrections: labels that cannot be believed, or are sent too early."
+    text = "Many corrections mean that labels are unreliable or sent too early."
     board.with_panel(lines("Labels and corrections", text, queries, "short", low=0, width=8))

@@ -1,4 +1,4 @@
-"""What the dashboards are made of: data source and variables, queries, and a function for each kind of panel."""
+"""The parts of the dashboards: data source, variables, queries, and a function per kind of panel. No dashboard is here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Panel = TypeVar("Panel", bargauge.Panel, heatmap.Panel, stat.Panel, table.Panel,
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL and the name of what it returns."""
+    """A PromQL query and the name of its result in the legend."""
 
     expr: str
     name: str = "__auto"
@@ -39,7 +39,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Look:
-    """How the fields of one name are drawn; `below`: filled down to the field of that name."""
+    """How the series named `field` is drawn. With `below`, the area down to the series of that name is filled."""
 
     field: str
     dashed: bool = False
@@ -70,7 +70,7 @@ class Look:
 
 
 def new_board(title: str, uid: str, text: str, period: str) -> dashboard.Dashboard:
-    """An empty dashboard with its data source, the variables that every query uses, and the alerts that fire as marks."""
+    """An empty dashboard with its data source, the variables that every query uses, and marks for firing alerts."""
     marks = (
         dashboard.AnnotationQuery()
         .name("Alerts")
@@ -99,7 +99,7 @@ def new_board(title: str, uid: str, text: str, period: str) -> dashboard.Dashboa
 
 
 def choice(name: str, label: str, query: str, *, every: bool = True, multi: bool = False) -> dashboard.QueryVariable:
-    """A variable whose values Prometheus knows. `every`: all of them to begin with, also series without this label."""
+    """A variable with values from Prometheus. With `every`, all are selected at first, also series without the label."""
     variable = (
         dashboard.QueryVariable(name)
         .label(label)
@@ -193,7 +193,7 @@ def number(title: str, text: str, query: Query, unit: str, *, decimals: int | No
 
 
 def buckets(title: str, text: str, expr: str, unit: str, *, width: int = 6) -> bargauge.Panel:
-    """A histogram now: a bar for each bucket, from cumulative counts or shares by `le`."""
+    """The current histogram: a bar for each bucket, from cumulative counts or shares by `le`."""
     panel = _panel(bargauge.Panel(), title, text, [], unit, width)
     panel.with_target(_target("A", Query(expr, "{{le}}")).format(PromQueryFormat.HEATMAP).range())
     panel.reduce_options(options.ReduceDataOptions().calcs(["lastNotNull"]))
@@ -202,7 +202,7 @@ def buckets(title: str, text: str, expr: str, unit: str, *, width: int = 6) -> b
 
 
 def clouds(title: str, text: str, expr: str, unit: str, *, width: int = 12) -> heatmap.Panel:
-    """A histogram over time, `unit` being that of the buckets' edges."""
+    """A histogram over time. `unit` is the unit of the buckets' edges."""
     panel = _panel(heatmap.Panel(), title, text, [], unit, width)
     panel.with_target(_target("A", Query(expr, "{{le}}")).format(PromQueryFormat.HEATMAP).range())
     colors = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues").steps(64)
@@ -223,7 +223,7 @@ def _panel(
 ) -> Panel:
     panel.title(title).description(text).datasource(SOURCE).unit(unit).span(width).height(height)
     for letter, query in _lettered(queries):
-        if at_once:  # + 0 drops the metric's name, by which the rows that are to be merged would differ
+        if at_once:  # "+ 0" drops the metric's name, so that rows of different metrics can be merged
             target = _target(letter, Query(f"({query.expr}) + 0", query.name)).format(PromQueryFormat.TABLE).instant()
         else:
             target = _target(letter, query).range()

@@ -1,1 +1,1 @@
-"""docs/reference.md: every flag, error and metric of the server. `python -m deploy.reference` writes it."""
+"""Generates docs/reference.md, which lists every flag, error and metric of the server. Run `python -m deploy.reference`."""

@@ -95,12 +95,12 @@ def _metrics(advice: Mapping[str, str]) -> str:
 
 def _labels(metrics: Metrics) -> dict[str, tuple[str, ...]]:
     """The label names of each metric that is an attribute of `Metrics`, whether or not it has samples yet."""
-    found = {}
+    names = {}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
-            found[family.name] = tuple(metric._labelnames)  # NOTE: prometheus_client has no public name for these
-    return found
+            names[family.name] = tuple(metric._labelnames)  # NOTE: prometheus_client has no public attribute for these
+    return names
 
 
 def _sample_labels(family: Metric) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _calibration_counters() -> str:
 
 
 def _compare(kind: str, listed: list[str], actual: Iterable[str]) -> None:
-    """Every name stands once in words.toml, and no other does.
+    """Check that words.toml lists every name exactly once and no other name.
 
     Raises:
         MismatchError: which names differ.

@@ -1,5 +1,5 @@
-// Validates objects of KEDA's and the Prometheus Operator's kinds, a JSON list on standard input, against their schemas.
-// Prints one line for each; status 1 when one is invalid or of another kind. Run in the folder that has node_modules.
+// Validates Kubernetes objects of KEDA and the Prometheus Operator against their schemas. Reads a JSON list on standard input
+// and prints one line per object. Exits with status 1 if one is invalid or of an unknown kind. Run it beside node_modules.
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 

@@ -1,4 +1,4 @@
-"""Every setting of `scalabl serve`: one field is one flag and one environment variable, `SCALABL_<FLAG>`."""
+"""Every setting of `scalabl serve`: a field is a flag and the environment variable `SCALABL_<FLAG>`. Values only."""
 
 from __future__ import annotations
 
@@ -17,188 +17,249 @@ LogFormat = Literal["text", "json"]
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
-LONGEST_TOKEN = 16  # characters per token that no ordinary text exceeds; for the limit on characters
+LONGEST_TOKEN = 16  # characters per token; ordinary text has fewer. The default limit on characters follows from it
 
 
 class ServeSettings(BaseSettings):
-    """Read from arguments first, then from the environment, then from the defaults here."""
+    """The settings of one server. A flag wins over the environment variable, which wins over the default here."""
 
     model_config = SettingsConfigDict(env_prefix="SCALABL_", extra="forbid", frozen=True)
 
     adapter: Path = Field(description="The adapter directory to serve.")
-    adapter_name: str | None = Field(default=None, description="Its name in the API (default: the folder's name).")
+    adapter_name: str | None = Field(
+        default=None, description="Name of the adapter in the API (default: the name of its folder)."
+    )
     adapters: str | None = Field(
-        default=None, description="More adapters for the same base model: name=folder, comma-separated."
+        default=None, description="More adapters on the same base model, as comma-separated name=folder pairs."
     )
     model: str | None = Field(
-        default=None, description="Base model: a hub id or a folder (default: the one that the adapter names)."
+        default=None, description="Base model: a hub id or a folder (default: the base model that the adapter names)."
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on (0: any free one).")
-    device: str = Field(default="auto", description="cpu, cuda, cuda:1, … (auto: a GPU when there is one).")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on (0: any free port).")
+    device: str = Field(
+        default="auto", description="Device of the model: cpu, cuda, cuda:1, … (auto: a GPU if there is one)."
+    )
     device_map: str | None = Field(
         default=None,
-        description="Divide the base model over devices: auto, balanced, balanced_low_0, sequential, or a JSON file of "
-        "module names and devices (a number, a name, disk); in place of the device.",
+        description="Split the base model over several devices: auto, balanced, balanced_low_0, sequential, or a JSON file "
+        "that maps module names to devices (a GPU number, a device name, or disk). Cannot be combined with --device.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Weights and activations (auto: bfloat16 on a GPU that has it, else float32)."
+        default="auto",
+        description="Data type of weights and activations (auto: bfloat16 on a GPU that supports it, else float32).",
     )
     quantization: Quantization | None = Field(
         default=None,
-        description="Linear layers in lower precision: int8 (weights and activations, on a CPU), or bitsandbytes' bnb-8bit "
-        "or bnb-4bit, made for a GPU (default: as the dtype says). What it changes is measured at the start.",
+        description="Run the base model's linear layers in lower precision: int8 (weights and activations, on a CPU), or "
+        "bnb-8bit or bnb-4bit (bitsandbytes, meant for a GPU). The default is the precision of --dtype. At start-up the "
+        "server measures how much the answers change.",
     )
     probe_file: Path | None = Field(
         default=None,
-        description="Inputs on which that is measured, JSONL with text and choices (default: eight that come with it).",
+        description="JSONL file of inputs, with text and choices, on which the effect of --quantization is measured "
+        "(default: eight inputs that come with the server).",
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model (default: torch's choice).")
+    threads: int | None = Field(
+        default=None, ge=1, description="Number of CPU threads for the model (default: torch decides)."
+    )
     engine: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="What runs the base model: this process, or vLLM servers at engine_url."
+        default="transformers",
+        description="What runs the base model: this process (transformers), or the vLLM servers at --engine-url.",
     )
     engine_url: str | None = Field(
-        default=None, description="vLLM servers, http://host:port, comma-separated; each has all of the base model."
+        default=None,
+        description="Comma-separated URLs of vLLM servers, http://host:port. Each server must hold the whole base model.",
     )
-    engine_api_key: SecretStr | None = Field(default=None, description="The key that they want (vLLM's --api-key).")
+    engine_api_key: SecretStr | None = Field(default=None, description="API key of the vLLM servers (their --api-key).")
     engine_adapter_dir: Path | None = Field(
         default=None,
-        description="Where LoRAs are written that they lack and load at run time; they read it under the same path "
+        description="Folder for LoRAs that the vLLM servers load at run time. They must see it under the same path "
         "(default: engine-adapters in the data folder).",
     )
-    engine_timeout: float = Field(default=30.0, gt=0, description="Seconds that one call of the engine may take.")
-    engine_start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the engine at the start.")
-    num_samples: int = Field(default=16, ge=1, description="K, the posterior samples when a request names no number.")
-    max_samples: int = Field(default=256, ge=1, description="The most samples a request may ask for.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws; replicas with one seed agree.")
-    draw_scheme: Scheme = Field(default=DEFAULT_SCHEME, description="gaussian, antithetic or sobol.")
+    engine_timeout: float = Field(default=30.0, gt=0, description="Seconds that one call to a vLLM server may take.")
+    engine_start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for a vLLM server at start-up.")
+    num_samples: int = Field(
+        default=16, ge=1, description="Number of posterior samples (K) for a request that does not set num_samples."
+    )
+    max_samples: int = Field(default=256, ge=1, description="Largest number of samples that a request may ask for.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of the posterior samples. Replicas with the same seed give the same answers.",
+    )
+    draw_scheme: Scheme = Field(
+        default=DEFAULT_SCHEME, description="How posterior samples are drawn: gaussian, antithetic or sobol."
+    )
     max_input_tokens: int | None = Field(
-        default=None, ge=1, description="The longest prompt, in tokens (default: what the base model was made for)."
+        default=None, ge=1, description="Longest prompt, in tokens (default: the context length of the base model)."
     )
     max_batch_tokens: int = Field(
         default=16384,
         ge=1,
-        description="The most rows (inputs x samples) times length in one forward pass; a larger input is refused.",
+        description="Largest forward pass, in tokens: rows (inputs x samples) times length. An input that alone needs more "
+        "is refused.",
     )
     target_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Join waiting inputs up to this many rows times padded length "
-        "(default: measured at the start, on a CPU where larger passes gain nothing more, on a GPU what its memory holds).",
+        description="Batch waiting inputs up to this many tokens: rows (inputs x samples) times padded length. The default "
+        "is measured at start-up: on a CPU the size beyond which larger passes are hardly faster, on a GPU what its memory "
+        "holds.",
     )
-    max_inputs: int = Field(default=256, ge=1, description="The most inputs in one request.")
+    max_inputs: int = Field(default=256, ge=1, description="Largest number of inputs in one request.")
     max_input_chars: int | None = Field(
-        default=None, ge=1, description="The longest text, in characters (default: 16 for each token of max_input_tokens)."
+        default=None,
+        ge=1,
+        description="Longest input text, in characters (default: 16 times the longest prompt in tokens).",
     )
-    max_choices: int = Field(default=256, ge=2, description="The most choices that may come with an input.")
-    max_choice_chars: int = Field(default=4000, ge=1, description="The longest such choice, in characters.")
+    max_choices: int = Field(default=256, ge=2, description="Largest number of choices that may come with an input.")
+    max_choice_chars: int = Field(
+        default=4000, ge=1, description="Longest choice that may come with an input, in characters."
+    )
     max_sample_values: int = Field(
-        default=1_000_000, ge=1, description="The most probabilities that return_samples may add to an answer."
+        default=1_000_000, ge=1, description="Largest number of probabilities that return_samples may add to an answer."
     )
-    max_queue: int = Field(default=1024, ge=1, description="The most inputs that may wait; beyond it the answer is 429.")
+    max_queue: int = Field(
+        default=1024, ge=1, description="Largest number of inputs in the queue. Above it, requests are answered with 429."
+    )
     max_queue_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="The most tokens (inputs x samples x length) that may wait (default: 64 times max_batch_tokens).",
+        description="Largest number of tokens (inputs x samples x length) in the queue. Above it, requests are answered "
+        "with 429 (default: 64 times --max-batch-tokens).",
     )
     prefix_cache_bytes: int = Field(
         default=2**29,
         ge=0,
-        description="The most bytes of keys and values to keep of what prompts begin with alike (0: none).",
+        description="Size of the prefix cache in bytes. It keeps the attention keys and values of beginnings that prompts "
+        "share, so that they are computed once (0: no cache).",
     )
     max_priority: int = Field(
         default=10,
         ge=0,
-        description="The furthest from 0 that a request's priority may be; a step is worth a second of waiting (0: no "
-        "priorities).",
+        description="A request's priority may be from minus this number to this number. A priority one lower moves a "
+        "request ahead as much as one second of waiting does (0: all requests have the same priority).",
     )
-    max_body_bytes: int = Field(default=2_000_000, ge=1, description="The largest request body.")
-    max_header_bytes: int = Field(default=16_384, ge=256, description="The most bytes of a request's path and headers.")
+    max_body_bytes: int = Field(default=2_000_000, ge=1, description="Largest request body, in bytes.")
+    max_header_bytes: int = Field(
+        default=16_384, ge=256, description="Largest path and headers of a request together, in bytes."
+    )
     header_timeout: float = Field(default=10.0, gt=0, description="Seconds that a request's headers may take to arrive.")
     body_timeout: float = Field(default=30.0, gt=0, description="Seconds that a request's body may take to arrive.")
     request_timeout: float = Field(
         default=60.0,
         gt=0,
-        description="Seconds until a request is given up with a 504; its header X-Request-Timeout may ask for less.",
+        description="Seconds after which a request is answered with 504. Its header X-Request-Timeout may set a shorter "
+        "time.",
     )
     worker_timeout: float = Field(
         default=300.0, gt=0, description="Seconds after which a forward pass counts as stuck and /health/live fails."
     )
-    shutdown_timeout: int = Field(default=30, ge=0, description="Seconds that running requests get after SIGTERM.")
+    shutdown_timeout: int = Field(
+        default=30, ge=0, description="Seconds that running requests have to finish after SIGTERM."
+    )
     drain_delay: float = Field(
-        default=0.0, ge=0, description="Seconds to answer 503 after SIGTERM at least, for load balancers to notice."
+        default=0.0,
+        ge=0,
+        description="After SIGTERM, keep answering new requests with 503 for at least this many seconds, so that load "
+        "balancers notice.",
     )
     warmup: Literal["auto", "full", "quick"] = Field(
         default="auto",
-        description="full: run the largest passes before being ready; quick: a small one, and measure nothing (auto: full "
-        "on a GPU).",
+        description="full: run the largest passes before the server is ready. quick: run one small pass and measure nothing "
+        "(auto: full on a GPU).",
     )
-    enable_adapter_loading: bool = Field(default=False, description="Load and unload adapters by request, at /v1.")
-    adapter_root: Path | None = Field(default=None, description="The folder below which such adapters lie.")
-    max_adapters: int = Field(default=32, ge=1, description="The most adapters that are loaded at a time.")
-    max_adapter_bytes: int = Field(default=2**30, ge=1, description="The largest adapter, in bytes of its files.")
+    enable_adapter_loading: bool = Field(
+        default=False, description="Let clients load and unload adapters through routes under /v1."
+    )
+    adapter_root: Path | None = Field(default=None, description="Folder from which clients may load adapters.")
+    max_adapters: int = Field(default=32, ge=1, description="Largest number of adapters loaded at the same time.")
+    max_adapter_bytes: int = Field(
+        default=2**30, ge=1, description="Largest adapter, as the total size of its files in bytes."
+    )
     api_keys: SecretStr | None = Field(
         default=None,
-        description="Comma-separated keys: name:key, name:sha256:<hex> or key. With any, every route but health, metrics, "
-        "the documentation and the dashboard's page (not its data) wants one.",
+        description="Comma-separated API keys: name:key, name:sha256:<hex> or key. If any is set, every route needs a key "
+        "except health, metrics, the documentation and the dashboard's page (its data needs one).",
     )
     api_keys_file: Path | None = Field(
-        default=None, description="A file with one name:key or name:sha256:<hex> a line; read again when it changes."
+        default=None,
+        description="File of API keys, one name:key or name:sha256:<hex> per line. It is read again when it changes.",
     )
     cors_origins: str = Field(
-        default="", description="Comma-separated origins whose pages may call this server (default: none; *: any)."
+        default="",
+        description="Comma-separated origins of web pages that may call this server (default: none; *: any origin).",
     )
     admin_host: str = Field(default="127.0.0.1", description="Address of the admin port.")
     admin_port: int | None = Field(
         default=None,
         ge=0,
         le=65535,
-        description="A second port for /metrics and /health; the main one then has no /metrics (default: none).",
+        description="Second port for /metrics and /health. The main port then has no /metrics (default: no second port).",
     )
     dashboard: bool = Field(
-        default=True, description="Serve the page at /dashboard, on the main port, and its data at /v1/dashboard."
+        default=True, description="Serve the dashboard page at /dashboard and its data at /v1/dashboard, on the main port."
     )
-    ssl_certfile: Path | None = Field(default=None, description="Certificate chain (PEM); with it the main port speaks TLS.")
-    ssl_keyfile: Path | None = Field(default=None, description="Its private key (PEM), when it is not in the same file.")
+    ssl_certfile: Path | None = Field(default=None, description="Certificate chain (PEM). If set, the main port speaks TLS.")
+    ssl_keyfile: Path | None = Field(
+        default=None, description="Private key (PEM) of --ssl-certfile, if it is not in the same file."
+    )
     ssl_ca_certs: Path | None = Field(
-        default=None, description="Authorities (PEM); with it clients must show a certificate from one of them."
+        default=None,
+        description="Certificate authorities (PEM). If set, clients must present a certificate signed by one of them.",
     )
-    gguf_file: str | None = Field(default=None, description="Read the weights from this GGUF file of the base model.")
+    gguf_file: str | None = Field(
+        default=None, description="Read the base model's weights from this GGUF file in its folder."
+    )
     allow_pickle: bool = Field(
-        default=False, description="Accept base models whose weights are PyTorch pickles, read with weights_only."
+        default=False, description="Accept base models whose weights are PyTorch pickle files (read with weights_only)."
     )
     data_dir: Path | None = Field(
-        default=None, description="Folder of what the server keeps (default: scalabl in $XDG_DATA_HOME or ~/.local/share)."
+        default=None,
+        description="Folder for the server's own files (default: scalabl in $XDG_DATA_HOME or ~/.local/share).",
     )
     outcomes_url: SecretStr | None = Field(
         default=None,
-        description="Database of predictions and their labels: sqlite:////file, postgresql://user@host/name, or none to "
-        "store nothing (default: SQLite in outcomes.db in the data folder).",
+        description="Outcomes database, which stores predictions and their labels: sqlite:////file, "
+        "postgresql://user@host/name, or none to store nothing (default: the SQLite file outcomes.db in the data folder).",
     )
     outcomes_required: bool = Field(
-        default=False, description="Refuse predictions that cannot be stored with a 503 (else: answered, recorded false)."
+        default=False,
+        description="If a prediction cannot be stored, answer with 503 (default: answer the prediction with recorded: "
+        "false).",
     )
-    outcomes_timeout: float = Field(
-        default=2.0, gt=0, description="Seconds that a request waits for the outcomes database before it counts as down."
+    outcomes_timeout: float = Field(default=2.0, gt=0, description="Seconds that a request waits for the outcomes database.")
+    outcomes_retention_days: float = Field(
+        default=90.0, gt=0, description="Days after which a stored prediction is deleted."
     )
-    outcomes_retention_days: float = Field(default=90.0, gt=0, description="Days until a prediction is deleted.")
     outcomes_max_rows: int = Field(
-        default=1_000_000, ge=1, description="The most predictions to keep; the oldest make room for new ones."
+        default=1_000_000, ge=1, description="Largest number of stored predictions. Above it, the oldest are deleted."
     )
-    store_inputs: bool = Field(default=False, description="Store the inputs' text too, not only its hash.")
+    store_inputs: bool = Field(default=False, description="Store the text of each input, not only its hash.")
     input_hash_key: SecretStr | None = Field(
         default=None,
-        description="Key of the inputs' hash, HMAC-SHA-256 (default: plain SHA-256, against which guesses can be tried).",
+        description="Key for hashing inputs with HMAC-SHA-256 (default: plain SHA-256, from which short texts can be "
+        "guessed).",
     )
     replica_id: str | None = Field(
-        default=None, min_length=1, description="Name of this replica's totals, kept over restarts (default: host:port)."
+        default=None,
+        min_length=1,
+        description="Name under which this replica's counters are stored, so that they continue after a restart "
+        "(default: host:port).",
     )
-    trust_remote_code: bool = Field(default=False, description="Run model code that comes with the base model.")
-    log_format: LogFormat = Field(default="text", description="text or json, one line per record, on standard error.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the base model.")
+    log_format: LogFormat = Field(
+        default="text", description="Format of the log on standard error: text or json, one line per record."
+    )
     otlp_endpoint: str | None = Field(
-        default=None, description="Send spans to this OpenTelemetry collector over HTTP, as http://host:4318."
+        default=None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP) that gets the spans of requests: http://host:4318.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="How much to log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Lowest level of messages to log."
+    )
 
     @field_validator("adapters")
     @classmethod
@@ -206,58 +267,63 @@ class ServeSettings(BaseSettings):
         names = [name for name, _ in _pairs(adapters)]
         for name, folder in _pairs(adapters):
             if not re.fullmatch(ADAPTER_NAME, name):
-                raise ValueError(f"{name!r} is no adapter name; write name=folder, a name of letters, digits, '.', '_', '-'")
+                raise ValueError(
+                    f"{name!r} is not a valid adapter name; write name=folder, with a name of at most 64 letters, digits, "
+                    "'.', '_' and '-' that begins with a letter or digit"
+                )
             if not folder:
                 raise ValueError(f"{name!r} has no folder; write name=folder")
             if names.count(name) > 1:
-                raise ValueError(f"the name {name!r} is given twice")
+                raise ValueError(f"the name {name!r} is used twice; give each adapter its own name")
         return adapters
 
     @model_validator(mode="after")
-    def _adapters_are_told_apart(self) -> Self:
+    def _adapter_names_differ(self) -> Self:
         if self.default_adapter in dict(_pairs(self.adapters)):
-            raise ValueError(f"--adapters: {self.default_adapter!r} is the name of --adapter already; choose another")
+            raise ValueError(f"--adapters: {self.default_adapter!r} is already the name of --adapter; choose another name")
         return self
 
     @model_validator(mode="after")
-    def _one_flag_says_where(self) -> Self:
+    def _device_map_excludes_device(self) -> Self:
         if self.device_map is not None and self.device != "auto":
-            raise ValueError("--device-map says where the base model goes; leave --device out")
+            raise ValueError("--device-map and --device cannot be combined; leave --device out")
         return self
 
     @model_validator(mode="after")
-    def _probes_have_a_use(self) -> Self:
+    def _probe_file_needs_quantization(self) -> Self:
         if self.probe_file is not None and self.quantization is None:
-            raise ValueError("--probe-file is for --quantization, which is not set")
+            raise ValueError("--probe-file has an effect only with --quantization, which is not set")
         return self
 
     @model_validator(mode="after")
     def _adapters_have_a_root(self) -> Self:
         if self.enable_adapter_loading and self.adapter_root is None:
-            raise ValueError("--enable-adapter-loading needs --adapter-root, the folder below which adapters may lie")
+            raise ValueError("--enable-adapter-loading needs --adapter-root, the folder from which adapters may be loaded")
         return self
 
     @model_validator(mode="after")
-    def _engine_has_an_address(self) -> Self:
+    def _engine_has_a_url(self) -> Self:
         if (self.engine == "vllm") != (self.engine_url is not None):
-            raise ValueError("--engine vllm and --engine-url go together: give both, or neither")
+            raise ValueError("--engine vllm and --engine-url need each other: set both or neither")
         if self.engine == "vllm" and self.quantization is not None:
-            raise ValueError("--quantization is the engine's own with --engine vllm; give it to the vLLM servers")
+            raise ValueError("--quantization cannot be used with --engine vllm; set it on the vLLM servers instead")
         if self.engine == "vllm" and self.device_map is not None:
-            raise ValueError("--device-map is for the engine transformers; vLLM divides a model by flags of its own servers")
+            raise ValueError(
+                "--device-map works only with --engine transformers; split the model with flags of the vLLM servers"
+            )
         for url in self.engine_urls:
             if not re.match(r"https?://[^/\s]", url):
-                raise ValueError(f"--engine-url: {url!r} is no URL; write http://host:port, comma-separated")
+                raise ValueError(f"--engine-url: {url!r} is not a URL; write comma-separated http://host:port")
         return self
 
     @property
     def engine_urls(self) -> list[str]:
-        """The engine's servers."""
+        """The URLs of the vLLM servers."""
         return [url.strip() for url in (self.engine_url or "").split(",") if url.strip()]
 
     @property
     def data_folder(self) -> Path:
-        """Where the server keeps things."""
+        """The folder for the server's own files."""
         return self.data_dir or Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "scalabl"
 
     @property
@@ -267,19 +333,19 @@ class ServeSettings(BaseSettings):
 
     @property
     def queue_tokens(self) -> int:
-        """The tokens that may wait."""
+        """The largest number of tokens in the queue."""
         return self.max_queue_tokens or 64 * self.max_batch_tokens
 
     def longest_text(self, max_tokens: int) -> int:
-        """Characters of the longest text, for prompts of so many tokens."""
+        """The longest allowed text in characters, when the longest prompt has `max_tokens` tokens."""
         return self.max_input_chars or LONGEST_TOKEN * max_tokens
 
     def adapter_folders(self) -> dict[str, Path]:
-        """Every adapter to load at the start by its name, the default one first."""
+        """Name -> folder of every adapter to load at start-up, the default adapter first."""
         return {self.default_adapter: self.adapter} | {name: Path(folder) for name, folder in _pairs(self.adapters)}
 
     def resolved_outcomes_url(self) -> str | None:
-        """The database's URL, None when nothing is stored."""
+        """The URL of the outcomes database, None when nothing is stored."""
         if self.outcomes_url is not None:
             url = self.outcomes_url.get_secret_value()
             return None if url == "none" else url
@@ -287,6 +353,6 @@ class ServeSettings(BaseSettings):
 
 
 def _pairs(adapters: str | None) -> list[tuple[str, str]]:
-    """`name=folder` pairs; a part without a sign has no folder."""
+    """(name, folder) pairs of `--adapters`; the folder is empty where a part has no `=`."""
     parts = [part.strip() for part in (adapters or "").split(",") if part.strip()]
     return [(name.strip(), folder.strip()) for name, _, folder in (part.partition("=") for part in parts)]

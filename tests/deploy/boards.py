@@ -1,4 +1,4 @@
-"""The committed dashboards as the tests read them, and their queries without Grafana's variables."""
+"""Loads the committed dashboards for the tests, with their queries free of Grafana's variables."""
 
 from __future__ import annotations
 

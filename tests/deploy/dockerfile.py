@@ -1,4 +1,4 @@
-"""What the Dockerfile says, read as BuildKit reads it: its instructions, and what the image gets from them."""
+"""Parses the Dockerfile as BuildKit does: its instructions, and what they put into the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests as a cluster would get them: each overlay rendered by kubectl, once for all tests."""
+"""Renders each Kubernetes overlay with kubectl, once for all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Prometheus rules and the runbook as the tests read them, and promtool. What must hold of them is in `test_rules`."""
+"""Loads the Prometheus rules and the runbook for the tests, and runs promtool. The checks are in `test_rules`."""
 
 from __future__ import annotations
 

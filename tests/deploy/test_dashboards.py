@@ -1,4 +1,4 @@
-"""The Grafana dashboards: what is committed is what the code builds, and every panel is whole and asks what exists."""
+"""The Grafana dashboards: the committed files match the code, panels are complete, and queries use existing metrics."""
 
 from __future__ import annotations
 

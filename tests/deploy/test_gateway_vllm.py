@@ -1,4 +1,4 @@
-"""The gateway and the vLLM servers of the overlay, and of the RayCluster, say the same: names, ports, paths, keys, LoRAs."""
+"""Gateways and vLLM servers of the overlay and the RayCluster agree: names, ports, paths, keys, LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each overlay, rendered, is valid on the last four Kubernetes minors and passes the policies; what is wrong does not."""
+"""Each rendered overlay is valid on the last four Kubernetes minors and passes the policies; faulty manifests do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise floor of the calibration alert: calibrated models are rarely accused, over-confident ones are."""
+"""The noise floor of the calibration alert: it rarely fires for calibrated models, and does for over-confident ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _numbers(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float,
 
 
 def _windows(shape: str, count: int, distort: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """[WINDOWS, 3]: the numbers of windows of labels; `distort` turns what is true into the confidence that is told."""
+    """[WINDOWS, 3]: the numbers of windows of labels; `distort` turns true probabilities into the reported confidence."""
     dice = np.random.default_rng(0)
     numbers = []
     for _ in range(WINDOWS):

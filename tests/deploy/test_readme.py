@@ -1,4 +1,4 @@
-"""The deployment sections' commands are those of the files: paths, overlays, targets, arguments, secrets, ports."""
+"""Commands in the deployment sections match the files: paths, overlays, targets, arguments, secrets, ports."""
 
 from __future__ import annotations
 

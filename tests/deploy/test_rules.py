@@ -1,4 +1,4 @@
-"""The Prometheus rules: what promtool says of them, and that each alert has its test and its section in the runbook."""
+"""The Prometheus rules pass promtool, and each alert has a test and a section in the runbook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dockerfile, compose file, manifests and server say the same: variables, ports, paths, users, probes, times, metrics."""
+"""Dockerfile, compose file, manifests and server agree: variables, ports, paths, users, probes, times, metrics."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ def test_the_environment_sets_and_arguments_win(monkeypatch: pytest.MonkeyPatch)
         (["--num-samples", "many"], {}, "Invalid value for '--num-samples'"),
         ([], {"SCALABL_MAX_QUEUE": "0"}, "Invalid value for --max-queue"),
         (["--adapters", "a=x,b"], {}, "Invalid value for --adapters: 'b' has no folder; write name=folder"),
-        (["--adapters", "a/b=x"], {}, "Invalid value for --adapters: 'a/b' is no adapter name"),
-        ([], {"SCALABL_ADAPTERS": "a=x,a=y"}, "Invalid value for --adapters: the name 'a' is given twice"),
-        (["--adapters", "x=y"], {}, "--adapters: 'x' is the name of --adapter already"),
+        (["--adapters", "a/b=x"], {}, "Invalid value for --adapters: 'a/b' is not a valid adapter name"),
+        ([], {"SCALABL_ADAPTERS": "a=x,a=y"}, "Invalid value for --adapters: the name 'a' is used twice"),
+        (["--adapters", "x=y"], {}, "--adapters: 'x' is already the name of --adapter"),
         (["--nonsense"], {}, "No such option: --nonsense"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_command_is_made_of_a_model_and_a_function() -> None:
 
 
 def test_a_device_and_a_device_map_are_one_too_many() -> None:
-    with pytest.raises(ValidationError, match="--device-map says where the base model goes; leave --device out"):
+    with pytest.raises(ValidationError, match="--device-map and --device cannot be combined; leave --device out"):
         ServeSettings(adapter=Path("x"), device="cpu", device_map="auto")
-    with pytest.raises(ValidationError, match="--device-map is for the engine transformers"):
+    with pytest.raises(ValidationError, match="--device-map works only with --engine transformers"):
         ServeSettings(adapter=Path("x"), engine="vllm", engine_url="http://x", device_map="auto")

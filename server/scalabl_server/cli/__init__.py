@@ -1,1 +1,1 @@
-"""The `scalabl` command, one module for each group of subcommands. The work itself is done in `scalabl`."""
+"""The `scalabl` command, one module per subcommand. Only options, messages and tables; the work itself is in `scalabl`."""

@@ -1,4 +1,4 @@
-"""`python -m scalabl_server.cli`: the `scalabl` command where no script is installed."""
+"""Runs the `scalabl` command as `python -m scalabl_server.cli`, for environments without the installed script."""
 
 from scalabl_server.cli.main import app
 

@@ -1,4 +1,4 @@
-"""`scalabl calibrate`: scale, temperature and thresholds from held-out labels, written into the adapter."""
+"""`scalabl calibrate`: fits posterior scale, temperature and thresholds on held-out labels. The fit is in `scalabl`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,39 @@ PLOT_FILES = (".png", ".svg", ".pdf")
 
 def calibrate(
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL, that took no part in training.")],
+    data: Annotated[Path, typer.Option(help="Labelled rows that were not used in training, JSONL.")],
     model: Model = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
-    levels: Annotated[str, typer.Option(help="Comma-separated coverages of prediction sets.")] = "0.8,0.9,0.95",
-    method: Annotated[SetMethod, typer.Option(help="Kind of the prediction sets that are served.")] = "lac",
+    levels: Annotated[str, typer.Option(help="Comma-separated coverage levels for prediction sets.")] = "0.8,0.9,0.95",
+    method: Annotated[SetMethod, typer.Option(help="Kind of prediction sets that the server returns.")] = "lac",
     target_risk: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Largest share of wrong answers among those that are not abstained from.")
+        float,
+        typer.Option(min=0.001, max=1, help="Largest acceptable share of wrong answers among inputs without abstention."),
     ] = 0.05,
     risk_confidence: Annotated[
-        float, typer.Option(min=0, max=0.999, help="Probability with which the target risk is to hold.")
+        float, typer.Option(min=0, max=0.999, help="Confidence that the share of wrong answers stays below --target-risk.")
     ] = 0.9,
-    abstain: Annotated[bool, typer.Option(help="Find an abstention threshold.")] = True,
-    split_seed: Annotated[int, typer.Option(min=0, help="Seed of the split into fit and threshold rows.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the fit into this file (.png, .svg, .pdf).")] = None,
+    abstain: Annotated[bool, typer.Option(help="Fit an abstention threshold.")] = True,
+    split_seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the random split into rows for the fit and rows for the thresholds.")
+    ] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the fit to this file (.png, .svg or .pdf).")] = None,
     device: Device = "auto",
     quantization: Precision = None,
 ) -> None:
-    """Fit posterior scale and temperature on held-out labels, find thresholds for prediction sets and abstention, and write
-    them into the adapter.
+    """Calibrate an adapter on held-out labels and write the result into its configuration.
 
-    Half of the rows, chosen at random, fit scale and temperature; the other half gives the thresholds and the numbers
-    before and after. Calibrate with the --num-samples and the --quantization that are served.
+    Half of the rows, chosen at random, fit the posterior scale and the temperature. The other half sets the thresholds for
+    prediction sets and abstention, and measures the scores before and after. Use the same --num-samples and --quantization
+    as in serving.
     """
     parsed = _levels(levels)
     if plot is not None and (plot.suffix not in PLOT_FILES or not plot.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"a file in an existing folder that ends in {', '.join(PLOT_FILES)}", param_hint="--plot")
+        raise typer.BadParameter(
+            f"must be a file in an existing folder, with a name that ends in {', '.join(PLOT_FILES)} (got {str(plot)!r})",
+            param_hint="--plot",
+        )
     with errors_as_messages():
         from tqdm import tqdm
 
@@ -93,7 +99,9 @@ def calibrate(
         report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
         typer.echo(json.dumps(report, indent=2))
         if outcome.refusal is not None:
-            raise ScalaBLError(f"{outcome.refusal}. Everything else was written into the adapter, which never abstains now")
+            raise ScalaBLError(
+                f"{outcome.refusal}. The rest of the calibration was written into the adapter; it will never abstain"
+            )
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -102,5 +110,5 @@ def _levels(text: str) -> tuple[float, ...]:
     except ValueError:
         levels = ()
     if not levels or not all(0 < level < 1 for level in levels):
-        raise typer.BadParameter(f"comma-separated numbers between 0 and 1 are needed (got {text!r})", param_hint="--levels")
+        raise typer.BadParameter(f"must be comma-separated numbers between 0 and 1 (got {text!r})", param_hint="--levels")
     return tuple(dict.fromkeys(levels))

@@ -1,4 +1,4 @@
-"""`scalabl convert`: adapters from other projects' checkpoints. The other way is `export`."""
+"""`scalabl convert`: makes adapters from other projects' checkpoints. `export` does the opposite."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from scalabl_server.cli.options import errors_as_messages, split, task_of, usage
 convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
 
 Output = Annotated[Path, typer.Option(help="The adapter directory to write.")]
-Kind = Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")]
+Kind = Annotated[
+    TaskKind, typer.Option(help="classification: fixed choices; multiple_choice: choices come with each input.")
+]
 Chat = Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")]
-ChoicePrefix = Annotated[str | None, typer.Option(help="Text between prompt and choice (a space; none in a chat).")]
-Choices = Annotated[str, typer.Option(help="Comma-separated choices, in their order.")]
+ChoicePrefix = Annotated[
+    str | None, typer.Option(help="Text between prompt and choice (default: a space, or nothing with --chat).")
+]
+Choices = Annotated[str, typer.Option(help="Comma-separated choices, in order.")]
 
 
 @convert.command("bayesadapt")
 def convert_bayesadapt_command(
-    checkpoint: Annotated[Path, typer.Option(help="The authors' state_dict.pt; read without unpickling code.")],
-    base_model: Annotated[str, typer.Option(help="Name of the base model to record.")],
-    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of their run.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="The state_dict.pt that BayesAdapt saved. It is read without running pickled code.")
+    ],
+    base_model: Annotated[str, typer.Option(help="Name of the base model to record in the adapter.")],
+    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of the training run.")],
     choices: Choices,
     choice_tokens: Annotated[str, typer.Option(help="Comma-separated token ids, one per choice.")],
     output: Output,
     kind: Kind = "multiple_choice",
-    template: Annotated[str | None, typer.Option(help="Prompt (default: their multiple-choice prompt).")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt template (default: BayesAdapt's multiple-choice prompt).")
+    ] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
 ) -> None:
-    """Convert a ScalaBL checkpoint of the authors' code (BayesAdapt)."""
+    """Convert a ScalaBL checkpoint of BayesAdapt, the published code of the paper's authors."""
     with errors_as_messages():
         from scalabl.files.bayesadapt import convert_bayesadapt
 
@@ -44,21 +52,23 @@ def convert_bayesadapt_command(
 
 @convert.command("peft")
 def convert_peft_command(
-    peft: Annotated[Path, typer.Option(help="A LoRA directory that PEFT saved.")],
-    model: Annotated[str, typer.Option(help="Its base model, of which only the tokenizer and the shapes are read.")],
+    peft: Annotated[Path, typer.Option(help="The LoRA directory that PEFT saved.")],
+    model: Annotated[str, typer.Option(help="Base model of the LoRA. Only its tokenizer and tensor shapes are read.")],
     choices: Choices,
     output: Output,
     kind: Kind = "classification",
-    template: Annotated[str | None, typer.Option(help="Prompt that the LoRA was trained with.")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt template that the LoRA was trained with.")] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
     relative_sigma: Annotated[
         float,
-        typer.Option(min=1e-6, help="sigma as a share of each mu; `scalabl calibrate` then scales it."),
+        typer.Option(
+            min=1e-6, help="Posterior standard deviation, as a fraction of each mean. `scalabl calibrate` rescales it."
+        ),
     ] = 0.1,
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
 ) -> None:
-    """Make a finished PEFT LoRA Bayesian: its product B A becomes the posterior mean, exactly."""
+    """Make a finished PEFT LoRA Bayesian: the posterior mean is exactly the LoRA's own weight update."""
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
         from scalabl.files.peft_import import convert_peft

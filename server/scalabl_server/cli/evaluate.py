@@ -1,4 +1,4 @@
-"""`scalabl evaluate`: how good an adapter's probabilities and uncertainties are on labelled rows."""
+"""`scalabl evaluate`: scores an adapter's probabilities and uncertainties on labelled rows. The scores are in `scalabl`."""
 
 from __future__ import annotations
 
@@ -36,21 +36,33 @@ def evaluate(
     adapter: Adapter,
     data: Annotated[Path, typer.Option(help="Labelled rows, JSONL.")],
     model: Model = None,
-    ood: Annotated[list[Path] | None, typer.Option(help="Inputs outside the choices, JSONL; may be repeated.")] = None,
+    ood: Annotated[
+        list[Path] | None,
+        typer.Option(help="Out-of-distribution inputs, to which no choice applies, JSONL. May be repeated."),
+    ] = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
     method: Annotated[
-        Method, typer.Option(help="From samples, linearized around their mean (no samples), or samples corrected by that.")
+        Method,
+        typer.Option(
+            help="monte_carlo: average posterior samples; linearized: linearise around the posterior mean, without samples; "
+            "control_variate: samples, corrected by the linearisation."
+        ),
     ] = "monte_carlo",
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind each 95% interval (0: no intervals).")] = 1000,
-    output: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw reliability, risk-coverage and MI into this folder.")] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Bootstrap resamples for the 95% intervals (0: no intervals).")
+    ] = 1000,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON report to this file.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Write plots of reliability, risk-coverage and mutual information to this folder.")
+    ] = None,
     device: Device = "auto",
     quantization: Precision = None,
 ) -> None:
-    """Score an adapter: accuracy, calibration, and how well its uncertainty finds wrong answers and OOD inputs.
+    """Score an adapter: accuracy, calibration, and how well its uncertainty detects wrong answers and out-of-distribution
+    inputs.
 
-    A table goes to standard error, the JSON to --output and, unless it is a terminal, to standard output.
+    Tables go to standard error. The JSON report goes to --output and to standard output, unless that is a terminal.
     """
     with errors_as_messages():
         from scalabl.evaluation.dataset import read_examples

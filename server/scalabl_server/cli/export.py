@@ -1,4 +1,4 @@
-"""`scalabl export`: an adapter's posterior samples as LoRAs for other projects. The other way is `convert`."""
+"""`scalabl export`: writes posterior samples of an adapter as LoRAs for other projects. `convert` does the opposite."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ export = typer.Typer(help="Write an adapter in another project's format.", no_ar
 
 Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
 ShapesOf = Annotated[
-    str | None, typer.Option(help="Base model, of which only the shapes are read (default: the adapter's).")
+    str | None,
+    typer.Option(help="Base model. Only its tensor shapes are read (default: the base model that the adapter names)."),
 ]
 
 
 @export.command("peft")
 def export_peft_command(
     adapter: Adapter,
-    output: Annotated[Path, typer.Option(help="The folder to make, with one LoRA directory for each sample.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples, each its own LoRA.")] = 8,
+    output: Annotated[Path, typer.Option(help="The folder to create, with one LoRA directory per sample.")],
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of posterior samples (K); each becomes a LoRA.")] = 8,
     model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn.")] = DEFAULT_SCHEME,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the posterior samples.")] = 0,
+    draw_scheme: Annotated[Scheme, typer.Option(help="How posterior samples are drawn.")] = DEFAULT_SCHEME,
 ) -> None:
-    """Write K posterior samples as K LoRA directories that PEFT loads."""
+    """Write K posterior samples as K LoRA directories that PEFT can load."""
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
         from scalabl.files.adapter_directory import read_config
@@ -41,15 +42,19 @@ def export_peft_command(
 @export.command("vllm")
 def export_vllm_command(
     adapter: Adapter,
-    output: Annotated[Path, typer.Option(help="The folder of LoRAs to add to; vLLM must read it under the same path.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="K, posterior samples: the server's --max-samples.")] = 16,
+    output: Annotated[Path, typer.Option(help="The folder to add LoRAs to. vLLM must see it under the same path.")],
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Number of posterior samples (K): the --max-samples of the server.")
+    ] = 16,
     model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws: the server's --seed.")] = 0,
-    draw_scheme: Annotated[Scheme, typer.Option(help="How they are drawn: the server's --draw-scheme.")] = DEFAULT_SCHEME,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the posterior samples: the --seed of the server.")] = 0,
+    draw_scheme: Annotated[
+        Scheme, typer.Option(help="How posterior samples are drawn: the --draw-scheme of the server.")
+    ] = DEFAULT_SCHEME,
 ) -> None:
-    """Write what vLLM needs to answer for `scalabl serve --engine vllm` without loading LoRAs at run time.
+    """Write the LoRAs that vLLM serves for `scalabl serve --engine vllm`, so that none is loaded at run time.
 
-    Prints the arguments of its --lora-modules, one name=folder a line.
+    Prints the arguments for vLLM's --lora-modules, one name=folder per line.
     """
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton

@@ -1,4 +1,4 @@
-"""`scalabl info`: what an adapter directory holds."""
+"""`scalabl info`: shows what an adapter directory contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scalabl_server.cli.options import errors_as_messages
 
 
 def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
-    """Print an adapter's configuration and size, without its base model."""
+    """Print an adapter's configuration and size as JSON. The base model is not needed."""
     with errors_as_messages():
         from scalabl.files.adapter_directory import read_config, read_weights
 

@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` share: their options, an adapter loaded on its base model, and the module that draws."""
+"""Shared by `evaluate` and `calibrate`: their common options, and loading of the adapter and of the module that plots."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ if TYPE_CHECKING:
     from scalabl.prompt import Prompter
 
 Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
-Model = Annotated[str | None, typer.Option(help="Base model (default: the one that the adapter names).")]
-NumSamples = Annotated[int, typer.Option(min=1, help="K, posterior samples per input.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")]
-Precision = Annotated[Quantization | None, typer.Option(help="Linear layers in lower precision, as in serve.")]
+Model = Annotated[
+    str | None, typer.Option(help="Base model: a hub id or a folder (default: the base model that the adapter names).")
+]
+NumSamples = Annotated[int, typer.Option(min=1, help="Number of posterior samples (K) per input.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the posterior samples.")]
+Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, … (auto: a GPU if there is one).")]
+Precision = Annotated[Quantization | None, typer.Option(help="Run linear layers in lower precision, as in `scalabl serve`.")]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter on its base model, with its prompts."""
+    """An adapter loaded on its base model, and what turns rows into prompts."""
 
     model: ScalaBLModel
     prompter: Prompter
     max_tokens: int
 
     def encode(self, rows: list[Example]) -> EncodedSet:
-        """The rows as token ids."""
+        """The token ids of the rows."""
         from scalabl.evaluation.encoded import encode_examples
 
         return encode_examples(self.prompter, rows, self.max_tokens)
 
 
 def load(adapter: Path, model: str | None, device: str, quantization: Quantization | None) -> Loaded:
-    """The adapter of a folder on the base model that it names, or on another."""
+    """Load the adapter in a folder on `model`, or on the base model that it names."""
     from scalabl.base.pretrained import load_pretrained
     from scalabl.files.adapter_directory import load_adapter, read_config
     from scalabl.prompt import Prompter
@@ -54,7 +56,11 @@ def load(adapter: Path, model: str | None, device: str, quantization: Quantizati
 
 
 def plots_module() -> ModuleType:
-    """The module that draws, asked for before the long work."""
+    """The module that plots, imported before the long computation so that a missing package is reported at once.
+
+    Raises:
+        ScalaBLError: matplotlib is not installed.
+    """
     try:
         from scalabl.evaluation import plots
     except ModuleNotFoundError:
@@ -63,5 +69,5 @@ def plots_module() -> ModuleType:
 
 
 def data_name(data: Path) -> str:
-    """What a data set is called in reports: its folder and its file."""
+    """The name of a data set in reports: its folder and its file."""
     return f"{data.resolve().parent.name}/{data.name}"

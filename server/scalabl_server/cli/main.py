@@ -1,4 +1,4 @@
-"""The `scalabl` command: its subcommands, each of which has its own module and imports what it needs when it runs."""
+"""The `scalabl` command and the list of its subcommands. Each subcommand imports torch and the like only when it runs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ app.command("calibrate")(calibrate)
 app.command("info")(info)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"scalabl {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Inference server and tools for ScalaBL, Bayesian low-rank adapters."""

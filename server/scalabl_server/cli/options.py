@@ -1,5 +1,6 @@
-"""What commands share: options made from pydantic models, so that a field's name, default, limits and help stand in one
-place, and errors as messages.
+"""Shared by all subcommands: options generated from pydantic models, and errors shown as messages. No subcommand is here.
+
+A field of a pydantic model is the only place for an option's name, default, limits and help.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from scalabl.errors import ScalaBLError
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What the method refuses is a message and exit status 1, not a stack trace."""
+    """Print a `ScalaBLError` as a message without a traceback, and exit with status 1."""
     try:
         yield
     except ScalaBLError as error:
@@ -35,28 +36,29 @@ def split(text: str) -> tuple[Any, ...]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What a pydantic model refuses is a usage error of the option that its field is named after, exit status 2."""
+    """Report a pydantic validation error as a usage error of the option named after the field, exit status 2."""
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        # The field's own name stands last but for indices: task.choices.0 is --choices.
+        # The last name in the location is the field's own: task.choices.0 is --choices.
         names = [part for part in first["loc"] if isinstance(part, str)]
-        given = f" (got {first['input']!r})" if names else ""
+        value = f" (got {first['input']!r})" if names else ""
         option = "--" + names[-1].replace("_", "-") if names else None
-        raise typer.BadParameter(first["msg"].removeprefix("Value error, ") + given, param_hint=option) from None
+        raise typer.BadParameter(first["msg"].removeprefix("Value error, ") + value, param_hint=option) from None
 
 
 def command_for(model: type[BaseModel], run: Callable[..., None], env_prefix: str = "") -> Callable[..., None]:
-    """A typer command with one option per field of `model`, beside the parameters of `run` other than its first.
+    """A typer command with one option per field of `model` and one per parameter of `run` after its first.
 
-    `run` gets the validated model first. What validation refuses is reported under the option's name, exit status 2.
+    The command calls `run` with the validated model first. A validation error is reported under the option's name, exit
+    status 2.
 
     Args:
-        env_prefix: when given, each of the model's options can come from the variable `<env_prefix><FIELD>` as well.
+        env_prefix: if set, each option of the model can also be set by the environment variable `<env_prefix><FIELD>`.
     """
     fields = model.model_fields
-    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    run_parameters = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
 
     def command(**values: Any) -> None:
         chosen = {name: value for name, value in values.items() if name in fields and value is not None}
@@ -69,7 +71,7 @@ def command_for(model: type[BaseModel], run: Callable[..., None], env_prefix: st
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            # Every default is the model's to fill in; None says that the option was not given.
+            # None means that the option was not set; the model then fills in its default.
             default=typer.Option(
                 ... if field.is_required() else None,
                 help=_help(field),
@@ -80,7 +82,7 @@ def command_for(model: type[BaseModel], run: Callable[..., None], env_prefix: st
         )
         for name, field in fields.items()
     ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + generated
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in run_parameters] + generated
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = run.__doc__
@@ -102,7 +104,7 @@ def _literal_values(field: FieldInfo) -> tuple[str, ...]:
 
 
 def _cli_type(field: FieldInfo) -> Any:
-    """The plain type that typer parses; limits and literals are checked by the model."""
+    """The plain type that typer parses. The model checks limits and literal values."""
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     plain = str if isinstance(kinds[0], str) or kinds[0] is SecretStr else kinds[0]
     return plain | None
@@ -116,7 +118,7 @@ def task_of(
     choices: tuple[str, ...],
     choice_tokens: tuple[str, ...] | None = None,
 ) -> Task:
-    """The task that options describe, with the defaults of its kind.
+    """The task described by the options, with the defaults for its kind.
 
     Raises:
         ValidationError: see `Task`.

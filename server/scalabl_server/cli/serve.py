@@ -1,4 +1,4 @@
-"""`scalabl serve`: the server of the other packages, as a process."""
+"""`scalabl serve`: starts the server as a process. The server itself is in the other packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scalabl_server.settings import ServeSettings
 
 
 def _serve(settings: ServeSettings) -> None:
-    """Serve an adapter over HTTP. Each option can also be set by the environment variable it names."""
+    """Serve an adapter over HTTP. Each option can also be set by the environment variable shown with it."""
     from scalabl_server import listen
     from scalabl_server.observe import logs
 

@@ -1,4 +1,4 @@
-"""Reports as tables on standard error, for people; the JSON is for everything else."""
+"""Prints the report of `scalabl evaluate` as tables on standard error, for people. Programs read the JSON report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LABELLED = {
     "accuracy": "accuracy",
     "nll": "NLL (nats)",
     "ece": "ECE, 15 equal bins",
-    "ece_adaptive": "ECE, 15 bins of equally many",
+    "ece_adaptive": "ECE, 15 bins of equal counts",
     "ece_classwise": "ECE, class-wise",
     "brier": "Brier score",
     "entropy": "mean entropy (nats)",
@@ -21,36 +21,38 @@ DOUBTS = {"mutual_information": "mutual information", "entropy": "entropy", "con
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The tables of `scalabl evaluate`."""
+    """Print the tables of a report."""
     console = Console(stderr=True)
     for table in tables(report):
         console.print(table)
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """One table of the labelled set and one of each set outside the choices, a score in each row with its interval."""
+    """One table for the labelled set and one for each out-of-distribution set. A row is a score with its interval."""
     data = report["data"]
-    drawn = [_table(data, f"{report['adapter']} on {data['name']}", report["num_samples"])]
+    labelled = _table(data, f"{report['adapter']} on {data['name']}", report["num_samples"])
     for name, label in LABELLED.items():
-        _add(drawn[0], label, data, name)
+        _add(labelled, label, data, name)
     for prefix, label in (("auroc_wrong", "AUROC of wrong answers"), ("aurc", "area under risk-coverage")):
         for name, doubt in DOUBTS.items():
-            _add(drawn[0], f"{label}, {doubt}", data, f"{prefix}_{name}")
-    _add_decisions(drawn[0], data)
-    for other in report["ood"]:
-        drawn.append(_table(other, f"{other['name']} against {data['name']}", report["num_samples"]))
+            _add(labelled, f"{label}, {doubt}", data, f"{prefix}_{name}")
+    _add_decisions(labelled, data)
+    result = [labelled]
+    for ood in report["ood"]:
+        table = _table(ood, f"{ood['name']} against {data['name']}", report["num_samples"])
         for name, doubt in DOUBTS.items():
-            _add(drawn[-1], f"AUROC, {doubt}", other, f"auroc_ood_{name}")
-        _add(drawn[-1], "mean entropy (nats)", other, "ood_entropy")
-        _add(drawn[-1], "mean mutual information (nats)", other, "ood_mutual_information")
-        _add_decisions(drawn[-1], other)
-    return drawn
+            _add(table, f"AUROC, {doubt}", ood, f"auroc_ood_{name}")
+        _add(table, "mean entropy (nats)", ood, "ood_entropy")
+        _add(table, "mean mutual information (nats)", ood, "ood_mutual_information")
+        _add_decisions(table, ood)
+        result.append(table)
+    return result
 
 
 def _table(data: dict[str, Any], title: str, num_samples: int) -> Table:
-    cost = f"{data['cost']['seconds_per_input']:.3g} s and {data['cost']['tokens_per_input']:.1f} tokens an input"
-    how = f"{num_samples} samples" if num_samples else "linearized"
-    table = Table(title=title, caption=f"{data['inputs']} inputs, {how}, {cost}")
+    cost = f"{data['cost']['seconds_per_input']:.3g} s and {data['cost']['tokens_per_input']:.1f} tokens per input"
+    method = f"{num_samples} samples" if num_samples else "linearized"
+    table = Table(title=title, caption=f"{data['inputs']} inputs, {method}, {cost}")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
@@ -68,11 +70,11 @@ def _add_decisions(table: Table, data: dict[str, Any]) -> None:
         label = f"{sets['method'].upper()} sets at {sets['level']:g}"
         if "coverage" in sets:
             table.add_row(
-                f"{label}: coverage", f"{sets['coverage']:.4f}", f"by the rule alone {sets['coverage_of_rule']:.4f}"
+                f"{label}: coverage", f"{sets['coverage']:.4f}", f"conformal rule alone {sets['coverage_of_rule']:.4f}"
             )
         table.add_row(f"{label}: mean size", f"{sets['mean_size']:.3f}", "")
     abstention = data.get("abstention")
     if abstention is not None:
-        table.add_row("answered, not abstained", f"{abstention['answered']:.4f}", "")
+        table.add_row("answered without abstention", f"{abstention['answered']:.4f}", "")
         if "risk" in abstention:
-            table.add_row("wrong among these", f"{abstention['risk']:.4f}", f"target {abstention['target_risk']:g}")
+            table.add_row("wrong among the answered", f"{abstention['risk']:.4f}", f"target {abstention['target_risk']:g}")

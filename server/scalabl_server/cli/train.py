@@ -1,4 +1,4 @@
-"""`scalabl train`: an adapter from labelled rows."""
+"""`scalabl train`: trains an adapter on labelled rows. The training loop is in `scalabl`."""
 
 from __future__ import annotations
 
@@ -18,36 +18,46 @@ def _train(
     model: Annotated[str, typer.Option(help="Base model: a hub id or a folder.")],
     train: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
     validation: Annotated[Path, typer.Option(help="Validation rows, JSONL.")],
-    output: Annotated[Path, typer.Option(help="The adapter directory to write; a run that was cut short resumes.")],
-    kind: Annotated[TaskKind, typer.Option(help="Fixed choices, or choices that come with each input.")] = "classification",
-    template: Annotated[str | None, typer.Option(help="Prompt with {input} and, for multiple choice, {choices}.")] = None,
+    output: Annotated[Path, typer.Option(help="The adapter directory to write. An interrupted run resumes from it.")],
+    kind: Annotated[
+        TaskKind, typer.Option(help="classification: fixed choices; multiple_choice: choices come with each input.")
+    ] = "classification",
+    template: Annotated[
+        str | None, typer.Option(help="Prompt template with {input} and, for multiple choice, {choices}.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template.")] = False,
     choice_prefix: Annotated[
-        str | None, typer.Option(help="Text between prompt and choice (a space; none in a chat).")
+        str | None, typer.Option(help="Text between prompt and choice (default: a space, or nothing with --chat).")
     ] = None,
-    r: Annotated[int | None, typer.Option(help="Rank: stochastic scalars per adapted layer.  \\[default: 8]")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Alpha; the scaling is alpha / r.  \\[default: 16]")] = None,
+    r: Annotated[
+        int | None, typer.Option(help="LoRA rank: the number of stochastic scalars per adapted layer.  \\[default: 8]")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha: the scaling is alpha / r.  \\[default: 16]")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated module names.  \\[default: q_proj,v_proj,lm_head]")
+        str | None, typer.Option(help="Comma-separated names of the modules to adapt.  \\[default: q_proj,v_proj,lm_head]")
     ] = None,
-    layers_to_transform: Annotated[str | None, typer.Option(help="Comma-separated layer indices (default: all).")] = None,
+    layers_to_transform: Annotated[
+        str | None, typer.Option(help="Comma-separated indices of the layers to adapt (default: all).")
+    ] = None,
     init_from: Annotated[
         Path | None,
-        typer.Option(help="Start from a finished PEFT LoRA directory; sigma starts at up to --std-init times each mu."),
+        typer.Option(
+            help="Start from a PEFT LoRA directory. Each standard deviation starts at up to --std-init times its mean."
+        ),
     ] = None,
     prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior p(s).")] = 1.0,
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … (auto: a GPU when there is one).")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, … (auto: a GPU if there is one).")] = "auto",
 ) -> None:
     """Train an adapter with stochastic variational inference."""
-    for name, given in (
+    for option, value in (
         ("--r", r),
         ("--lora-alpha", lora_alpha),
         ("--target-modules", target_modules),
         ("--layers-to-transform", layers_to_transform),
     ):
-        if init_from is not None and given is not None:
-            raise typer.BadParameter("the LoRA of --init-from decides this; leave it out", param_hint=name)
+        if init_from is not None and value is not None:
+            raise typer.BadParameter("the LoRA of --init-from sets this value; leave the option out", param_hint=option)
     with errors_as_messages():
         from scalabl.base.pretrained import load_pretrained, load_skeleton
         from scalabl.config import AdapterConfig

@@ -1,1 +1,1 @@
-"""The page at `/dashboard`: its files, the JSON that it draws, and what that is computed from."""
+"""The web page at `/dashboard` and the JSON that it shows. Reading the database is in `outcomes`."""

@@ -1,4 +1,4 @@
-"""The routes of the dashboard: its page and the page's files, which need no key, and the JSON that it draws, which does."""
+"""The dashboard's routes: the page and its files, which need no API key, and the page's data, which needs one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Its own files and its own server, nothing inline, and no text that could become markup.
+# The page may load only its own files and call only its own server. Nothing is inline, and text never becomes markup.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -30,7 +30,7 @@ POLICY = (
 
 
 def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
-    """The page's files are read once, so that no name in a request is a path."""
+    """The routes. The page's files are read once, here, so that a name in a request is never used as a path."""
     router = APIRouter(route_class=route_class(keys), tags=["dashboard"])
     files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in PAGE.iterdir()}
     headers = {"content-security-policy": POLICY}
@@ -43,7 +43,7 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     @router.get("/dashboard/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
         if name not in files:
-            raise ProblemError("not-found", f"the dashboard has no such file; it has {', '.join(sorted(files))}")
+            raise ProblemError("not-found", f"the dashboard has no such file; its files are {', '.join(sorted(files))}")
         content, kind = files[name]
         return Response(content, media_type=kind, headers=headers)
 
@@ -51,18 +51,20 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
         "/v1/dashboard",
         dependencies=keys.guards,
         responses=documented("unknown-adapter", "invalid-field", "starting", "outcomes-unavailable"),
-        summary="What the dashboard draws",
+        summary="The dashboard's data",
     )
     async def data(
-        adapter: Annotated[str | None, Query(description="Name of the adapter (default: the server's default one).")] = None,
+        adapter: Annotated[
+            str | None, Query(description="Name of the adapter (default: the server's default adapter).")
+        ] = None,
     ) -> Dashboard:
-        """An adapter's reliability, uncertainty, risk and doubtful predictions: counts over all replicas and all time, and
-        the newest 1,000 predictions and the newest 1,000 labels (fewer where answers are long)."""
+        """An adapter's reliability, uncertainty, risk and most uncertain predictions. Counts are over all replicas and all
+        time; the rest is over the newest 1,000 predictions and the newest 1,000 labels (fewer if answers are long)."""
         served = server.serving().engine.adapter(adapter)
         survey = await server.outcomes.survey(served.name)
         if survey is None:
             return Dashboard(adapter=served.name, stored=None)
-        drawn = await asyncio.to_thread(stored, survey, served.config.calibration)
-        return Dashboard(adapter=served.name, stored=drawn)
+        summary = await asyncio.to_thread(stored, survey, served.config.calibration)
+        return Dashboard(adapter=served.name, stored=summary)
 
     return router

@@ -1,4 +1,4 @@
-"""The JSON that the dashboard's page draws."""
+"""The JSON of `/v1/dashboard`. The numbers are computed in `summaries`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scalabl.config import DoubtName
 
 
 class Share(BaseModel):
-    """`count` of `total`, as a share with its 95% Wilson interval; null of nothing."""
+    """`count` of `total` as a share, with its 95% Wilson interval; null if `total` is 0."""
 
     count: int
     total: int
@@ -20,34 +20,34 @@ class Share(BaseModel):
 
 
 class ReliabilityBin(BaseModel):
-    """The labelled predictions whose confidence is above `low` and at most `high`; the first bin has 0 too."""
+    """Labelled predictions with a confidence above `low` and at most `high`. The first bin includes 0."""
 
     low: float
     high: float
-    confidence: float | None = Field(description="Their mean confidence.")
+    confidence: float | None = Field(description="Mean confidence of these predictions.")
     accuracy: Share
 
 
 class SetCoverage(BaseModel):
-    """How often the true answer was in the prediction set of one nominal coverage."""
+    """How often the prediction set of a nominal coverage contained the true answer."""
 
     coverage: float
     covered: Share
 
 
 class Reliability(BaseModel):
-    """Confidence against accuracy, over labelled predictions. Null where there is none."""
+    """Accuracy compared with confidence, over labelled predictions. Scores are null if there are none."""
 
     accuracy: Share
     ece: float | None = Field(description="Expected calibration error over the bins.")
     brier: float | None = Field(description="Mean Brier score, over all choices.")
-    log_loss: float | None = Field(description="In nats.")
+    log_loss: float | None = Field(description="Mean log loss, in nats.")
     bins: list[ReliabilityBin]
     sets: list[SetCoverage]
 
 
 class Totals(BaseModel):
-    """Everything that all replicas have stored of the adapter."""
+    """Counts of all predictions of the adapter, over all replicas and all time."""
 
     predictions: int
     abstained: Share
@@ -56,18 +56,19 @@ class Totals(BaseModel):
 
 
 class Mark(BaseModel):
-    """A quantile of the calibration set, and how much of the traffic lies above it."""
+    """A quantile of the calibration set, and the share of recent predictions above it."""
 
     probability: float
     value: float
-    expected: float = Field(description="The share above it if the traffic is like the calibration set.")
+    expected: float = Field(description="The share above it that is expected if inputs are like the calibration set.")
     above: Share
 
 
 class MutualInformation(BaseModel):
-    """Mutual information, in nats, of the newest predictions, against the calibration set where the adapter has one.
+    """Mutual information, in nats, of the newest predictions, and of the calibration set if the adapter has a calibration.
 
-    Then only predictions made as the adapter was calibrated are compared; `left_out` is the number of the others.
+    With a calibration, only predictions made with the samples and method of the calibration are compared; `left_out` is
+    the number of the other predictions.
     """
 
     count: int
@@ -75,39 +76,43 @@ class MutualInformation(BaseModel):
     oldest: datetime | None
     newest: datetime | None
     edges: list[float]
-    counts: list[int] = Field(description="Below the first edge, between each two, above the last: one more than edges.")
-    quantiles: dict[str, float] = Field(description="Of these predictions; empty when there are none.")
-    calibration: dict[str, float] | None = Field(description="Of the calibration set; null without a calibration.")
+    counts: list[int] = Field(
+        description="Predictions below the first edge, between neighbouring edges, and above the last edge."
+    )
+    quantiles: dict[str, float] = Field(description="Quantiles of these predictions; empty if there are none.")
+    calibration: dict[str, float] | None = Field(description="Quantiles of the calibration set; null without a calibration.")
     calibration_rows: int | None
     marks: list[Mark]
 
 
 class RiskPoint(BaseModel):
-    """What happens when only predictions with a doubt of at most `doubt` are answered."""
+    """The result of answering only predictions whose doubt score is at most `doubt`."""
 
     doubt: float
-    coverage: float = Field(description="The share that is answered.")
-    wrong: Share = Field(description="The wrong ones among those.")
+    coverage: float = Field(description="The share of predictions that are answered.")
+    wrong: Share = Field(description="The wrong answers among the answered.")
 
 
 class Rule(BaseModel):
-    """What the adapter's own abstentions came to."""
+    """The result of the adapter's own abstention rule."""
 
     answered: Share
     wrong: Share
 
 
 class RiskCoverage(BaseModel):
-    """The newest labelled predictions, answered from the surest on."""
+    """Risk-coverage curves of the newest labelled predictions: the least doubtful are answered first."""
 
     count: int
     score: DoubtName = Field(description="The doubt score of the adapter's abstention rule, or entropy.")
-    curves: dict[DoubtName, list[RiskPoint]] = Field(description="`confidence` stands for one minus it.")
-    rule: Rule | None = Field(description="Over those that could abstain; null when none could.")
+    curves: dict[DoubtName, list[RiskPoint]] = Field(
+        description="A curve per doubt score; `confidence` means one minus the confidence."
+    )
+    rule: Rule | None = Field(description="Over predictions that could abstain; null if none could.")
 
 
 class Doubtful(BaseModel):
-    """A prediction to look at. `/predictions/{id}` has all of it."""
+    """A prediction that deserves a look. `/predictions/{id}` returns it in full."""
 
     id: str
     created_at: datetime
@@ -116,27 +121,27 @@ class Doubtful(BaseModel):
     entropy: float
     mutual_information: float
     abstain: bool | None
-    set_labels: list[str] | None = Field(description="The first of the choices in its prediction set.")
+    set_labels: list[str] | None = Field(description="The first choices of its prediction set.")
     set_size: int | None
     label: str | None = Field(description="The latest label.")
-    input: str | None = Field(description="The beginning of the text, where the server stores it.")
+    input: str | None = Field(description="The beginning of the input, if the server stores inputs.")
 
 
 class Stored(BaseModel):
-    """What the database has on one adapter."""
+    """What the database contains about one adapter."""
 
     totals: Totals
-    recent: Reliability = Field(description="Over the newest labelled predictions.")
+    recent: Reliability = Field(description="Reliability over the newest labelled predictions.")
     mutual_information: MutualInformation
     risk_coverage: RiskCoverage
     abstains: bool = Field(description="Whether any of the newest predictions could abstain.")
     doubtful: list[Doubtful] = Field(
-        description="The newest abstentions; where none could abstain, the newest predictions of the largest entropy."
+        description="The newest abstentions or, if none could abstain, the recent predictions with the largest entropy."
     )
 
 
 class Dashboard(BaseModel):
-    """One adapter's uncertainty and what became of it."""
+    """The dashboard's data about one adapter."""
 
     adapter: str
-    stored: Stored | None = Field(description="Null when this server stores no predictions.")
+    stored: Stored | None = Field(description="Null if this server stores no predictions.")

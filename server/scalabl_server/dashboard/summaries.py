@@ -1,4 +1,4 @@
-"""From an adapter's stored predictions to what the page draws. Pure functions."""
+"""Computes the dashboard's numbers from an adapter's stored predictions. Pure functions; the page draws the numbers."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ MOST_SHOWN, LONGEST_SHOWN = 5, 200  # labels of a set; characters of a text
 
 
 def share(count: float, total: float) -> Share:
-    """A share with its Wilson interval (Wilson 1927), which stays within [0, 1] and is sound for few trials."""
+    """A share with its 95% Wilson interval (Wilson 1927), which stays within [0, 1] and is reliable for few trials too."""
     count, total = round(count), round(total)
     if total <= 0:
         return Share(count=0, total=0, share=None, low=None, high=None)
     p, z2 = count / total, Z * Z / total
     middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
     low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
-    # Rounding may leave them a little beside the ends, which they reach exactly.
+    # For a share of 0 or 1 the interval reaches exactly 0 or 1; rounding could make it miss.
     return Share(count=count, total=total, share=p, low=low if count else 0.0, high=high if count < total else 1.0)
 
 
 def reliability(amounts: Amounts) -> Reliability:
-    """From the sums that labels add up to (`scoring.of_label`)."""
+    """Reliability from the summed amounts of labels (`scoring.of_label`)."""
     bins, gap = [], 0.0
     for index, edge in enumerate(UPPER_EDGES):
         labels, correct, confidence = (
@@ -79,7 +79,7 @@ def reliability(amounts: Amounts) -> Reliability:
 
 
 def totals(amounts: Amounts) -> Totals:
-    """From what all replicas have counted."""
+    """Totals from the summed amounts of all replicas."""
     predictions = _sum(amounts, "predictions")
     sets = {key: count for (name, key), count in amounts.items() if name == "sets" and count}
     return Totals(
@@ -91,7 +91,7 @@ def totals(amounts: Amounts) -> Totals:
 
 
 def mutual_information(recent: Sequence[Seen], calibration: Calibration | None) -> MutualInformation:
-    """Of the predictions that can be compared with the calibration set's, newest first."""
+    """Mutual information of the predictions that can be compared with the calibration set. `recent` is newest first."""
     compared = (
         recent
         if calibration is None
@@ -126,10 +126,10 @@ def mutual_information(recent: Sequence[Seen], calibration: Calibration | None) 
 
 
 def risk_coverage(labelled: Sequence[Seen], calibration: Calibration | None) -> RiskCoverage:
-    """For each doubt score, the wrong answers among those given, the surest first; equal doubts are answered together."""
+    """Risk-coverage curves, one per doubt score. Predictions with the same doubt are answered together."""
     rule = calibration.abstain if calibration is not None else None
-    able = [prediction for prediction in labelled if prediction.answer.get("abstain") is not None]
-    answered = [prediction for prediction in able if not prediction.answer["abstain"]]
+    could_abstain = [prediction for prediction in labelled if prediction.answer.get("abstain") is not None]
+    answered = [prediction for prediction in could_abstain if not prediction.answer["abstain"]]
     return RiskCoverage(
         count=len(labelled),
         score=rule.score if rule is not None else "entropy",
@@ -137,14 +137,14 @@ def risk_coverage(labelled: Sequence[Seen], calibration: Calibration | None) -> 
             name: _curve([(_doubt(prediction, name), _wrong(prediction)) for prediction in labelled])
             for name in get_args(DoubtName)
         },
-        rule=Rule(answered=share(len(answered), len(able)), wrong=share(sum(map(_wrong, answered)), len(answered)))
-        if able
+        rule=Rule(answered=share(len(answered), len(could_abstain)), wrong=share(sum(map(_wrong, answered)), len(answered)))
+        if could_abstain
         else None,
     )
 
 
 def stored(survey: Survey, calibration: Calibration | None) -> Stored:
-    """All of it."""
+    """Everything that the page shows about an adapter."""
     return Stored(
         totals=totals(survey.amounts),
         recent=reliability(_amounts_of(survey.labelled)),
@@ -158,7 +158,7 @@ def stored(survey: Survey, calibration: Calibration | None) -> Stored:
 def _amounts_of(labelled: Sequence[Seen]) -> Amounts:
     amounts: Amounts = {}
     for prediction in labelled:
-        assert prediction.label is not None  # that is how they were chosen
+        assert prediction.label is not None  # all of `labelled` have a label
         for key, amount in scoring.of_label(prediction.answer, prediction.label).items():
             amounts[key] = amounts.get(key, 0.0) + amount
     return amounts
@@ -171,7 +171,7 @@ def _curve(pairs: list[tuple[float, bool]]) -> list[RiskPoint]:
         answered, wrong = answered + len(misses), wrong + sum(misses)
         points.append(RiskPoint(doubt=doubt, coverage=answered / len(pairs), wrong=share(wrong, answered)))
     step = max(1, math.ceil(len(points) / MOST_POINTS))
-    return points[::-1][::step][::-1]  # from the end, since the last one answers everything
+    return points[::-1][::step][::-1]  # counted from the end, to keep the last point, which answers everything
 
 
 def _doubt(seen: Seen, name: DoubtName) -> float:
@@ -205,7 +205,7 @@ def _doubtful(seen: Seen) -> Doubtful:
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
-    """Linear between the neighbours, as numpy and torch do it."""
+    """A quantile with linear interpolation, the default of numpy and torch."""
     at = q * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)

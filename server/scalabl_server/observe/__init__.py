@@ -1,1 +1,1 @@
-"""What is observed of the server: metrics, logs, traces and spans. Nothing here changes an answer."""
+"""Metrics, logs, traces and OpenTelemetry spans of the server. Nothing here changes an answer."""

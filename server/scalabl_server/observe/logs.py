@@ -1,4 +1,7 @@
-"""How the server logs: one line per record, as text or JSON, and one access line per request. Nothing can forge a line."""
+"""Log formats: one line per record, as text or JSON, and one access line per request. What is logged is decided elsewhere.
+
+Control characters in logged values are escaped, so that no client can forge a log line.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,27 @@ access = logging.getLogger("scalabl.access")
 
 
 def configure(level: str, style: LogFormat) -> None:
-    """Every logger of the process through one handler on standard error."""
+    """Send the records of every logger of the process to standard error, in one format."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
-    for client in ("httpx", "httpx2"):  # transformers' look-ups and calls of an engine, one line each
+    for client in ("httpx", "httpx2"):  # they log a line for each look-up on the model hub and each call to vLLM
         logging.getLogger(client).setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # three lines at each start that say nothing
-    transformers = logging.getLogger("transformers")  # it writes to standard error by itself otherwise
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs three uninteresting lines at each start
+    transformers = logging.getLogger("transformers")  # it has its own handler for standard error
     transformers.handlers.clear()
     transformers.propagate = True
 
 
 def log_request(fields: dict[str, Any], level: int = logging.INFO) -> None:
-    """The access line of one request; fields that are None are left out."""
-    known = {name: _bounded(value) for name, value in fields.items() if value is not None}
-    access.log(level, " ".join(f"{name}={_plain(value)}" for name, value in known.items()), extra={"fields": known})
+    """Log the access line of one request; fields that are None are left out."""
+    logged = {name: _bounded(value) for name, value in fields.items() if value is not None}
+    access.log(level, " ".join(f"{name}={_plain(value)}" for name, value in logged.items()), extra={"fields": logged})
 
 
 def _plain(value: Any) -> str:
-    """A value for a line of `name=value`: quoted where it would run into the next."""
+    """A value for a line of `name=value` pairs, quoted where it could be mistaken for the next pair."""
     text = str(value)
     return text if text and not any(c.isspace() or c in '"=' for c in text) else json.dumps(text)
 
@@ -49,7 +52,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    """Control characters and line ends of any script as escapes, so that a value stays on its line."""
+    """Replace control characters and line ends of any script by escapes, so that a value stays on its line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -76,7 +79,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """`LEVEL logger: message`, with a stack trace on indented lines of its own."""
+    """`LEVEL logger: message`, followed by the traceback on indented lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = f"{record.levelname} {record.name}: {_escaped(shortened(record.getMessage(), MESSAGE_LIMIT))}"

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests and their stages, over OTLP. Imports the SDK only when an endpoint is set."""
+"""OpenTelemetry spans of requests and their stages, sent over OTLP. The SDK is imported only when an endpoint is set."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ SECONDS_TO_FLUSH = 5
 
 
 class SpansError(ScalaBLError):
-    """Spans are asked for and cannot be sent."""
+    """`--otlp-endpoint` is set, but spans cannot be sent."""
 
 
 def make_spans(endpoint: str | None) -> OpenTelemetrySpans | None:
-    """Spans to a collector at `http://host:4318`, or None without one.
+    """What sends spans to the collector at `endpoint` (`http://host:4318`), or None when there is none.
 
     Raises:
-        SpansError: the extra is not installed, or the endpoint is no URL.
+        SpansError: OpenTelemetry is not installed, or the endpoint is not a URL.
     """
     if endpoint is None:
         return None
     if not endpoint.startswith(("http://", "https://")):
-        raise SpansError(f"otlp_endpoint: {endpoint!r} is no URL; write it as http://host:4318")
+        raise SpansError(f"--otlp-endpoint: {endpoint!r} is not a URL; write it as http://host:4318")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise SpansError("otlp_endpoint needs OpenTelemetry; install it with: pip install 'scalabl[otel]'") from None
+        raise SpansError("--otlp-endpoint needs OpenTelemetry; install it with: pip install 'scalabl[otel]'") from None
     resource = Resource.create({SERVICE_NAME: "scalabl", SERVICE_VERSION: __version__})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     url = endpoint.rstrip("/")
@@ -46,7 +46,7 @@ def make_spans(endpoint: str | None) -> OpenTelemetrySpans | None:
 
 
 class OpenTelemetrySpans:
-    """One span for each request, with a child for each stage of a prediction; a caller decides whether it is sampled."""
+    """One span per request, with a child span per stage of a prediction. The caller's trace decides about sampling."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -54,7 +54,7 @@ class OpenTelemetrySpans:
         self._running: dict[str, Span] = {}
 
     def begin(self, request: RequestTrace) -> None:
-        """Start its span, below the caller's if there is one, and take over the span's ids."""
+        """Start the request's span, as a child of the caller's span if there is one, and give its ids to the request."""
         from opentelemetry.context import Context
         from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
@@ -70,7 +70,7 @@ class OpenTelemetrySpans:
         self._running[request.span_id] = span
 
     def end(self, request: RequestTrace, method: str, route: str, status: int) -> None:
-        """End its span, with its stages."""
+        """End the request's span and add the spans of its stages."""
         from opentelemetry.context import Context
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
@@ -89,20 +89,20 @@ class OpenTelemetrySpans:
         span.set_attributes({name: value for name, value in attributes.items() if value is not None})
         if status >= 500:
             span.set_status(Status(StatusCode.ERROR))
-        since = time.time() - time.perf_counter()  # the clock of the stages -> the clock of spans
+        clock_offset = time.time() - time.perf_counter()  # stages are timed with perf_counter, spans with time
         stages = request.stages
         if stages.tokenized is not None and stages.taken is not None and stages.computed is not None:
-            below = set_span_in_context(span, Context())
+            parent = set_span_in_context(span, Context())
             for name, start, stop in (
                 ("tokenize", stages.tokenized - stages.tokenizing_took, stages.tokenized),
                 ("queue", stages.tokenized, max(stages.tokenized, stages.taken)),
                 ("inference", stages.taken, stages.computed),
             ):
-                child = self._tracer.start_span(name, below, start_time=int((since + start) * 1e9))
-                child.end(int((since + stop) * 1e9))
+                child = self._tracer.start_span(name, parent, start_time=int((clock_offset + start) * 1e9))
+                child.end(int((clock_offset + stop) * 1e9))
         span.end()
 
     def close(self) -> None:
-        """Send what is left, for at most a few seconds. Blocks."""
+        """Send the remaining spans. Blocks for at most a few seconds."""
         self._provider.force_flush(SECONDS_TO_FLUSH * 1000)
         self._provider.shutdown()

@@ -1,6 +1,7 @@
-"""What is known of one request while it is served: its ids, who asks, how large it is and how long each stage took.
+"""Facts about one request while it is served: its ids, the key's name, its size and the time of each stage.
 
-The middleware makes one for each request; whatever runs for the request finds it with `current()`.
+The middleware creates one `RequestTrace` per request. Code that runs for the request gets it with `current()`. Sending
+traces to a collector is in `spans`.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f
 
 @dataclass
 class Stages:
-    """When the stages of a prediction ended, on the clock of `time.perf_counter`; None for those not reached."""
+    """When the stages of a prediction ended, in seconds of `time.perf_counter`; None for stages not reached yet."""
 
     tokenized: float | None = None
     tokenizing_took: float = 0.0
-    taken: float | None = None  # the first of its inputs into a pass
-    computed: float | None = None  # the last of its inputs out of one
+    taken: float | None = None  # when the first input of the request entered a forward pass
+    computed: float | None = None  # when the last input of the request left its forward pass
 
     def tokenized_in(self, started: float) -> None:
-        """All inputs are token ids now, and the work on it began at `started`."""
+        """Record that tokenisation, begun at `started`, has just ended."""
         self.tokenized = time.perf_counter()
         self.tokenizing_took = self.tokenized - started
 
     def took(self, start: float, end: float) -> None:
-        """One of the inputs was in a pass from `start` to `end`."""
+        """Record that an input of the request was in a forward pass from `start` to `end`."""
         self.taken = start if self.taken is None else min(self.taken, start)
         self.computed = end if self.computed is None else max(self.computed, end)
 
     def seconds(self) -> dict[str, float]:
-        """`tokenization`, `queue` (until an input is in a pass) and `inference` (until the last is out of one)."""
+        """Seconds of `tokenization`, `queue` (until the first input enters a pass), `inference` (until the last leaves)."""
         if self.tokenized is None or self.taken is None or self.computed is None:
             return {}
         queue = max(0.0, self.taken - self.tokenized)
@@ -45,7 +46,7 @@ class Stages:
 
 @dataclass
 class RequestTrace:
-    """One request. `key` is the name of the API key it came with, never the key."""
+    """One request. `key` is the name of its API key, never the key itself."""
 
     request_id: str = field(default_factory=lambda: f"req-{secrets.token_hex(16)}")
     trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
@@ -70,20 +71,21 @@ _current: ContextVar[RequestTrace | None] = ContextVar("request_trace", default=
 
 
 def current() -> RequestTrace:
-    """The trace of the request that runs here; outside of one, a new trace that nobody reads."""
+    """The trace of the current request; outside of a request, a new trace that nobody reads."""
     return _current.get() or RequestTrace()
 
 
 def current_or_none() -> RequestTrace | None:
-    """The trace of the request that runs here, if one does."""
+    """The trace of the current request, None outside of a request."""
     return _current.get()
 
 
 def begin(headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
-    """A trace for a request with these headers, made the current one.
+    """Create the trace of a request with these headers and make it the current one.
 
-    `x-request-id` is kept when it is one token of at most 128 characters; `traceparent` (W3C Trace Context) when it is
-    valid and alone. Anything else is replaced by new ids, as the standard asks.
+    The request id is that of the header `x-request-id`, if it occurs once and is one token of at most 128 characters. The
+    trace id and parent are those of `traceparent` (W3C Trace Context), if it occurs once and is valid. Otherwise new ids
+    are used, as the standard asks.
     """
     ids = [value for name, value in headers if name == b"x-request-id"]
     parents = [value for name, value in headers if name == b"traceparent"]
@@ -97,7 +99,7 @@ def begin(headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
 
 
 def _parse(traceparent: bytes) -> tuple[str, str, bool] | None:
-    """(trace id, parent id, sampled) of a valid header."""
+    """(trace id, parent id, sampled) of a `traceparent` header, None if it is not valid."""
     match = TRACEPARENT.fullmatch(traceparent.strip())
     if match is None:
         return None

@@ -1,1 +1,1 @@
-"""Predictions and the true answers that come back later: stored in a database, counted for `/metrics`."""
+"""Stores predictions and the labels that arrive later in a database, and counts them for `/metrics`. No HTTP is here."""

@@ -1,4 +1,4 @@
-"""The time of day, and whether it can be trusted: a jump shows against the monotonic clock."""
+"""The time of day, and whether it can be trusted. Jumps are detected by comparison with the monotonic clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ DISTRUST_SECONDS = 3600.0
 
 
 class Clock:
-    """Seconds since 1970. After a jump nothing is deleted by age for an hour, so that a wrong clock can be put right."""
+    """The time in seconds since 1970.
+
+    For an hour after a jump the time is not trusted. Predictions are then not deleted because of their age, so that a wrong
+    clock can be corrected before it does harm.
+    """
 
     def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._wall, self._monotonic = wall, monotonic
@@ -22,6 +26,7 @@ class Clock:
         self.jumps = 0
 
     def now(self) -> float:
+        """The time in seconds since 1970; logs a warning if the clock jumped since the last call."""
         wall, monotonic = self._wall(), self._monotonic()
         jump = wall - monotonic - self._offset
         self._offset += jump
@@ -29,10 +34,12 @@ class Clock:
             self.jumps += 1
             self._trusted_from = monotonic + DISTRUST_SECONDS
             logger.warning(
-                "the clock jumped by %+.0f s; predictions are not deleted by age for the next %.0f s", jump, DISTRUST_SECONDS
+                "the clock jumped by %+.0f s; predictions are not deleted because of their age for the next %.0f s",
+                jump,
+                DISTRUST_SECONDS,
             )
         return wall
 
     def trusted(self) -> bool:
-        """False within an hour of a jump. Ask after `now`."""
+        """False within an hour after a jump. Call `now` first, since it detects jumps."""
         return self._monotonic() >= self._trusted_from

@@ -1,4 +1,6 @@
-"""The connection to the outcomes database: opened and migrated when first needed, and again after it was lost."""
+"""The connection to the outcomes database: opened and migrated when first needed, reopened after a failure. Queries and
+inserts are in the other modules.
+"""
 
 from __future__ import annotations
 
@@ -24,53 +26,55 @@ from scalabl_server.outcomes.tables import VERSION_TABLE
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 MIGRATION_LOCK = 0x5CA1AB1
-PASSING = ("locked", "busy", "full")  # SQLite's words for what ends by itself
+TEMPORARY = ("locked", "busy", "full")  # words in SQLite's messages about errors that can end by themselves
 
 
 class OutcomesError(ScalaBLError):
-    """An outcomes database that cannot be used as it is configured; the message says what to change."""
+    """The outcomes database cannot be used with this configuration. The message says what to change."""
 
 
 class UnavailableError(Exception):
-    """The database cannot be reached or written just now."""
+    """The database cannot be reached or written at the moment."""
 
 
 def parse_url(text: str) -> URL:
-    """A URL of SQLAlchemy, with the driver that this package uses.
+    """Parse `--outcomes-url` into a SQLAlchemy URL with the driver that this package uses.
 
     Raises:
-        OutcomesError: neither a SQLite file nor PostgreSQL, or its driver is not installed.
+        OutcomesError: the URL is neither that of a SQLite file nor that of PostgreSQL, or the driver is not installed.
     """
-    wanted = "use sqlite:////path/to/file, postgresql://user@host/database or none"
+    advice = "use sqlite:////path/to/file, postgresql://user@host/database or none"
     try:
         url = make_url(text)
     except ArgumentError:
-        raise OutcomesError(f"--outcomes-url is not a database URL; {wanted}") from None
+        raise OutcomesError(f"--outcomes-url is not a database URL; {advice}") from None
     backend = url.get_backend_name()
     if backend == "sqlite":
         if not url.database or ":memory:" in url.database or url.query:
-            raise OutcomesError(f"--outcomes-url: SQLite needs a plain file, which outlives the process; {wanted}")
+            raise OutcomesError(f"--outcomes-url: SQLite needs the path of a file, without parameters; {advice}")
         return url.set(drivername="sqlite", database=os.path.abspath(url.database))
     if backend not in ("postgresql", "postgres"):
-        raise OutcomesError(f"--outcomes-url: {backend} is not supported; {wanted}")
+        raise OutcomesError(f"--outcomes-url: {backend} is not supported; {advice}")
     try:
-        import psycopg  # noqa: F401  (only whether it is there; SQLAlchemy imports it by its URL)
+        import psycopg  # noqa: F401  (only to see whether it is installed; SQLAlchemy imports it)
     except ImportError:
-        raise OutcomesError("--outcomes-url: PostgreSQL needs a driver; pip install 'scalabl[postgres]'") from None
+        raise OutcomesError(
+            "--outcomes-url: PostgreSQL needs a driver; install it with: pip install 'scalabl[postgres]'"
+        ) from None
     return url.set(drivername="postgresql+psycopg")
 
 
 class Database:
     """One connection, used by one thread at a time.
 
-    A SQLite file that was moved or replaced under the open connection would go on taking writes that nobody can find again:
-    its identity is compared before each transaction and after each commit. A lost file is not made anew while the process
-    runs, since that would forget every prediction; it is waited for.
+    If a SQLite file is moved or replaced while it is open, writes would go to a file that nobody finds again. Therefore the
+    file's device and inode are compared before each transaction and after each commit. A missing file is not created again
+    while the process runs, since all stored predictions would be lost; the server waits until the file is back.
 
     Args:
-        url: see `parse_url`; looked at when the database is opened.
+        url: see `parse_url`; parsed when the database is opened.
         timeout: seconds to wait for a lock, a connection or a statement.
-        may_create: whether a SQLite file that is not there may be made.
+        may_create: whether a missing SQLite file may be created.
     """
 
     def __init__(self, url: str, timeout: float, *, may_create: bool = True) -> None:
@@ -80,18 +84,18 @@ class Database:
         self._identity: tuple[int, int] | None = None
         self._may_create = may_create
         self._ready = False
-        self._kept: Connection | None = None
-        self._writes = True  # what the next transaction is for
-        # Of the driver's own: hooks and `PreparedInsert` go to it directly.
+        self._sqlite_connection: Connection | None = None
+        self._writes = True  # whether the next transaction writes
+        # Also the driver's own errors, since hooks and `PreparedInsert` call the driver directly.
         self._errors: tuple[type[Exception], ...] = (DBAPIError,)
-        self.openings = 0  # rises each time that the contents may be others than before
+        self.openings = 0  # how often it was opened; after a new opening the contents may have changed
 
     def open(self) -> Engine:
-        """Connect and migrate; does nothing when that is done.
+        """Connect and migrate the tables. Does nothing if the database is open already.
 
         Raises:
-            UnavailableError: not just now.
-            OutcomesError: not with this configuration.
+            UnavailableError: the database cannot be used at the moment.
+            OutcomesError: the database cannot be used with this configuration.
         """
         if self._ready and self._engine is not None:
             return self._engine
@@ -109,15 +113,15 @@ class Database:
         except self._errors as error:
             self.close()
             message = _message(error)
-            if first and self._file is not None and not any(word in message for word in PASSING):
+            if first and self._file is not None and not any(word in message for word in TEMPORARY):
                 raise OutcomesError(f"the outcomes database {self._file} cannot be used: {message}") from None
             raise UnavailableError(message) from None
         except OSError as error:
             self.close()
             if not first:
-                raise UnavailableError(f"the file {self._file} is gone: {error.strerror}") from None
+                raise UnavailableError(f"the file {self._file} cannot be accessed: {error.strerror}") from None
             raise OutcomesError(
-                f"the folder of {self._file} cannot be made: {error.strerror}; choose another with --data-dir"
+                f"the folder of {self._file} cannot be created: {error.strerror}; choose another with --data-dir"
             ) from None
         self._may_create = False
         self._ready = True
@@ -126,10 +130,10 @@ class Database:
 
     @contextmanager
     def transaction(self, *, write: bool) -> Iterator[Connection]:
-        """Commits when the block ends without an exception.
+        """A transaction that is committed when the block ends without an exception.
 
         Raises:
-            UnavailableError: the database failed; a write may or may not have been stored.
+            UnavailableError: the database failed. It is not known whether the writes were stored.
         """
         try:
             engine = self.open()
@@ -140,32 +144,32 @@ class Database:
             self._check_file()
         except self._errors as error:
             self.close()
-            while isinstance(error.__context__, self._errors):  # a rollback that failed as well, after what it was for
+            while isinstance(error.__context__, self._errors):  # the rollback failed too: report the first error
                 error = error.__context__
             raise UnavailableError(_message(error)) from error
         except UnavailableError:
             self.close()
             raise
-        except OutcomesError as error:  # the database is another one than at start
+        except OutcomesError as error:  # the database was replaced after start-up by one that cannot be used
             self.close()
             raise UnavailableError(str(error)) from None
 
     @contextmanager
     def _connection(self, engine: Engine) -> Iterator[Connection]:
-        """A file's is kept; PostgreSQL's comes from the pool, which looks whether the server is still there."""
+        """The open connection to a SQLite file, or one from PostgreSQL's pool, which checks that it is still alive."""
         if self._file is None:
             with engine.connect() as connection:
                 yield connection
             return
-        if self._kept is None:
-            self._kept = engine.connect()
-        yield self._kept
+        if self._sqlite_connection is None:
+            self._sqlite_connection = engine.connect()
+        yield self._sqlite_connection
 
     def close(self) -> None:
-        """Drop the connection; the next transaction opens a new one."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        """Close the connection. The next transaction opens a new one."""
+        if self._sqlite_connection is not None:
+            self._sqlite_connection.close()
+            self._sqlite_connection = None
         if self._engine is not None:
             self._engine.dispose()
         self._ready = False
@@ -176,9 +180,9 @@ class Database:
         try:
             status = os.stat(self._file)
         except OSError as error:
-            raise UnavailableError(f"the file {self._file} is gone: {error.strerror}") from None
+            raise UnavailableError(f"the file {self._file} cannot be accessed: {error.strerror}") from None
         if (status.st_dev, status.st_ino) != self._identity:
-            raise UnavailableError(f"the file {self._file} has been replaced")
+            raise UnavailableError(f"the file {self._file} was replaced by another file")
 
     def _sqlite(self, file: str) -> Engine:
         self._file = file
@@ -189,7 +193,7 @@ class Database:
                 f"file:{quote(file)}?mode={mode}",
                 uri=True,
                 timeout=self._timeout,
-                isolation_level=None,  # transactions are begun below
+                isolation_level=None,  # `_begin` below begins transactions
                 check_same_thread=False,
             )
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -203,7 +207,7 @@ class Database:
         @event.listens_for(engine, "begin")
         def _begin(connection: Connection) -> None:
             driver = connection.connection.driver_connection
-            assert driver is not None  # connected
+            assert driver is not None  # the connection is open
             driver.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
 
         return engine
@@ -214,7 +218,7 @@ class Database:
             url,
             pool_size=1,
             max_overflow=0,
-            pool_pre_ping=True,  # a server that was restarted while nothing happened costs no request
+            pool_pre_ping=True,  # so that no request fails after PostgreSQL was restarted between requests
             connect_args={"connect_timeout": max(2, round(self._timeout)), "tcp_user_timeout": milliseconds},
         )
 
@@ -223,7 +227,7 @@ class Database:
             connection.autocommit = True
             connection.execute(f"SET statement_timeout = {milliseconds}")
             connection.execute(f"SET lock_timeout = {milliseconds}")
-            # What is acknowledged must be on disk, whatever the role's default.
+            # An acknowledged write must be on disk, even if the role's default is different.
             connection.execute(
                 "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
             )
@@ -233,8 +237,12 @@ class Database:
 
 
 def _migrate(connection: Connection) -> None:
-    """Bring the tables up to date, under a lock that makes replicas which start together take turns."""
-    if connection.dialect.name == "postgresql":  # SQLite's write lock is held already
+    """Migrate the tables to the current version, under a lock, so that replicas that start together take turns.
+
+    Raises:
+        OutcomesError: the database has a version that this release does not know.
+    """
+    if connection.dialect.name == "postgresql":  # with SQLite the transaction holds the write lock already
         connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
@@ -247,9 +255,9 @@ def _migrate(connection: Connection) -> None:
         scripts.get_revision(version or "base")
     except CommandError:
         raise OutcomesError(
-            f"the outcomes database has version {version}, which this release does not know; run the release that made it"
+            f"the outcomes database has version {version}, which this release does not know; run the release that created it"
         ) from None
-    if connection.dialect.name == "postgresql":  # an index over many rows takes longer than a request may wait
+    if connection.dialect.name == "postgresql":  # building an index over many rows takes longer than the usual limit
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
     command.upgrade(config, "head")
 

@@ -1,4 +1,6 @@
-"""What the store does inside a transaction: insert predictions, take labels, look one up, delete the oldest."""
+"""The SQL inside a transaction: insert predictions, store labels, look up a prediction, delete the oldest. Transactions
+themselves are begun by `writer`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class NewPrediction:
-    """One row to be: what was asked and what was answered."""
+    """A prediction to store: the input and the answer."""
 
     id: str
     adapter: str
@@ -39,7 +41,7 @@ class NewPrediction:
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """A label that cannot be taken; `position` is its index in the request."""
+    """A label that cannot be stored. `position` is its index in the request."""
 
     kind: Literal["unknown", "label"]
     position: int
@@ -48,7 +50,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """A prediction with its labels, oldest first."""
+    """A stored prediction with its labels, the oldest first."""
 
     id: str
     adapter: str
@@ -61,7 +63,7 @@ class Stored:
 
 
 def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], now: float, additions: Additions) -> None:
-    """Store new predictions and count them."""
+    """Insert new predictions and add them to the counts in `additions`."""
     if not rows:
         return
     INSERT_PREDICTIONS.run(
@@ -85,7 +87,7 @@ def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], no
 
 @dataclass
 class LabelRound:
-    """The labels of one transaction, from several requests. Each request is taken whole or not at all."""
+    """The labels of one transaction, from several requests. All labels of a request are stored, or none."""
 
     rows: dict[str, Row[Any]]
     now: float
@@ -95,21 +97,21 @@ class LabelRound:
 
     @classmethod
     def read(cls, connection: Connection, ids: Iterable[str], now: float) -> LabelRound:
-        """Read and lock the predictions, in one order for every replica, so that two never wait for each other."""
+        """Read and lock the predictions. All replicas lock in the same order, so that there is no deadlock."""
         predictions = connection.execute(
             select(PREDICTIONS).where(PREDICTIONS.c.id.in_(sorted(set(ids)))).order_by(PREDICTIONS.c.id).with_for_update()
         )
         rows = {row.id: row for row in predictions}
         return cls(rows, now, {name: row.label for name, row in rows.items()})
 
-    def take(self, given: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
-        """The (prediction id, label) pairs of one request.
+    def take(self, labels: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
+        """Accept the (prediction id, label) pairs of one request, to be stored by `write`.
 
         Raises:
-            Refusal: the first that cannot be taken; then none is.
+            Refusal: the first label that cannot be stored. No label of the request is stored then.
         """
         indices = []
-        for position, (name, label) in enumerate(given):
+        for position, (name, label) in enumerate(labels):
             row = self.rows.get(name)
             if row is None:
                 raise Refusal("unknown", position, absent(name))
@@ -122,7 +124,7 @@ class LabelRound:
                 )
             indices.append(choices.index(label))
         return [
-            self._set(self.rows[name], index, replica, additions) for (name, _), index in zip(given, indices, strict=True)
+            self._set(self.rows[name], index, replica, additions) for (name, _), index in zip(labels, indices, strict=True)
         ]
 
     def _set(self, row: Row[Any], label: int, replica: str, additions: Additions) -> Status:
@@ -140,11 +142,11 @@ class LabelRound:
         return "corrected"
 
     def write(self, connection: Connection) -> None:
-        """Store what was taken."""
+        """Store the accepted labels."""
         changed = [
             {"at": row.seq, "value": self.labels[name]} for name, row in self.rows.items() if self.labels[name] != row.label
         ]
-        # A label that was changed and changed back within the round has a history all the same.
+        # A label that was changed and changed back in this transaction is unchanged, but has a history.
         if self.history:
             connection.execute(insert(LABELS), self.history)
         if changed:
@@ -154,7 +156,7 @@ class LabelRound:
 
 
 def look_up(connection: Connection, name: str) -> Stored | None:
-    """A prediction by its id."""
+    """A stored prediction by its id, None if there is none."""
     row = connection.execute(select(PREDICTIONS).where(PREDICTIONS.c.id == name)).one_or_none()
     if row is None:
         return None
@@ -174,21 +176,29 @@ def look_up(connection: Connection, name: str) -> Stored | None:
 
 
 def delete_oldest(connection: Connection, *, older_than: float | None, max_rows: int, limit: int) -> int:
-    """Delete predictions made before a time, and the oldest beyond a number, at most `limit`; returns how many."""
+    """Delete at most `limit` predictions: those older than a time, and the oldest above a number.
+
+    Args:
+        older_than: seconds since 1970; None deletes none because of its age.
+        max_rows: how many of the newest predictions stay.
+
+    Returns:
+        The number of deleted predictions.
+    """
     seq = PREDICTIONS.c.seq
     newest = select(func.max(seq)).scalar_subquery()
     surplus = seq <= newest - max_rows
-    doomed = surplus if older_than is None else or_(surplus, PREDICTIONS.c.created_at < older_than)
-    chosen = select(seq).where(doomed).order_by(seq).limit(limit).with_for_update(skip_locked=True)
-    oldest = connection.execute(chosen).scalars().all()
+    expired = surplus if older_than is None else or_(surplus, PREDICTIONS.c.created_at < older_than)
+    query = select(seq).where(expired).order_by(seq).limit(limit).with_for_update(skip_locked=True)
+    oldest = connection.execute(query).scalars().all()
     if oldest:
-        connection.execute(delete(PREDICTIONS).where(seq.in_(oldest)))  # their labels go with them
+        connection.execute(delete(PREDICTIONS).where(seq.in_(oldest)))  # the foreign key deletes their labels too
     return len(oldest)
 
 
 def absent(name: str) -> str:
-    """What to say of an id that is not, or no longer, stored."""
-    return f"there is no prediction {quoted(name, SHOWN_CHARACTERS)}; it never was or has expired"
+    """The message for an id that is not, or no longer, stored."""
+    return f"there is no prediction {quoted(name, SHOWN_CHARACTERS)}; the id is wrong, or the prediction has expired"
 
 
 def _list(choices: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A connection and a thread for looking only, so that a long look holds up no write."""
+"""A connection and a thread for long read-only queries, so that they do not delay writes. Writes are in `writer`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ Result = TypeVar("Result")
 
 
 class Reader:
-    """Looks at the database one look after the other; connects when first asked.
+    """Runs read-only queries one after the other, on one thread. Connects at the first query.
 
     Args:
-        database: its own, which no other thread uses.
+        database: a `Database` that no other thread uses.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outcomes-reader")
 
-    def submit(self, look: Callable[[Connection], Result]) -> Future[Result]:
-        """Run `look` in a transaction; the future fails with `UnavailableError` when the database does.
+    def submit(self, query: Callable[[Connection], Result]) -> Future[Result]:
+        """Run `query` in a transaction. If the database fails, the future fails with `UnavailableError`.
 
         Raises:
-            UnavailableError: it was stopped.
+            UnavailableError: the reader was stopped.
         """
         try:
-            return self._thread.submit(self._run, look)
+            return self._thread.submit(self._run, query)
         except RuntimeError:
             raise UnavailableError("the server is shutting down") from None
 
     def stop(self) -> None:
-        """Close the connection once what was submitted is over."""
+        """Finish the submitted queries and close the connection."""
         self._thread.shutdown()
         self._database.close()
 
-    def _run(self, look: Callable[[Connection], Result]) -> Result:
+    def _run(self, query: Callable[[Connection], Result]) -> Result:
         with self._database.transaction(write=False) as connection:
-            return look(connection)
+            return query(connection)

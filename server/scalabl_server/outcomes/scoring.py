@@ -1,4 +1,4 @@
-"""What one prediction, and one label of it, add to the totals. Pure functions of the stored answer."""
+"""What a prediction and its label add to the calibration counters. Pure functions of the stored answer; no database."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-BINS = 15  # of equal width and closed above, as in `scalabl.evaluation.scoring.bins_of`
+BINS = 15  # confidence bins of equal width that include their upper edge, as in `scalabl.evaluation.scoring.bins_of`
 UPPER_EDGES = tuple(f"{n / BINS:.3f}" for n in range(1, BINS + 1))
 
 Answer = Mapping[str, Any]
-Amounts = dict[tuple[str, str], float]  # (name of a family, bin or level) -> what is added
+Amounts = dict[tuple[str, str], float]  # (name in FAMILIES, bin or level) -> the amount added
 
 
 @dataclass(frozen=True)
 class Family:
-    """A counter: `metric` is its name in Prometheus without `_total`; a correction retracts from those `of_labels`."""
+    """A counter with one label beside `adapter`.
+
+    Attributes:
+        metric: its name in Prometheus, without `_total`.
+        text: its help text.
+        label: whether it is counted per bin of confidence or per nominal coverage of a prediction set.
+        of_labels: whether labels are counted, so that a correction must retract the old label.
+    """
 
     metric: str
     text: str
@@ -25,35 +32,45 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "predictions": Family("scalabl_recorded_predictions", "Predictions stored."),
-    "confidence": Family("scalabl_recorded_confidence", "Summed confidence of stored predictions."),
-    "abstentions": Family("scalabl_recorded_abstentions", "Stored predictions that abstained."),
-    "sets": Family("scalabl_recorded_sets", "Stored predictions with a prediction set of this level.", "level"),
-    "set_choices": Family("scalabl_recorded_set_choices", "Summed size of their prediction sets.", "level"),
-    "outcomes": Family("scalabl_outcomes", "Labels given.", of_labels=True),
-    "correct": Family("scalabl_outcomes_correct", "Labels that were the prediction.", of_labels=True),
+    "predictions": Family("scalabl_recorded_predictions", "Stored predictions."),
+    "confidence": Family("scalabl_recorded_confidence", "Sum of the confidence of stored predictions."),
+    "abstentions": Family("scalabl_recorded_abstentions", "Stored predictions with abstention."),
+    "sets": Family("scalabl_recorded_sets", "Stored predictions that have a prediction set of this level.", "level"),
+    "set_choices": Family(
+        "scalabl_recorded_set_choices", "Sum of the sizes (numbers of choices) of these prediction sets.", "level"
+    ),
+    "outcomes": Family("scalabl_outcomes", "Labels received.", of_labels=True),
+    "correct": Family("scalabl_outcomes_correct", "Labels that equal the prediction.", of_labels=True),
     "labelled_confidence": Family(
-        "scalabl_outcomes_confidence", "Summed confidence of labelled predictions.", of_labels=True
+        "scalabl_outcomes_confidence", "Sum of the confidence of labelled predictions.", of_labels=True
     ),
-    "brier": Family("scalabl_outcomes_brier", "Summed Brier score, over all choices.", of_labels=True),
-    "log_loss": Family("scalabl_outcomes_log_loss_nats", "Summed log loss.", of_labels=True),
-    "abstained": Family("scalabl_outcomes_abstained", "Labels of predictions that abstained.", of_labels=True),
+    "brier": Family(
+        "scalabl_outcomes_brier", "Sum of the Brier scores (over all choices) of labelled predictions.", of_labels=True
+    ),
+    "log_loss": Family(
+        "scalabl_outcomes_log_loss_nats", "Sum of the log losses of labelled predictions, in nats.", of_labels=True
+    ),
+    "abstained": Family("scalabl_outcomes_abstained", "Labels of predictions with abstention.", of_labels=True),
     "abstained_correct": Family(
-        "scalabl_outcomes_abstained_correct", "Labels that were the prediction that abstained.", of_labels=True
+        "scalabl_outcomes_abstained_correct",
+        "Labels that equal the prediction, of predictions with abstention.",
+        of_labels=True,
     ),
-    "labelled_sets": Family("scalabl_outcomes_sets", "Labels of predictions with a set of this level.", "level", True),
-    "covered": Family("scalabl_outcomes_covered", "Labels that were in the prediction set.", "level", True),
+    "labelled_sets": Family(
+        "scalabl_outcomes_sets", "Labels of predictions that have a prediction set of this level.", "level", True
+    ),
+    "covered": Family("scalabl_outcomes_covered", "Labels that are in the prediction set of this level.", "level", True),
 }
 RETRACTED = "_retracted"
 
 
 def bin_of(confidence: float) -> str:
-    """The upper edge of the bin that holds a confidence: above (n-1)/15 and at most n/15; 0 belongs to the first."""
+    """The upper edge of the bin of a confidence. Bin n holds confidences above (n-1)/15, at most n/15; the first also 0."""
     return UPPER_EDGES[min(max(math.ceil(confidence * BINS) - 1, 0), BINS - 1)]
 
 
 def choices_of(answer: Answer) -> list[str]:
-    """The names that a label may have."""
+    """The choices of an answer, which are the possible labels."""
     return list(answer["probabilities"])
 
 
@@ -64,7 +81,7 @@ def sets_of(answer: Answer) -> dict[str, list[str]]:
 
 
 def of_prediction(answer: Answer) -> Amounts:
-    """What a stored prediction adds."""
+    """What a stored prediction adds to the counters."""
     edge = bin_of(answer["confidence"])
     amounts: Amounts = {("predictions", edge): 1.0, ("confidence", edge): answer["confidence"]}
     if answer.get("abstain"):
@@ -76,7 +93,7 @@ def of_prediction(answer: Answer) -> Amounts:
 
 
 def of_label(answer: Answer, label: int) -> Amounts:
-    """What a label adds, and its correction retracts. `label` is an index among the choices."""
+    """What a label adds to the counters, and its correction retracts. `label` is the index of a choice."""
     edge = bin_of(answer["confidence"])
     probabilities = list(answer["probabilities"].values())
     correct = label == answer["index"]
@@ -100,5 +117,5 @@ def of_label(answer: Answer, label: int) -> Amounts:
 
 
 def retraction(amounts: Amounts) -> Amounts:
-    """The same amounts on the counters that PromQL subtracts."""
+    """The same amounts, for the counters of retracted labels, which PromQL subtracts."""
     return {(name + RETRACTED, key): amount for (name, key), amount in amounts.items()}

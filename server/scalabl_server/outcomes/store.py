@@ -1,4 +1,6 @@
-"""`OutcomeStore`: what the service asks of the outcomes, in its own terms, from its event loop."""
+"""`OutcomeStore`: how the server stores predictions and labels, called from the event loop. SQL and threads are in the
+other modules.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,10 @@ Result = TypeVar("Result")
 
 
 class OutcomeStore:
-    """Predictions in, labels in, predictions out. With `--outcomes-url none` it stores nothing and says so.
+    """Stores and looks up predictions and labels. With `--outcomes-url none` nothing is stored and feedback is refused.
 
     Args:
-        clock: the time of day, for tests.
+        clock: the clock to use instead of the system's, in tests.
     """
 
     def __init__(self, settings: ServeSettings, metrics: Metrics, clock: Clock | None = None) -> None:
@@ -67,23 +69,23 @@ class OutcomeStore:
         self._reader = Reader(Database(url, settings.outcomes_timeout, may_create=False))
 
     async def start(self) -> None:
-        """Open the database; one that is only down for now is waited for in the background.
+        """Open the database. If it is only unavailable at the moment, a background thread keeps trying.
 
         Raises:
-            OutcomesError: a database that cannot be used with this configuration.
+            OutcomesError: the database cannot be used with this configuration.
         """
         if self._writer is not None:
             await asyncio.to_thread(self._writer.start)
 
     async def stop(self) -> None:
-        """Finish what waits."""
+        """Finish the waiting operations and close the database."""
         if self._reader is not None:
             await asyncio.to_thread(self._reader.stop)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.stop)
 
     def show(self, adapter: str) -> None:
-        """Give an adapter its counters at 0, before its first prediction."""
+        """Create an adapter's counters at 0, before its first prediction."""
         self._collector.show(adapter)
         self._metrics.unrecorded.labels(adapter)
 
@@ -96,17 +98,17 @@ class OutcomeStore:
         seconds: float,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Sequence[Prediction]:
-        """Store the predictions of one request, all or none; returns them as they are to be answered.
+        """Store the predictions of one request, all or none, and return the predictions to answer.
 
-        The same ones, or when that fails others without an id, since nobody could resolve it, and with `recorded` false. A
-        commit that ends after that is stored and counted all the same.
+        If storing fails or takes too long, the returned predictions have no id, since it could not be looked up, and
+        `recorded` is false. A commit that succeeds later is stored and counted all the same.
 
         Args:
-            seconds: until the request's deadline.
-            meanwhile: called on the event loop while the disk is waited for, if it is.
+            seconds: time until the request's deadline.
+            meanwhile: called on the event loop while the commit waits for the disk. Not called if storing fails before.
 
         Raises:
-            ProblemError: `outcomes-unavailable`, when that fails and outcomes are required.
+            ProblemError: `outcomes-unavailable`, if storing fails and `--outcomes-required` is set.
         """
         if self._writer is not None:
             rows = [
@@ -123,7 +125,7 @@ class OutcomeStore:
             loop, context = asyncio.get_running_loop(), copy_context()
 
             def committing() -> None:
-                with suppress(RuntimeError):  # the loop has been closed
+                with suppress(RuntimeError):  # the event loop is closed
                     loop.call_soon_threadsafe(meanwhile, context=context)
 
             try:
@@ -145,7 +147,9 @@ class OutcomeStore:
         limit = self._settings.max_inputs
         if len(outcomes) > limit:
             raise ProblemError(
-                "invalid-field", f"{len(outcomes)} labels are above the limit of {limit} per request", field="body"
+                "invalid-field",
+                f"{len(outcomes)} labels are above the limit of {limit} per request; split the request",
+                field="body",
             )
         operation = Feedback([(outcome.id, outcome.label) for outcome in outcomes])
         for position, outcome in enumerate(outcomes):
@@ -190,7 +194,7 @@ class OutcomeStore:
         )
 
     async def survey(self, adapter: str) -> Survey | None:
-        """What is stored of an adapter; None when nothing is stored at all.
+        """What is stored about an adapter, for the dashboard; None if this server stores nothing.
 
         Raises:
             ProblemError: `outcomes-unavailable`.
@@ -206,7 +210,7 @@ class OutcomeStore:
     async def _ask(self, operation: Operation, done: Future[Result], seconds: float = math.inf) -> Result:
         if self._writer is None:
             raise ProblemError(
-                "outcomes-off", "this server stores no predictions; start it without '--outcomes-url none' to have feedback"
+                "outcomes-off", "this server stores no predictions; to use feedback, start it without '--outcomes-url none'"
             )
         try:
             self._writer.submit(operation)
@@ -224,13 +228,13 @@ class OutcomeStore:
     @staticmethod
     def _unavailable() -> ProblemError:
         return ProblemError(
-            "outcomes-unavailable", "the outcomes database cannot be used just now; try again later", retry_after=1
+            "outcomes-unavailable", "the outcomes database is unavailable at the moment; try again later", retry_after=1
         )
 
     @staticmethod
     def _refused(refusal: Refusal, count: int) -> ProblemError:
         where = f"{refusal.position}." if count > 1 else ""
-        note = "; none of the labels was taken" if count > 1 else ""
+        note = "; no label of this request was stored" if count > 1 else ""
         if refusal.kind == "unknown":
             return ProblemError("unknown-prediction", f"{refusal.detail}{note}", field=f"{where}id")
         return ProblemError("invalid-field", f"{refusal.detail}{note}", field=f"{where}label")

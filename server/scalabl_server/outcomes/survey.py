@@ -1,6 +1,7 @@
-"""What the dashboard is drawn from: one adapter's totals over all replicas, its newest predictions and its newest labels.
+"""Reads the dashboard's data: one adapter's totals over all replicas, its newest predictions and its newest labels.
 
-The work of one reading is bounded: each list ends at `MOST_ROWS` predictions, or when so much JSON has been read.
+The work is bounded: each list ends after `MOST_ROWS` predictions or `MOST_CHARACTERS` characters of JSON. What the page
+shows is computed from it in `dashboard`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED, Amounts
 from scalabl_server.outcomes.tables import PREDICTIONS, TOTALS
 
 MOST_ROWS = 1000
-MOST_CHARACTERS = 4_000_000  # an answer has 1,000 for ten choices and 20,000 for 256
+MOST_CHARACTERS = 4_000_000  # an answer has about 1,000 characters for ten choices and 20,000 for 256
 MOST_DOUBTFUL = 10
 
 
@@ -34,11 +35,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Survey:
-    """All lists are newest first, but for `doubtful` without an abstention: then the most doubtful come first.
+    """What is stored about an adapter. All lists are sorted from new to old, except `doubtful` when it is by entropy.
 
     Attributes:
-        amounts: over all replicas and all time, what corrections took back taken off.
-        doubtful: the abstentions among `recent`, or, where none could abstain, those of the largest entropy.
+        amounts: sums over all replicas and all time, without labels that were corrected later.
+        recent: the newest predictions.
+        labelled: the newest predictions that have a label.
+        doubtful: the newest abstentions in `recent`, or, if none of `recent` could abstain, those with the largest entropy.
         abstains: whether any of `recent` could abstain.
     """
 
@@ -50,21 +53,21 @@ class Survey:
 
 
 def read(connection: Connection, adapter: str) -> Survey:
-    """Read it all in one transaction."""
+    """Read everything in one transaction."""
     recent = _newest(connection, PREDICTIONS.c.adapter == adapter)
     labelled = _newest(connection, PREDICTIONS.c.adapter == adapter, PREDICTIONS.c.label.is_not(None))
     abstains = any(prediction.answer.get("abstain") is not None for prediction in recent)
     if abstains:
-        chosen: Iterator[Seen] = (prediction for prediction in recent if prediction.answer.get("abstain"))
+        candidates: Iterator[Seen] = (prediction for prediction in recent if prediction.answer.get("abstain"))
     else:
-        chosen = iter(sorted(recent, key=lambda prediction: prediction.answer["entropy"], reverse=True))
-    doubtful = _with_inputs(connection, list(islice(chosen, MOST_DOUBTFUL)))
+        candidates = iter(sorted(recent, key=lambda prediction: prediction.answer["entropy"], reverse=True))
+    doubtful = _with_inputs(connection, list(islice(candidates, MOST_DOUBTFUL)))
     return Survey(_amounts(connection, adapter), recent, labelled, doubtful, abstains)
 
 
-def _newest(connection: Connection, *wanted: ColumnElement[bool]) -> list[Seen]:
+def _newest(connection: Connection, *conditions: ColumnElement[bool]) -> list[Seen]:
     columns = (PREDICTIONS.c[name] for name in ("id", "created_at", "answer", "label"))
-    query = select(*columns).where(*wanted).order_by(PREDICTIONS.c.seq.desc()).limit(MOST_ROWS)
+    query = select(*columns).where(*conditions).order_by(PREDICTIONS.c.seq.desc()).limit(MOST_ROWS)
     newest: list[Seen] = []
     characters = 0
     with connection.execute(query.execution_options(stream_results=True, max_row_buffer=50)) as rows:

@@ -1,6 +1,6 @@
-"""The tables of the outcomes database as they are now; `migrations` says how they came about.
+"""The current tables of the outcomes database. `migrations` creates them.
 
-Times are seconds since 1970 (UTC). A request's text is kept as ASCII JSON, since PostgreSQL's text knows no NUL.
+Times are seconds since 1970 (UTC). A request's text is stored as ASCII JSON, since PostgreSQL's text cannot hold NUL.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ ROW = BigInteger().with_variant(Integer, "sqlite")
 PREDICTIONS = Table(
     "scalabl_predictions",
     METADATA,
-    Column("seq", ROW, Identity(), primary_key=True),  # the order of insertion, by which the oldest make room
+    Column("seq", ROW, Identity(), primary_key=True),  # in order of insertion; the oldest are deleted by it
     Column("id", String(64), nullable=False, unique=True),
     Column("created_at", Double, nullable=False, index=True),
     Column("adapter", Text, nullable=False),
     Column("model", Text, nullable=False),
-    Column("answer", Text, nullable=False),  # the `Prediction` that the client got, without its samples
+    Column("answer", Text, nullable=False),  # JSON of the `Prediction` sent to the client, without samples
     Column("input_hash", String(64), nullable=False),
     Column("input", Text),  # only with --store-inputs
-    Column("label", Integer),  # index of the latest label among the answer's choices
+    Column("label", Integer),  # index of the latest label in the answer's choices
 )
 
 LABELS = Table(
@@ -45,7 +45,7 @@ Index(
     postgresql_where=PREDICTIONS.c.label.is_not(None),
 )
 
-# What each replica has counted, one number per row, so that a new count needs no migration.
+# The counters of each replica, one number per row, so that a new counter needs no migration.
 TOTALS = Table(
     "scalabl_totals",
     METADATA,
@@ -58,7 +58,7 @@ TOTALS = Table(
 
 Index("scalabl_totals_adapter", TOTALS.c.adapter)
 
-# Who writes the totals of a replica: two processes under one name would be counted twice.
+# Which process writes the totals of a replica. With it, two processes with the same replica id are detected.
 REPLICAS = Table(
     "scalabl_replicas",
     METADATA,

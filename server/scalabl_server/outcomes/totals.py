@@ -1,4 +1,4 @@
-"""The running totals of one replica: kept in the database, read by Prometheus from memory."""
+"""The calibration counters of one replica: stored in the database, with a copy in memory for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED, UPPER_EDGES, Am
 from scalabl_server.outcomes.tables import TOTALS
 
 OF_LEVELS = {name for name, family in FAMILIES.items() if family.label == "level"}
-Key = tuple[str, str, str]  # adapter, name of a family, bin or level
+Key = tuple[str, str, str]  # (adapter, name in FAMILIES, bin or level)
 
 
 @dataclass
 class Additions:
-    """What one transaction adds."""
+    """The amounts that one transaction adds to the totals."""
 
     values: dict[Key, float] = field(default_factory=dict)
 
     def add(self, adapter: str, amounts: Amounts) -> None:
-        for (name, key), amount in amounts.items():
-            at = (adapter, name, key)
-            self.values[at] = self.values.get(at, 0.0) + amount
+        for (name, bin_or_level), amount in amounts.items():
+            key = (adapter, name, bin_or_level)
+            self.values[key] = self.values.get(key, 0.0) + amount
 
 
 def _upsert(rows: Sequence[Mapping[str, Any]], dialect: str) -> Insert:
@@ -43,15 +43,15 @@ ADD_TOTALS = PreparedInsert(("replica", "adapter", "name", "key", "value"), _ups
 
 
 def save(connection: Connection, replica: str, additions: Additions) -> dict[Key, float]:
-    """Add to the replica's rows; returns what those hold now."""
+    """Add to the totals of a replica in the database; returns the new values of the changed totals."""
     if not additions.values:
         return {}
     rows = [
         {"replica": replica, "adapter": adapter, "name": name, "key": key, "value": value}
         for (adapter, name, key), value in sorted(additions.values.items())
     ]
-    saved = ADD_TOTALS.run(connection, rows)
-    return {(adapter, name, key): value for adapter, name, key, value in saved}
+    new_values = ADD_TOTALS.run(connection, rows)
+    return {(adapter, name, key): value for adapter, name, key, value in new_values}
 
 
 def load(connection: Connection, replica: str) -> dict[Key, float]:
@@ -61,10 +61,10 @@ def load(connection: Connection, replica: str) -> dict[Key, float]:
 
 
 class TotalsCollector(Collector):
-    """What a scrape sees: committed totals only, without a look at the database.
+    """Exports the committed totals to Prometheus from memory, without access to the database.
 
-    Until the totals have been read there are none: a counter that starts at 0 and then leaps to its old value would look
-    like an increase.
+    Before the stored totals have been loaded it exports nothing: a counter that starts at 0 and then jumps to its stored
+    value would look like an increase.
     """
 
     def __init__(self) -> None:
@@ -75,11 +75,11 @@ class TotalsCollector(Collector):
         self._values = values
 
     def update(self, values: dict[Key, float]) -> None:
-        """A new dict each time, so that a scrape on another thread sees one state."""
+        """Overwrite some totals. Makes a new dict, so that a scrape on another thread sees a consistent state."""
         self._values = (self._values or {}) | values
 
     def show(self, adapter: str) -> None:
-        """Give an adapter its zeros, so that its first prediction is seen as an increase."""
+        """Export an adapter's counters from 0 on, so that PromQL sees its first prediction as an increase."""
         self._adapters |= {adapter}
 
     def collect(self) -> Iterator[Metric]:
@@ -91,7 +91,7 @@ class TotalsCollector(Collector):
         for name, family in FAMILIES.items():
             yield _samples(family.metric, family.text, name, family, values, adapters, levels)
             if family.of_labels:
-                text = f"Taken back by corrections of: {family.text}"
+                text = f"Retracted because a label was corrected, from: {family.text}"
                 yield _samples(family.metric + RETRACTED, text, name + RETRACTED, family, values, adapters, levels)
 
 

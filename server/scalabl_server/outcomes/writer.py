@@ -1,4 +1,7 @@
-"""Group commit: one thread joins the writes that wait into one transaction, and nobody is told before it is on disk."""
+"""Group commit: one thread combines waiting operations into one transaction. They are confirmed once they are on disk.
+
+The SQL is in `operations` and `totals`.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ from scalabl_server.outcomes.totals import Additions, TotalsCollector
 logger = logging.getLogger("scalabl")
 
 PROBE_SECONDS = 0.5  # between attempts while the database is down
-CHORE_SECONDS = 60.0  # between looks for expired predictions
-GROUP_ROWS = 2048
+CHORE_SECONDS = 60.0  # between deletions of expired predictions
+GROUP_ROWS = 2048  # predictions and labels in one transaction; the last operation may exceed it
 DELETED_AT_ONCE = 500
 
 
 @dataclass(eq=False)
 class Record:
-    """Predictions to store; `committing` is called from the writer's thread when only the disk is still waited for."""
+    """Predictions to store. The writer's thread calls `committing` when only the commit to disk is left."""
 
     predictions: Sequence[NewPrediction]
     committing: Callable[[], None] = lambda: None
@@ -55,7 +58,7 @@ class Feedback:
 
 @dataclass(eq=False)
 class LookUp:
-    """A prediction to read."""
+    """The id of a prediction to look up."""
 
     id: str
     done: Future[Stored | None] = field(default_factory=Future)
@@ -69,16 +72,16 @@ Operation = Record | Feedback | LookUp
 
 @dataclass(frozen=True)
 class Limits:
-    """When predictions are deleted: by age in seconds (None: never) and by number."""
+    """How long stored predictions stay: the largest age in seconds (None: no limit) and the largest number."""
 
     max_age: float | None
     max_rows: int
 
 
 class Writer:
-    """Owns the database and its thread.
+    """Runs all writes, and look-ups by id, on a thread of its own.
 
-    While the database is down every operation fails at once, and the thread tries it twice a second.
+    While the database is down, every operation fails at once, and the thread tries to reach it twice a second.
     """
 
     def __init__(
@@ -94,19 +97,19 @@ class Writer:
         self._replica, self._limits, self._clock = replica, limits, clock or Clock()
         self._incarnation = uuid.uuid4().hex
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
-        self._down: str | None = "it has not been opened yet"
-        self._totals_of = 0  # the opening of the database that the totals in memory come from
+        self._down: str | None = "it has not been opened yet"  # the reason why the database is down, None if it is up
+        self._totals_of = 0  # `Database.openings` when the totals in memory were loaded
         self._next_chore = time.monotonic() + CHORE_SECONDS
-        self._claimed = False
-        self._closing = False  # takes nothing new
-        self._stopping = False  # has done all that was taken
+        self._claimed = False  # whether this process has put its mark into the replica's row
+        self._closing = False  # new operations are refused
+        self._stopping = False  # the last accepted operation has been read from the queue
         self._thread = threading.Thread(target=self._run, name="outcomes", daemon=True)
 
     def start(self) -> None:
-        """Open the database and start the thread; a database that is only down for now is waited for.
+        """Open the database and start the thread. If the database is only down at the moment, the thread keeps trying.
 
         Raises:
-            OutcomesError: a configuration that cannot work.
+            OutcomesError: the database cannot be used with this configuration.
         """
         try:
             self._database.open()
@@ -117,7 +120,7 @@ class Writer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what waits and close the database."""
+        """Finish the waiting operations and close the database."""
         if self._thread.ident is None:
             return
         self._closing = True
@@ -125,10 +128,10 @@ class Writer:
         self._thread.join()
 
     def submit(self, operation: Operation) -> None:
-        """Queue an operation; its `done` tells when it is durable.
+        """Queue an operation. Its future `done` gets the result once the transaction is on disk.
 
         Raises:
-            UnavailableError: the database is down.
+            UnavailableError: the database is down, or the server is shutting down.
         """
         if self._closing:
             raise UnavailableError("the server is shutting down")
@@ -148,13 +151,13 @@ class Writer:
                 self._chores()
         self._down = "the server is shutting down"
         self._database.close()
-        while not self._queue.empty():  # taken while the last of them was done
+        while not self._queue.empty():  # operations that were queued during the last transaction
             operation = self._queue.get_nowait()
             if operation is not None and operation.done.set_running_or_notify_cancel():
                 _fail([operation], UnavailableError("the server is shutting down"))
 
     def _gather(self, pause: float) -> list[Operation]:
-        """What waits, up to GROUP_ROWS; empty after `pause` seconds of nothing."""
+        """The waiting operations, up to GROUP_ROWS rows. Waits up to `pause` seconds for the first one."""
         group: list[Operation] = []
         rows = 0
         try:
@@ -172,7 +175,7 @@ class Writer:
         return group
 
     def _commit(self, group: list[Operation]) -> None:
-        if self._down is not None:  # queued before it was known
+        if self._down is not None:  # they were queued before the failure was noticed
             _fail(group, UnavailableError(self._down))
             return
         started = time.perf_counter()
@@ -203,7 +206,7 @@ class Writer:
             _fail(group, error)
             return
         except Exception:
-            logger.exception("an outcomes transaction failed")
+            logger.exception("an unexpected error in a transaction of the outcomes database; its operations have failed")
             self._metrics.outcomes_errors.inc()
             _fail(group, UnavailableError("an unexpected error"))
             return
@@ -245,7 +248,7 @@ class Writer:
             self._totals_of = self._database.openings
 
     def _probe(self) -> None:
-        """Write something small; when that works the database is back."""
+        """Try a small write. If it succeeds, the database is up again."""
         try:
             with self._database.transaction(write=True) as connection:
                 self._load_totals(connection)
@@ -254,8 +257,8 @@ class Writer:
             self._went_down(str(error))
             return
         except Exception:
-            logger.exception("the outcomes database cannot be probed")
-            self._went_down("an unexpected error")
+            logger.exception("an unexpected error in a test write to the outcomes database")
+            self._went_down("an unexpected error; the log has the traceback")
             return
         if self._down is not None:
             logger.info("the outcomes database is ready")
@@ -270,13 +273,13 @@ class Writer:
         self._metrics.outcomes_up.set(0)
 
     def _claim(self, connection: Connection) -> None:
-        """Sign this replica's row; complain when another process has signed it meanwhile."""
-        signed = connection.execute(
+        """Write this process's mark into the replica's row; log an error if another process has replaced it meanwhile."""
+        incarnation = connection.execute(
             select(REPLICAS.c.incarnation).where(REPLICAS.c.replica == self._replica)
         ).scalar_one_or_none()
-        if self._claimed and signed not in (None, self._incarnation):
+        if self._claimed and incarnation not in (None, self._incarnation):
             logger.error(
-                "another server writes outcomes as replica %r, so that sums over replicas count both twice; "
+                "another server writes outcomes as replica %r, so sums over replicas count the predictions of both twice; "
                 "give each server its own --replica-id",
                 self._replica,
             )
@@ -287,7 +290,7 @@ class Writer:
         connection.execute(insert.on_conflict_do_update(index_elements=["replica"], set_=changed), row)
 
     def _chores(self) -> None:
-        """Delete some of what has expired or is too much."""
+        """Delete some of the predictions that have expired or exceed the limit on their number."""
         now = self._clock.now()
         age = self._limits.max_age
         older_than = now - age if age is not None and self._clock.trusted() else None
@@ -302,11 +305,11 @@ class Writer:
             self._went_down(str(error))
             return
         except Exception:
-            logger.exception("deleting the oldest predictions failed")
-            self._went_down("an unexpected error")
+            logger.exception("an unexpected error while deleting the oldest predictions")
+            self._went_down("an unexpected error; the log has the traceback")
             return
         self._metrics.outcomes_deleted.inc(count)
-        # The rest soon, but after what waits.
+        # Delete the rest soon, but let waiting operations go first.
         self._next_chore = time.monotonic() + (0.01 if count == DELETED_AT_ONCE else CHORE_SECONDS)
 
 

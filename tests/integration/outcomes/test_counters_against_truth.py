@@ -1,4 +1,4 @@
-"""A real Prometheus over two real replicas: its ECE, accuracy and Brier are those of an offline computation."""
+"""A real Prometheus with two real replicas: its ECE, accuracy and Brier score equal an offline computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/dashboard` of two replicas over one PostgreSQL: both tell the whole, also after an update of the database."""
+"""`/v1/dashboard` of two replicas on one PostgreSQL: both return all data, also after a database migration."""
 
 from __future__ import annotations
 

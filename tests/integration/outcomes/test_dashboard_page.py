@@ -134,8 +134,8 @@ def visit(browser: Browser) -> Visit:
         seen = Seen(page)
         page.goto(f"{server.url}/dashboard{query}")
         yield page
-        told = [error for error in seen.errors if not any(f"status of {status} " in error for status in refusals)]
-        assert told == []
+        unexpected = [error for error in seen.errors if not any(f"status of {status} " in error for status in refusals)]
+        assert unexpected == []
         assert all(address.startswith(f"{server.url}/") for address in seen.addresses)
         context.close()
 
@@ -210,7 +210,7 @@ def test_feedback_from_the_page_moves_the_diagram(visit: Visit, server: Served) 
         page.select_option("#answer select", label=prediction)
         page.click("#answer .label button")
         wait_until(lambda: labels_in(page) == (right + 1, of + 1))
-        assert page.inner_text("#answer .told") == "Recorded, on disk."
+        assert page.inner_text("#answer .told") == "The label was stored."
         page.select_option("#answer select", label=next(name for name in COLOURS if name != prediction))
         page.click("#answer .label button")
         wait_until(lambda: labels_in(page) == (right, of + 1))
@@ -239,11 +239,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit: Visit, models: Path,
         axe_finds_nothing(page)
         page.screenshot(path=tmp_path / "key.png")
         page.keyboard.press("Escape")
-        page.locator("#notice", has_text="wants an API key").wait_for()
+        page.locator("#notice", has_text="needs an API key").wait_for()
         page.click("#notice button")
         page.fill("#key-text", "wrong")
         page.keyboard.press("Enter")
-        page.locator("#key-error", has_text="does not know").wait_for()
+        page.locator("#key-error", has_text="rejected this API key").wait_for()
         page.fill("#key-text", "schlüssel")
         page.keyboard.press("Enter")
         assert "printable ASCII" in page.inner_text("#key-error")
@@ -274,7 +274,7 @@ def test_texts_are_never_markup(visit: Visit, server: Served) -> None:
         page.wait_for_selector("#doubtful .input")
         assert "<b>which</b>" in page.inner_text("#doubtful")
         assert page.locator("#answer img, #answer script, #doubtful img, #doubtful b").count() == 0
-        assert page.inner_text("#doubts-title") == "Most doubtful of late"
+        assert page.inner_text("#doubts-title") == "Most uncertain recent predictions"
 
 
 def test_an_answer_that_is_refused_says_what_to_change(visit: Visit, server: Served) -> None:
@@ -331,11 +331,11 @@ def test_a_server_that_starts_is_waited_for(visit: Visit, server: Served) -> Non
     starting = {"type": "urn:scalabl:problem:starting", "title": "", "status": 503, "detail": "wait"}
     with visit(server, refusals=(503,)) as page:
         page.wait_for_selector("#stored:not([hidden])")
-        told = []
+        requests = []
 
         def refuse(route: Any) -> None:
-            told.append(route.request.url)
-            if len(told) > 1:
+            requests.append(route.request.url)
+            if len(requests) > 1:
                 route.continue_()
             else:
                 route.fulfill(status=503, content_type="application/problem+json", body=json.dumps(starting))

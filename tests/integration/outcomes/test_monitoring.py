@@ -51,7 +51,7 @@ def shortened(rules: str) -> str:
 
 @dataclass
 class Stack:
-    """Two replicas, the Prometheus that scrapes them, and what they answered and were told."""
+    """Two replicas, the Prometheus that scrapes them, their answers and the labels sent to them."""
 
     replicas: list[Replica]
     client: httpx.Client
@@ -72,7 +72,7 @@ class Stack:
                     for p in (prediction["probabilities"] for prediction in answer)
                 ]
             ids = [prediction["id"] for prediction in answer]
-            # One in ten is told wrongly at first.
+            # One in ten gets a wrong label first.
             first = [self.dice.choice(list(tiny.CLASSIFICATION.choices)) if self.dice.random() < 0.1 else t for t in truth]
             for labels in (first, truth):
                 self._post("/feedback", [{"id": name, "label": label} for name, label in zip(ids, labels, strict=True)])

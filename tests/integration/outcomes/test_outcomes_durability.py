@@ -1,4 +1,4 @@
-"""kill -9 in a storm of feedback, twenty times: no acknowledged label is lost, none is counted twice."""
+"""kill -9 during a storm of feedback, twenty times: no acknowledged label is lost, none is counted twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database full, locked, gone or stopped, and the clock wrong: what a client sees, and that all is well after."""
+"""A full, locked, missing or stopped database and a wrong clock: what clients see, and that the server recovers."""
 
 from __future__ import annotations
 

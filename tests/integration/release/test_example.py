@@ -1,4 +1,4 @@
-"""The example as a user meets it: a real server process with the real model, asked what the README asks."""
+"""The example as in the README: a real server process with the real model answers the README's questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image, built from the Dockerfile and run as it is meant to be: unprivileged, over a read-only root, as process 1."""
+"""The image, built from the Dockerfile and run as intended: unprivileged, with a read-only root, as process 1."""
 
 from __future__ import annotations
 

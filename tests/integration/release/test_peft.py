@@ -1,4 +1,4 @@
-"""The example adapter's posterior samples, exported and loaded by PEFT on the real base model, give our logits."""
+"""Posterior samples of the example adapter, exported and loaded by PEFT on the real base model, give the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scalabl train` killed in the middle of an epoch, and started again: the weights of a run that nobody stopped."""
+"""`scalabl train`, killed in an epoch and started again, gives the weights of an uninterrupted run."""
 
 from __future__ import annotations
 

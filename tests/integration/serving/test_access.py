@@ -120,7 +120,7 @@ def test_tls_on_the_main_port_and_clients_with_certificates(models: Path, certif
     [
         ({"ssl_certfile": "absent.pem"}, "error: the TLS certificate, key or CA certificates cannot be used"),
         ({"ssl_keyfile": "absent.key"}, "error: --ssl-keyfile and --ssl-ca-certs need --ssl-certfile"),
-        ({"otlp_endpoint": "collector:4318"}, "error: otlp_endpoint: 'collector:4318' is no URL"),
+        ({"otlp_endpoint": "collector:4318"}, "error: --otlp-endpoint: 'collector:4318' is not a URL"),
     ],
 )
 def test_what_cannot_be_listened_with_ends_the_process_with_one_line(

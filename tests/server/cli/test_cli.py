@@ -22,13 +22,13 @@ def run(*arguments: object) -> Result:
 
 
 def _said(result: Result) -> str:
-    """Standard error without the box that wraps it."""
+    """Standard error without the box that typer draws around it."""
     return " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, an adapter for it, and data: words of one letter, which names the colour."""
+    """A base model, an adapter for it, and data: texts whose words have one letter, which determines the colour."""
     folder = tmp_path_factory.mktemp("work")
     tiny.write_base(folder / "base")
     tiny.write_adapter(folder / "adapter")

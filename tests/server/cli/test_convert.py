@@ -95,7 +95,7 @@ def test_what_the_lora_decides_cannot_be_given_too(option: str, work: Path, tmp_
     result = _train(work, tmp_path / "new", "--init-from", work / "samples" / "sample-1", option, 2)
     assert result.exit_code == 2
     said = " ".join(result.stderr.replace("│", " ").split())
-    assert f"{option}: the LoRA of --init-from decides this" in said
+    assert f"{option}: the LoRA of --init-from sets this value" in said
     assert not (tmp_path / "new").exists()
 
 

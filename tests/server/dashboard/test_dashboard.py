@@ -1,4 +1,4 @@
-"""The dashboard's routes: its files and their headers, its data against a second derivation, its states and its bounds."""
+"""The dashboard's routes: page files and headers, data compared with a second derivation, states and limits."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def client(calibrated: Path, folders: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def labelled(client: TestClient) -> tuple[Answers, list[str]]:
-    """Predictions and their final labels: each third first had another one; beside them, some of another kind."""
+    """Predictions and their final labels. A third of them had another label first. Some other predictions are added."""
     answers = predict(client, TEXTS)
     labels = [COLOURS[(n * n) % 3] for n in range(len(answers))]
     label(client, answers[::3], [COLOURS[(COLOURS.index(each) + 1) % 3] for each in labels[::3]])

@@ -51,7 +51,7 @@ def test_without_it_nothing_is_said(colours: TestClient) -> None:
 
 
 def test_probes_without_a_use_are_refused(folders: Path) -> None:
-    with pytest.raises(ValidationError, match="--probe-file is for --quantization, which is not set"):
+    with pytest.raises(ValidationError, match="--probe-file has an effect only with --quantization, which is not set"):
         settings_for(folders, probe_file="x.jsonl")
 
 

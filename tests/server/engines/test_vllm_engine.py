@@ -307,10 +307,13 @@ def test_what_waits_while_its_adapter_is_unloaded_is_told_so_and_no_server_is_bl
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"engine": "vllm"}, "--engine vllm and --engine-url go together"),
-        ({"engine_url": "http://a:1"}, "--engine vllm and --engine-url go together"),
-        ({"engine": "vllm", "engine_url": "a:1"}, "'a:1' is no URL"),
-        ({"engine": "vllm", "engine_url": "http://a:1", "quantization": "int8"}, "--quantization is the engine's own"),
+        ({"engine": "vllm"}, "--engine vllm and --engine-url need each other"),
+        ({"engine_url": "http://a:1"}, "--engine vllm and --engine-url need each other"),
+        ({"engine": "vllm", "engine_url": "a:1"}, "'a:1' is not a URL"),
+        (
+            {"engine": "vllm", "engine_url": "http://a:1", "quantization": "int8"},
+            "--quantization cannot be used with --engine vllm",
+        ),
     ],
 )
 def test_its_flags_belong_together(folders: Path, fields: dict[str, Any], message: str) -> None:

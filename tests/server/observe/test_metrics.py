@@ -1,4 +1,4 @@
-"""`/metrics` counts what happened, with few labels."""
+"""`/metrics` counts requests, passes and predictions, with labels of few values."""
 
 from __future__ import annotations
 

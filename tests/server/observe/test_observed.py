@@ -1,4 +1,4 @@
-"""What a request leaves behind: ids, headers, one line in the log; and that nobody can forge any of it."""
+"""Request ids, trace headers and log lines of a request; and that no client can forge them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 class Lines:
-    """What the loggers wrote, as one of the formats shows it."""
+    """The log output in one of the two formats."""
 
     def __init__(self) -> None:
         self.stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""The counters of predictions and labels: after any feedback they tell what an offline count of the final labels tells."""
+"""The calibration counters equal an offline count of the final labels, after any sequence of feedback."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answers(draw: st.DrawFn) -> dict[str, Any]:
 
 
 class Replica:
-    """A writer with the counters it shows."""
+    """A writer with the counters that it exports."""
 
     def __init__(self, url: str, name: str) -> None:
         self.metrics, self.collector = Metrics(), TotalsCollector()
@@ -81,7 +81,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]
 
 
 def _summed(replicas: list[Replica], adapter: str) -> dict[tuple[str, str], float]:
-    """As PromQL does it: sum over replicas, minus what was retracted."""
+    """As PromQL does: the sum over replicas minus the retracted amounts."""
     total: dict[tuple[str, str], float] = {}
     for replica in replicas:
         for (name, key), value in replica.counters(adapter).items():
@@ -187,7 +187,7 @@ def test_coverage_and_abstentions_are_counted_per_level_and_bin(replicas: list[R
 
 
 def test_every_series_is_there_from_the_start() -> None:
-    """Both sides of each subtraction: a series that is missing on one side would drop out of PromQL's result."""
+    """Both sides of each subtraction exist: PromQL drops series that are missing on one side."""
     collector = TotalsCollector()
     registry = CollectorRegistry()
     registry.register(collector)

@@ -1,4 +1,4 @@
-"""The outcomes database itself: migrations, a file that vanishes, a clock that jumps, two servers under one name."""
+"""The outcomes database itself: migrations, a file that vanishes, a clock that jumps, two servers with one replica id."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWriter]:
-    """Starts writers on the file; their chores come twenty times a second."""
+    """Starts writers on the file. They delete expired predictions twenty times a second."""
     monkeypatch.setattr("scalabl_server.outcomes.writer.CHORE_SECONDS", 0.05)
     monkeypatch.setattr("scalabl_server.outcomes.writer.PROBE_SECONDS", 0.02)
     started = []

@@ -1,4 +1,4 @@
-"""Coverage and abstentions of a calibrated adapter, from the answers themselves to the counters."""
+"""Coverage and abstention counters of a calibrated adapter equal those computed from the answers."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_a_list_with_a_wrong_item_is_refused_whole_and_the_item_named(client: Te
         ({"id": other, "label": "mauve"}, 422, "invalid-field", "1.label: 'mauve' is not among the choices"),
     ]:
         response = client.post("/feedback", json=[{"id": good, "label": "red"}, wrong])
-        refused(response, status, slug, said, "none of the labels was taken")
+        refused(response, status, slug, said, "no label of this request was stored")
     assert client.get(f"/predictions/{good}").json()["label"] is None
     assert {name: value for name, value in totals(client).items() if name.startswith("scalabl_outcomes_total")} == {
         name: value for name, value in before.items() if name.startswith("scalabl_outcomes_total")
@@ -235,7 +235,7 @@ def test_the_routes_want_a_key(serve: Serve, url: str) -> None:
 
 
 def test_feedback_needs_no_model(folders: Path, url: str) -> None:
-    """While a model loads, or could not be loaded, labels are taken all the same."""
+    """Labels are accepted even while the model is loading or if it could not be loaded."""
     with serving(settings_for(folders, outcomes_url=url)) as client:
         (answer,) = _predict(client, inputs="rose")
 
@@ -253,9 +253,9 @@ def test_feedback_needs_no_model(folders: Path, url: str) -> None:
     [
         ({"outcomes_url": "mysql://x"}, "mysql is not supported; use sqlite:"),
         ({"outcomes_url": "what"}, "is not a database URL"),
-        ({"outcomes_url": "sqlite://"}, "needs a plain file"),
-        ({"outcomes_url": "sqlite:///:memory:"}, "needs a plain file"),
-        ({"data_dir": Path("/proc/nowhere")}, "cannot be made"),
+        ({"outcomes_url": "sqlite://"}, "needs the path of a file"),
+        ({"outcomes_url": "sqlite:///:memory:"}, "needs the path of a file"),
+        ({"data_dir": Path("/proc/nowhere")}, "cannot be created"),
     ],
 )
 def test_a_database_that_cannot_work_ends_the_start(folders: Path, changes: dict[str, Any], said: str) -> None:

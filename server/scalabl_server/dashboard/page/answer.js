@@ -1,4 +1,4 @@
-// One answer: what, how sure, why not surer, and a form to say what was true.
+// Shows one answer: the prediction, its probabilities and uncertainty, and a form to send the true label.
 
 import { h, s } from "./dom.js";
 import { labelForm } from "./label.js";
@@ -7,10 +7,10 @@ import { aboutDoubt, nats, percent, rankOf } from "./words.js";
 const MOST_CHOICES = 8;
 const MOST_DOTS = 128;
 
-/** Before the first question. */
+/** The text before the first question. */
 export function showNoAnswer(element) {
   element.replaceChildren(
-    h("p", { class: "empty" }, "Every answer averages samples of the posterior. Where they disagree, the model does not know, and says so here."),
+    h("p", { class: "empty" }, "An answer is the average of posterior samples. If the samples disagree, the model is uncertain, and you see it here."),
   );
 }
 
@@ -22,7 +22,7 @@ export function showFailure(element, problem) {
   element.replaceChildren(h("p", { class: "bad", role: "alert" }, problem.message));
 }
 
-/** `response` of /predict for one input; `adapter` of /info; `labelled` is called when a label has been stored. */
+/** Show `response` of /predict for one input. `adapter` is from /info; `labelled` is called when a label was stored. */
 export function showAnswer(element, response, adapter, milliseconds, labelled) {
   const [answer] = response.predictions;
   element.replaceChildren(
@@ -42,7 +42,7 @@ export function showAnswer(element, response, adapter, milliseconds, labelled) {
   );
 }
 
-/** The answer in a sentence, for a screen reader. */
+/** The answer in a sentence, for screen readers. */
 export function spoken(response) {
   const [answer] = response.predictions;
   const held = answer.abstain ? "The adapter abstains. If it had to answer: " : "";
@@ -54,7 +54,7 @@ function verdict(answer) {
   return h(
     "div",
     { class: held ? "verdict held" : "verdict" },
-    held ? h("p", { class: "badge" }, "Abstains: too doubtful to act on") : null,
+    held ? h("p", { class: "badge" }, "Abstains: too uncertain to act on") : null,
     h("p", { class: "choice", dir: "auto" }, answer.prediction),
     h("p", { class: "sure" }, percent(answer.confidence), h("span", { class: "quiet" }, held ? " if it had to answer" : " sure")),
   );
@@ -96,7 +96,7 @@ function row(name, probability, answer, member) {
   );
 }
 
-/** The mean as a bar, and above it each posterior sample as a dot. */
+/** A bar for the mean, and above it a dot for each posterior sample. */
 function bar(probability, error = null, dots = []) {
   const at = (value) => `${(100 * Math.min(1, Math.max(0, value))).toFixed(2)}%`;
   return s(
@@ -113,22 +113,22 @@ function bar(probability, error = null, dots = []) {
 
 function caption(answer) {
   const mean = answer.method === "control_variate" ? "their mean, corrected by the linearisation" : "their mean";
-  const dots = answer.samples ? `Each dot is a posterior sample, the bar ${mean}` : "Bars are probabilities";
-  const error = answer.standard_error.probabilities[answer.prediction] === null ? "" : "; ± is the error of averaging so few samples";
+  const dots = answer.samples ? `Each dot is a posterior sample; the bar is ${mean}` : "Bars are probabilities";
+  const error = answer.standard_error.probabilities[answer.prediction] === null ? "" : "; ± is the Monte Carlo standard error of the mean";
   return `${dots}${error}.`;
 }
 
 function inTheSet(answer) {
-  const found = answer.prediction_set;
-  if (found === null) {
-    return h("p", { class: "quiet" }, "No prediction set and no abstention: the adapter is not calibrated for this.");
+  const set = answer.prediction_set;
+  if (set === null) {
+    return h("p", { class: "quiet" }, "No prediction set and no abstention: the adapter has no calibration for these settings.");
   }
-  const names = found.labels.slice(0, MOST_CHOICES);
-  const more = found.labels.length - names.length;
+  const names = set.labels.slice(0, MOST_CHOICES);
+  const more = set.labels.length - names.length;
   return h(
     "p",
     { class: "set" },
-    `In ${percent(found.coverage, 0)} of cases like this the truth is among: `,
+    `In ${percent(set.coverage, 0)} of such cases the true answer is one of: `,
     names.map((name) => [h("span", { class: "chip", dir: "auto" }, name), " "]),
     more > 0 ? `and ${more} more` : "",
   );
@@ -141,13 +141,13 @@ function doubt(answer, adapter) {
   return h(
     "div",
     { class: "doubt" },
-    h("h3", {}, "Doubt"),
+    h("h3", {}, "Uncertainty"),
     h("p", {}, aboutDoubt(answer), rank === null ? "" : ` ${rank}`),
     s(
       "svg",
       {
         class: "split", height: 14, role: "img",
-        "aria-label": `Of at most ${nats(most)} nats: ${nats(answer.expected_entropy)} in the question, ${nats(answer.mutual_information)} the model’s own`,
+        "aria-label": `Uncertainty in nats, of at most ${nats(most)}: ${nats(answer.expected_entropy)} from the input, ${nats(answer.mutual_information)} from the model`,
       },
       s("rect", { x: 0, y: 0, width: "100%", height: 14, rx: 3, class: "track" }),
       s("rect", { x: 0, y: 0, width: part(answer.entropy), height: 14, rx: 3, class: "own" }),
@@ -156,9 +156,9 @@ function doubt(answer, adapter) {
     h(
       "dl",
       { class: "parts" },
-      entry("In the question", answer.expected_entropy, "question", "aleatoric: each sample is unsure by itself"),
-      entry("The model’s own", answer.mutual_information, "own", "epistemic: mutual information, the samples disagree"),
-      entry("Together", answer.entropy, "track", `entropy, of at most ${nats(most)} nats`),
+      entry("From the input", answer.expected_entropy, "question", "aleatoric: expected entropy, each sample is uncertain"),
+      entry("From the model", answer.mutual_information, "own", "epistemic: mutual information, the samples disagree"),
+      entry("Total", answer.entropy, "track", `entropy, at most ${nats(most)} nats`),
     ),
   );
 }

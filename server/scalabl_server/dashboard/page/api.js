@@ -1,4 +1,4 @@
-// Requests to this server, with the API key where one is wanted. Addresses are relative, so that a proxy may add a path.
+// Requests to this server, with the API key if one is needed. Addresses are relative, so that a proxy may add a path.
 
 const KEY = "scalabl-api-key";
 const SECONDS = 90;
@@ -6,7 +6,7 @@ const SECONDS = 90;
 let prompt = null;
 let asking = null;
 
-/** An answer that is an error; `status` 0: there was no answer. */
+/** An error from the server. `status` 0 means that there was no answer. */
 export class Problem extends Error {
   constructor(status, detail, kind = "") {
     super(detail);
@@ -15,7 +15,7 @@ export class Problem extends Error {
   }
 }
 
-/** `ask(wrong)` is called when a key is needed, once for all requests that wait; it resolves to a key, or to null. */
+/** Set the function that asks the user for a key: `ask(wrong)` resolves to a key or null. Waiting requests share one call. */
 export function onKeyNeeded(ask) {
   prompt = ask;
 }
@@ -28,24 +28,24 @@ export function forgetKey() {
   sessionStorage.removeItem(KEY);
 }
 
-/** The JSON of a GET, or of a POST when there is a body. Throws a Problem. */
+/** The JSON of a GET request, or of a POST request if there is a body. Throws a Problem. */
 export async function ask(path, body) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const response = await send(path, body, key);
     if (response.status === 401) {
-      // Another request may have got a key meanwhile.
+      // If another request has got a key meanwhile, try again with that key.
       if (key === sessionStorage.getItem(KEY) && !(await newKey(key !== null))) {
         throw new Problem(401, "An API key is needed.", "unauthorized");
       }
       continue;
     }
-    const found = await parsed(response);
+    const json = await parsed(response);
     if (!response.ok) {
-      const kind = String(found?.type ?? "").split(":").at(-1);
-      throw new Problem(response.status, found?.detail ?? `The server answered with status ${response.status}.`, kind);
+      const kind = String(json?.type ?? "").split(":").at(-1);
+      throw new Problem(response.status, json?.detail ?? `The server answered with status ${response.status}.`, kind);
     }
-    return found;
+    return json;
   }
 }
 
@@ -69,7 +69,7 @@ async function parsed(response) {
   try {
     return await response.json();
   } catch {
-    if (response.ok) throw new Problem(0, "The server’s answer broke off.", "unreachable");
+    if (response.ok) throw new Problem(0, "The server’s answer is incomplete.", "unreachable");
     return null;
   }
 }

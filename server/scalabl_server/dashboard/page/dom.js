@@ -1,8 +1,9 @@
-// Elements, made without markup: text is only ever text.
+// Creates elements without markup, so that text is never interpreted as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An HTML element. Functions become listeners, true an empty attribute; null, undefined and false are left out. */
+/** An HTML element. An attribute that is a function becomes an event listener, true an empty attribute; null, undefined
+ * and false are left out. */
 export function h(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
@@ -26,7 +27,7 @@ export function byId(name) {
   return document.getElementById(name);
 }
 
-/** Run `change`, which makes an element's contents anew, and put the focus back to where it was in them. */
+/** Run `change`, which replaces an element's contents, and restore the keyboard focus in it. */
 export function keepingFocus(element, change) {
   const reachable = () => [...element.querySelectorAll("input, summary, button, [tabindex]")];
   const at = reachable().indexOf(document.activeElement);
@@ -34,7 +35,7 @@ export function keepingFocus(element, change) {
   if (at >= 0) reachable()[at]?.focus({ preventScroll: true });
 }
 
-/** A choice between few: radio buttons that look like one control. */
+/** A choice between a few options: radio buttons that look like one control. */
 export function segmented(name, legend, options, chosen, onChange) {
   return h(
     "fieldset",
@@ -51,7 +52,7 @@ export function segmented(name, legend, options, chosen, onChange) {
   );
 }
 
-/** The numbers behind a figure. `rows` are lists of texts, the first of each its head. */
+/** A table of the numbers behind a figure. `rows` are lists of texts; the first text of a row is its header. */
 export function table(caption, heads, rows, open = false) {
   return h(
     "details",

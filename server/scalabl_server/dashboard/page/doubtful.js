@@ -1,87 +1,90 @@
-// The predictions to look at: recent abstentions, or the most doubtful ones, each with a form to label it.
+// The list of recent abstentions, or of the most uncertain predictions, each with a form to label it.
 
 import { ask } from "./api.js";
 import { h } from "./dom.js";
 import { labelForm } from "./label.js";
 import { nats, percent, time } from "./words.js";
 
-let drawn = ""; // the JSON that the list was made from
+let drawn = ""; // the JSON that the list shows
 
-/** Fill the list, unless it is so already or someone is at work in it. `labelled` is called when a label has been stored or given up. */
+/**
+ * Fill the list, unless it shows the same already or a form in it is open. `labelled` is called when a form was sent or
+ * cancelled.
+ */
 export function showDoubtful({ list, title, about }, stored, labelled) {
   const json = JSON.stringify([stored.abstains, stored.doubtful]);
   if (list.querySelector("form, button:disabled") !== null || (json === drawn && list.hasChildNodes())) return;
   drawn = json;
   const held = list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : undefined;
-  title.textContent = stored.abstains ? "Recent abstentions" : "Most doubtful of late";
+  title.textContent = stored.abstains ? "Recent abstentions" : "Most uncertain recent predictions";
   about.textContent = stored.abstains
-    ? "What the adapter would not answer. A label here teaches you most about it."
-    : "None of its recent predictions could abstain (scalabl calibrate finds a rule), so these are those of the largest entropy.";
+    ? "Inputs on which the adapter abstained. Labels are most informative here."
+    : "None of the recent predictions could abstain (run scalabl calibrate to add an abstention rule). These have the largest entropy.";
   about.hidden = stored.doubtful.length === 0;
   if (stored.doubtful.length === 0) {
-    list.replaceChildren(h("li", { class: "empty" }, stored.abstains ? "None among its recent predictions." : "No predictions yet."));
+    list.replaceChildren(h("li", { class: "empty" }, stored.abstains ? "None of the recent predictions abstained." : "No predictions yet."));
     return;
   }
-  list.replaceChildren(...stored.doubtful.map((each) => item(each, labelled)));
+  list.replaceChildren(...stored.doubtful.map((prediction) => item(prediction, labelled)));
   if (held !== undefined) list.querySelector(`[data-id="${CSS.escape(held)}"] button`)?.focus();
 }
 
-function item(each, labelled) {
+function item(prediction, labelled) {
   const act = h("div", { class: "act" });
   const element = h(
     "li",
-    { "data-id": each.id },
+    { "data-id": prediction.id },
     h(
       "div",
       { class: "what" },
-      each.input === null ? h("p", { class: "id quiet" }, each.id) : h("p", { class: "input", dir: "auto" }, `“${each.input}”`),
-      h("p", {}, h("span", { class: "choice", dir: "auto" }, each.prediction), ` ${percent(each.confidence)}`),
-      h("p", { class: "quiet" }, h("time", { datetime: each.created_at }, time(each.created_at)), set(each)),
+      prediction.input === null ? h("p", { class: "id quiet" }, prediction.id) : h("p", { class: "input", dir: "auto" }, `“${prediction.input}”`),
+      h("p", {}, h("span", { class: "choice", dir: "auto" }, prediction.prediction), ` ${percent(prediction.confidence)}`),
+      h("p", { class: "quiet" }, h("time", { datetime: prediction.created_at }, time(prediction.created_at)), set(prediction)),
     ),
     h(
       "dl",
       { class: "scores" },
-      h("div", {}, h("dt", {}, "Entropy"), h("dd", {}, nats(each.entropy))),
-      h("div", {}, h("dt", {}, "MI"), h("dd", {}, nats(each.mutual_information))),
+      h("div", {}, h("dt", {}, "Entropy"), h("dd", {}, nats(prediction.entropy))),
+      h("div", {}, h("dt", {}, "MI"), h("dd", {}, nats(prediction.mutual_information))),
     ),
     act,
   );
-  showButton(act, each, each.label, labelled);
+  showButton(act, prediction, prediction.label, labelled);
   return element;
 }
 
-function set(each) {
-  if (each.set_labels === null || each.set_size === 1) return "";
-  const more = each.set_size - each.set_labels.length;
-  return ` · among ${each.set_labels.join(", ")}${more > 0 ? ` and ${more} more` : ""}`;
+function set(prediction) {
+  if (prediction.set_labels === null || prediction.set_size === 1) return "";
+  const more = prediction.set_size - prediction.set_labels.length;
+  return ` · prediction set: ${prediction.set_labels.join(", ")}${more > 0 ? ` and ${more} more` : ""}`;
 }
 
-function showButton(act, each, label, labelled, focus = false) {
+function showButton(act, prediction, label, labelled, focus = false) {
   const button = h(
     "button",
-    { type: "button", "aria-label": `${label === null ? "Label" : "Correct the label of"} ${each.prediction}, ${time(each.created_at)}` },
+    { type: "button", "aria-label": `${label === null ? "Label" : "Correct the label of"} ${prediction.prediction}, ${time(prediction.created_at)}` },
     label === null ? "Label" : "Correct",
   );
-  button.addEventListener("click", () => open(act, each, label, labelled, button));
+  button.addEventListener("click", () => open(act, prediction, label, labelled, button));
   act.replaceChildren(
-    label === null ? h("p", { class: "quiet" }, "no label") : h("p", { dir: "auto" }, h("span", { class: "quiet" }, "was "), label),
+    label === null ? h("p", { class: "quiet" }, "no label") : h("p", { dir: "auto" }, h("span", { class: "quiet" }, "label: "), label),
     button,
   );
   if (focus) button.focus();
 }
 
-async function open(act, each, label, labelled, button) {
+async function open(act, prediction, label, labelled, button) {
   button.disabled = true;
   try {
-    const found = await ask(`predictions/${encodeURIComponent(each.id)}`);
-    const close = (now) => showButton(act, each, now, labelled, true);
+    const full = await ask(`predictions/${encodeURIComponent(prediction.id)}`);
+    const close = (newLabel) => showButton(act, prediction, newLabel, labelled, true);
     act.replaceChildren(
       labelForm({
-        id: each.id,
-        choices: Object.keys(found.prediction.probabilities),
-        current: found.label,
-        done: (now) => {
-          close(now);
+        id: prediction.id,
+        choices: Object.keys(full.prediction.probabilities),
+        current: full.label,
+        done: (newLabel) => {
+          close(newLabel);
           labelled();
         },
         cancel: () => {

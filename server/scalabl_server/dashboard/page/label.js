@@ -1,22 +1,22 @@
-// Saying what was true: a form that sends one label to /feedback.
+// A form that sends the true label of a prediction to /feedback.
 
 import { ask } from "./api.js";
 import { h } from "./dom.js";
 
-const SAID = {
-  recorded: "Recorded, on disk.",
-  unchanged: "That was the label already.",
-  corrected: "Corrected; the label before is kept in its history.",
+const STATUS_TEXTS = {
+  recorded: "The label was stored.",
+  unchanged: "The prediction already has this label.",
+  corrected: "Corrected. The previous label stays in the history.",
 };
 
-let made = 0;
+let forms = 0;
 
 /**
- * The form. `done(label, status)` is told what the server said; `cancel`, where given, gets a button.
+ * The form. `done(label, status)` is called with the server's answer; with `cancel` the form has a button for it.
  */
 export function labelForm({ id, choices, current = null, done, cancel = null }) {
-  made += 1;
-  const name = `label-${made}`;
+  forms += 1;
+  const name = `label-${forms}`;
   const select = h(
     "select",
     { id: name, required: true },
@@ -24,13 +24,13 @@ export function labelForm({ id, choices, current = null, done, cancel = null }) 
     choices.map((choice, index) => h("option", { value: index, selected: choice === current }, choice)),
   );
   const button = h("button", { type: "submit" }, current === null ? "Send" : "Correct");
-  const told = h("p", { class: "told quiet", role: "status" });
+  const message = h("p", { class: "told quiet", role: "status" });
   const form = h(
     "form",
     { class: "label", submit: (event) => send(event) },
-    h("label", { for: name }, "What was true?"),
+    h("label", { for: name }, "True answer"),
     h("div", { class: "row" }, select, button, cancel === null ? null : h("button", { type: "button", class: "plain", click: cancel }, "Cancel")),
-    told,
+    message,
   );
 
   async function send(event) {
@@ -38,16 +38,16 @@ export function labelForm({ id, choices, current = null, done, cancel = null }) 
     if (select.value === "") return;
     const label = choices[Number(select.value)];
     button.disabled = true;
-    told.className = "told quiet";
-    told.textContent = "Sending…";
+    message.className = "told quiet";
+    message.textContent = "Sending…";
     try {
       const { results } = await ask("feedback", { id, label });
-      told.textContent = SAID[results[0].status];
+      message.textContent = STATUS_TEXTS[results[0].status];
       button.textContent = "Correct";
       done(label, results[0].status);
     } catch (problem) {
-      told.className = "told bad";
-      told.textContent = problem.message;
+      message.className = "told bad";
+      message.textContent = problem.message;
     } finally {
       button.disabled = false;
     }

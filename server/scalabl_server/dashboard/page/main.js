@@ -1,4 +1,5 @@
-// The page: what is loaded, which adapter is looked at, when figures are drawn anew, and what is said when they cannot be.
+// The page's control flow: loading, the chosen adapter, asking, refreshing the figures, and error messages. Drawing is in
+// the other files.
 
 import { showAnswer, showFailure, showNoAnswer, showWaiting, spoken } from "./answer.js";
 import { Problem, ask, forgetKey, hasKey, onKeyNeeded } from "./api.js";
@@ -10,24 +11,24 @@ import { showReliability } from "./reliability.js";
 import { showRisk } from "./risk.js";
 import { percent } from "./words.js";
 
-const AGAIN_MS = 15_000; // between looks while the page is seen
+const AGAIN_MS = 15_000; // between refreshes while the page is visible
 const STARTING_MS = 2_000;
 
 const NOTHING_STORED =
-  "This server stores no predictions (it runs with --outcomes-url none), so there is nothing to draw and no label to send. " +
-  "Questions are answered all the same.";
+  "This server stores no predictions (it runs with --outcomes-url none), so there are no figures and labels cannot be sent. " +
+  "You can still ask questions.";
 
 let info = null;
-let looks = 0;
+let refreshes = 0;
 let questions = 0;
-let shown = ""; // the JSON that the figures were drawn from
-let watching = false; // whether looking again by itself makes sense
+let shown = ""; // the JSON that the figures show
+let watching = false; // whether to refresh the figures from time to time
 
 function adapter() {
-  return info.adapters.find((each) => each.name === byId("adapter").value) ?? null;
+  return info.adapters.find(({ name }) => name === byId("adapter").value) ?? null;
 }
 
-// What the whole page waits for: a key, a server that has started.
+// Start: wait for the server and, if needed, for a key.
 
 function notice(text, again = null) {
   const place = byId("notice");
@@ -44,10 +45,10 @@ async function start() {
     info = await ask("info");
   } catch (problem) {
     if (problem.kind === "starting") {
-      notice("The server is loading its model; this page goes on when it is ready.");
+      notice("The server is loading its model. This page continues when it is ready.");
       setTimeout(start, STARTING_MS);
     } else if (problem.status === 401) {
-      notice("This server wants an API key before it shows anything.", start);
+      notice("This server needs an API key.", start);
     } else {
       notice(problem.message, start);
     }
@@ -57,7 +58,7 @@ async function start() {
   byId("forget").hidden = !hasKey();
   byId("about").textContent = `${info.model.name}, ${info.model.dtype} on ${info.model.device} · version ${info.version}`;
   showAdapters();
-  await look();
+  await refresh();
 }
 
 function showAdapters() {
@@ -69,7 +70,7 @@ function showAdapters() {
   showTask();
 }
 
-/** The form's fields, as the chosen adapter needs them. */
+/** Show the form's fields that the chosen adapter needs. */
 function showTask() {
   const chosen = adapter();
   byId("ask").disabled = chosen === null;
@@ -87,28 +88,28 @@ function showTask() {
   );
 }
 
-// What is stored.
+// The figures of stored predictions.
 
-async function look() {
+async function refresh() {
   const chosen = adapter();
   if (chosen === null) return;
-  looks += 1;
-  const mine = looks;
+  refreshes += 1;
+  const own = refreshes;
   const state = byId("state");
   if (byId("stored").hidden && !state.hasChildNodes()) state.replaceChildren(h("p", { class: "empty panel waiting" }, "Loading…"));
   try {
-    const found = await ask(`v1/dashboard?adapter=${encodeURIComponent(chosen.name)}`);
-    if (mine !== looks) return; // another look began meanwhile
+    const { stored } = await ask(`v1/dashboard?adapter=${encodeURIComponent(chosen.name)}`);
+    if (own !== refreshes) return; // a newer refresh has begun
     byId("updated").textContent = `Updated ${new Date().toLocaleTimeString()}`;
-    watching = found.stored !== null;
-    show(found.stored);
+    watching = stored !== null;
+    show(stored);
   } catch (problem) {
-    if (mine !== looks) return;
-    watching = problem.status !== 401; // a prompt is for someone who is there
+    if (own !== refreshes) return;
+    watching = problem.status !== 401; // do not ask for a key again unless the user does something
     if (state.querySelector(".bad")?.textContent === problem.message) return;
     byId("updated").textContent = "";
     show(null);
-    const again = problem.kind === "unknown-adapter" ? start : look;
+    const again = problem.kind === "unknown-adapter" ? start : refresh;
     state.replaceChildren(
       h("div", { class: "empty panel" }, h("p", { class: "bad", role: "alert" }, problem.message), h("button", { type: "button", click: again }, "Try again")),
     );
@@ -128,7 +129,7 @@ function show(stored) {
     );
     return;
   }
-  showDoubtful({ list: byId("doubtful"), title: byId("doubts-title"), about: byId("doubts-about") }, stored, look);
+  showDoubtful({ list: byId("doubtful"), title: byId("doubts-title"), about: byId("doubts-about") }, stored, refresh);
   if (same) return;
   showNumbers(byId("numbers"), stored);
   const figures = {
@@ -136,17 +137,17 @@ function show(stored) {
     information: [showInformation, stored.mutual_information],
     risk: [showRisk, stored.risk_coverage],
   };
-  for (const [name, [render, found]] of Object.entries(figures)) keepingFocus(byId(name), () => render(byId(name), found));
+  for (const [name, [render, data]] of Object.entries(figures)) keepingFocus(byId(name), () => render(byId(name), data));
 }
 
-// A question.
+// Asking a question.
 
 function question(chosen) {
   const method = byId("method").value;
   const body = { inputs: byId("text").value, adapter: chosen.name, method };
   let choices = chosen.choices.length;
   if (chosen.task === "multiple_choice") {
-    body.choices = byId("choices").value.split("\n").map((each) => each.trim()).filter((each) => each !== "");
+    body.choices = byId("choices").value.split("\n").map((choice) => choice.trim()).filter((choice) => choice !== "");
     choices = body.choices.length;
   }
   if (byId("coverage").value !== "") body.coverage = Number(byId("coverage").value);
@@ -162,7 +163,7 @@ async function put(event) {
   const chosen = adapter();
   if (chosen === null || byId("ask").disabled) return;
   questions += 1;
-  const mine = questions;
+  const own = questions;
   const place = byId("answer");
   byId("ask").disabled = true;
   byId("announce").textContent = "";
@@ -170,24 +171,24 @@ async function put(event) {
   try {
     const started = performance.now();
     const response = await ask("predict", question(chosen));
-    if (mine !== questions) return;
-    showAnswer(place, response, chosen, performance.now() - started, look);
+    if (own !== questions) return;
+    showAnswer(place, response, chosen, performance.now() - started, refresh);
     byId("announce").textContent = spoken(response);
-    look();
+    refresh();
   } catch (problem) {
-    if (mine === questions) showFailure(place, problem);
+    if (own === questions) showFailure(place, problem);
     if (!(problem instanceof Problem)) throw problem;
   } finally {
     byId("ask").disabled = false;
   }
 }
 
-// The key.
+// The API key.
 
 function askForKey(wrong) {
   const dialog = byId("key");
   const input = byId("key-text");
-  byId("key-error").textContent = wrong ? "The server does not know the key that was sent." : "";
+  byId("key-error").textContent = wrong ? "The server rejected this API key. Try another one." : "";
   if (wrong) forgetKey();
   input.value = "";
   dialog.returnValue = "";
@@ -210,7 +211,7 @@ function askForKey(wrong) {
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (/^[\x20-\x7e]+$/.test(byId("key-text").value.trim())) byId("key").close("key");
-  else byId("key-error").textContent = "A key is one or more printable ASCII characters.";
+  else byId("key-error").textContent = "A key consists of printable ASCII characters.";
 });
 byId("key-cancel").addEventListener("click", () => byId("key").close());
 byId("forget").addEventListener("click", () => {
@@ -220,14 +221,14 @@ byId("forget").addEventListener("click", () => {
 
 byId("adapter").addEventListener("change", () => {
   history.replaceState(null, "", `?adapter=${encodeURIComponent(byId("adapter").value)}`);
-  questions += 1; // an answer that is on its way is not this adapter's
+  questions += 1; // ignore an answer of the previous adapter that is still under way
   showNoAnswer(byId("answer"));
   byId("doubtful").replaceChildren();
   byId("stored").hidden = true;
   byId("doubts").hidden = true;
   byId("state").replaceChildren();
   showTask();
-  look();
+  refresh();
 });
 byId("method").addEventListener("change", () => {
   byId("samples").disabled = byId("method").value === "linearized";
@@ -236,9 +237,9 @@ byId("query").addEventListener("submit", put);
 byId("query").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("query").requestSubmit();
 });
-byId("refresh").addEventListener("click", look);
+byId("refresh").addEventListener("click", refresh);
 setInterval(() => {
-  if (watching && !document.hidden && !byId("key").open) look();
+  if (watching && !document.hidden && !byId("key").open) refresh();
 }, AGAIN_MS);
 
 onKeyNeeded(askForKey);

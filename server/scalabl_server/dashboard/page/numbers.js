@@ -1,21 +1,21 @@
-// The numbers above the figures.
+// The row of numbers above the figures.
 
 import { h } from "./dom.js";
 import { count, percent } from "./words.js";
 
-/** Fill the list. `stored` as /v1/dashboard has it. */
+/** Fill the list. `stored` is that of /v1/dashboard. */
 export function showNumbers(list, stored) {
   const { totals } = stored;
   const { reliability } = totals;
   const entries = [
     ["Predictions", count(totals.predictions), `${count(reliability.accuracy.total)} with a label`],
     ["Accuracy", percent(reliability.accuracy.share), interval(reliability.accuracy)],
-    ["Calibration error", reliability.ece === null ? "–" : percent(reliability.ece), "ECE, 15 bins, all time"],
+    ["Calibration error", reliability.ece === null ? "–" : percent(reliability.ece), "ECE in 15 bins, all time"],
     ["Abstained", stored.abstains || totals.abstained.count > 0 ? percent(totals.abstained.share) : "–", abstained(stored)],
     ...reliability.sets.map((set) => [
       `Coverage of ${percent(set.coverage, 0)} sets`,
       percent(set.covered.share),
-      `${interval(set.covered)}; ${(totals.set_sizes[String(set.coverage)] ?? 0).toFixed(1)} choices each`,
+      `${interval(set.covered)}; ${(totals.set_sizes[String(set.coverage)] ?? 0).toFixed(1)} choices on average`,
     ]),
   ];
   list.replaceChildren(

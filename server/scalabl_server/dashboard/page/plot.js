@@ -1,17 +1,17 @@
-// What the figures share: a drawing that follows its width, scales and axes. Colours and type are the style sheet's.
+// Shared by the figures: drawings that follow the page's width, scales and axes. Colours and fonts are in page.css.
 
 import { s } from "./dom.js";
 
 const drawn = new WeakMap();
 const sizes = new ResizeObserver((entries) => {
   for (const { target } of entries) {
-    // Later, since a drawing changes the height that is being told of.
+    // In the next frame, since drawing changes the height that the observer is reporting.
     if (target.isConnected) requestAnimationFrame(() => redraw(target));
     else sizes.unobserve(target);
   }
 });
 
-/** Have `render(width)` fill an element with an SVG now and whenever its width changes. */
+/** Fill an element with the SVG of `render(width)`, now and whenever its width changes. */
 export function draw(element, render) {
   drawn.set(element, { render, width: 0 });
   sizes.observe(element);
@@ -26,14 +26,14 @@ function redraw(element, always = false) {
   element.replaceChildren(state.render(width));
 }
 
-/** value -> position, linear; `log`: in the logarithm. */
+/** A function from value to position: linear, or logarithmic if `log`. */
 export function scale([from, to], [start, end], log = false) {
   const of = log ? Math.log10 : (value) => value;
   const [low, high] = [of(from), of(to)];
   return (value) => start + ((of(value) - low) / (high - low)) * (end - start);
 }
 
-/** An SVG that is one image to a screen reader, told by its label; the table beside it has the rest. */
+/** An SVG that screen readers treat as one image with a label. The table below it has the numbers. */
 export function image(width, height, label, ...children) {
   return s(
     "svg",
@@ -50,7 +50,7 @@ export function line(x1, y1, x2, y2, name) {
   return s("line", { x1, y1, x2, y2, class: name });
 }
 
-/** Ticks with a label each below `y`, and the axis' name; `ticks` are [value, label] pairs. */
+/** The horizontal axis at `y` with labelled ticks and a name. `ticks` are [value, label] pairs. */
 export function xAxis(x, y, ticks, name, [left, right]) {
   return s(
     "g",
@@ -64,7 +64,7 @@ export function xAxis(x, y, ticks, name, [left, right]) {
   );
 }
 
-/** Grid lines with a label left of each, and the axis' name above. */
+/** Grid lines with labels at their left, and the name of the vertical axis above. */
 export function yAxis(y, ticks, name, [left, right], top) {
   return s(
     "g",
@@ -83,9 +83,9 @@ export function diamond(x, y, size, attributes) {
 
 export const PERCENTS = [0, 0.25, 0.5, 0.75, 1].map((value) => [value, `${100 * value}%`]);
 
-/** A few round ticks from 0 to `most` or the next one above it. */
+/** A few round ticks from 0 to `most`, or to the next tick above it. */
 export function roundTicks(most) {
-  const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((each) => most / each <= 5) ?? 0.25;
+  const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((size) => most / size <= 5) ?? 0.25;
   const last = Math.ceil(most / step - 1e-9);
   return Array.from({ length: last + 1 }, (_, n) => [n * step, `${Math.round(1000 * n * step) / 10}%`]);
 }

@@ -1,4 +1,4 @@
-// The reliability diagram: how often answers of each confidence were right, with how many there are of each.
+// The reliability diagram: the accuracy of predictions by their confidence, and the number of labels.
 
 import { h, s, segmented, table } from "./dom.js";
 import { PERCENTS, diamond, draw, image, line, scale, text, xAxis, yAxis } from "./plot.js";
@@ -8,18 +8,18 @@ const SPANS = { recent: "Newest labels", all: "All time" };
 
 let span = "recent";
 
-/** Fill the figure. `stored` as /v1/dashboard has it. */
+/** Fill the figure. `stored` is that of /v1/dashboard. */
 export function showReliability(figure, stored) {
-  const found = span === "recent" ? stored.recent : stored.totals.reliability;
+  const data = span === "recent" ? stored.recent : stored.totals.reliability;
   const drawing = h("div", { class: "drawing" });
   const open = figure.querySelector("details")?.open;
-  const { total } = found.accuracy;
+  const { total } = data.accuracy;
   figure.replaceChildren(
     h(
       "figcaption",
       {},
-      h("h3", {}, "Is its confidence earned?"),
-      h("p", { class: "finding" }, finding(found)),
+      h("h3", {}, "Does confidence match accuracy?"),
+      h("p", { class: "finding" }, finding(data)),
     ),
     segmented("span", "Which labels", SPANS, span, (value) => {
       span = value;
@@ -28,7 +28,7 @@ export function showReliability(figure, stored) {
     }),
   );
   if (total === 0) {
-    figure.append(h("p", { class: "empty" }, "No labels yet. Say what was true, above or with POST /feedback, and this diagram fills."));
+    figure.append(h("p", { class: "empty" }, "No labels yet. Send true answers, here or with POST /feedback, to fill this diagram."));
     return;
   }
   figure.append(
@@ -37,13 +37,13 @@ export function showReliability(figure, stored) {
       "ul",
       { class: "key" },
       h("li", {}, h("span", { class: "swatch band" }), "95% interval"),
-      h("li", {}, h("span", { class: "swatch dot" }), "agrees with its confidence"),
-      h("li", {}, h("span", { class: "swatch off" }), "does not"),
+      h("li", {}, h("span", { class: "swatch dot" }), "accuracy agrees with confidence"),
+      h("li", {}, h("span", { class: "swatch off" }), "it does not"),
     ),
     table(
       "Reliability by bins of confidence",
-      ["Confidence", "Mean", "Right", "Accuracy, 95%"],
-      found.bins
+      ["Confidence", "Mean", "Correct", "Accuracy, 95% interval"],
+      data.bins
         .filter((bin) => bin.accuracy.total > 0)
         .map((bin) => [
           range(bin),
@@ -54,16 +54,16 @@ export function showReliability(figure, stored) {
       open,
     ),
   );
-  draw(drawing, (width) => diagram(found, width));
+  draw(drawing, (width) => diagram(data, width));
 }
 
-function finding(found) {
-  if (found.accuracy.total === 0) return "Nothing is known yet of how often it is right.";
-  const off = found.bins.filter(isOff).length;
-  const { share, total } = found.accuracy;
-  const ece = (100 * found.ece).toFixed(1);
-  const told = `${percent(share)} of ${many(total, "labelled answer")} were right; confidence is off by ${ece} points on average.`;
-  return off === 0 ? told : `${told} In ${off === 1 ? "one bin" : `${off} bins`} by more than chance explains.`;
+function finding(data) {
+  if (data.accuracy.total === 0) return "The accuracy is not known yet.";
+  const off = data.bins.filter(isOff).length;
+  const { share, total } = data.accuracy;
+  const ece = (100 * data.ece).toFixed(1);
+  const result = `${percent(share)} of ${many(total, "labelled answer")} were correct. Confidence differs from accuracy by ${ece} percentage points on average.`;
+  return off === 0 ? result : `${result} In ${off === 1 ? "one bin" : `${off} bins`} the difference is larger than chance explains.`;
 }
 
 function isOff({ confidence, accuracy }) {
@@ -74,25 +74,25 @@ function range(bin) {
   return `${Math.round(100 * bin.low)}–${Math.round(100 * bin.high)}%`;
 }
 
-function diagram(found, width) {
+function diagram(data, width) {
   const [left, right, top, middle, gap, tall] = [42, width - 8, 30, 30 + Math.min(250, width * 0.7), 38, 44];
   const bottom = middle + gap + tall;
   const x = scale([0, 1], [left, right]);
   const y = scale([0, 1], [middle, top]);
-  const seen = found.bins.filter((bin) => bin.accuracy.total > 0);
+  const seen = data.bins.filter((bin) => bin.accuracy.total > 0);
   const most = Math.max(...seen.map((bin) => bin.accuracy.total));
   const high = scale([0, most], [0, tall]);
-  const label = `Reliability diagram: accuracy against confidence in ${found.bins.length} bins. ${finding(found)}`;
+  const label = `Reliability diagram: accuracy against confidence in ${data.bins.length} bins. ${finding(data)}`;
   return image(
     width,
     bottom + 42,
     label,
-    yAxis(y, PERCENTS, "right", [left, right], top),
+    yAxis(y, PERCENTS, "accuracy", [left, right], top),
     seen.map((bin) => s("rect", { ...reach(bin, x, y), class: isOff(bin) ? "band off" : "band" })),
     line(x(0), y(0), x(1), y(1), "perfect"),
     seen.map((bin) => point(bin, x, y)),
     text(0, middle + gap - 8, "labels", { class: "name" }),
-    found.bins.map((bin) => bar(bin, x, bottom, high, most)),
+    data.bins.map((bin) => bar(bin, x, bottom, high, most)),
     xAxis(x, bottom, PERCENTS, "confidence", [left, right]),
   );
 }
@@ -102,7 +102,7 @@ function across(bin, x) {
   return { x: from, width: x(bin.high) - 1.5 - from };
 }
 
-/** The interval's place. */
+/** The rectangle of a bin's interval. */
 function reach(bin, x, y) {
   const { low, high } = bin.accuracy;
   return { ...across(bin, x), y: y(high), height: y(low) - y(high), rx: 3 };
@@ -115,7 +115,7 @@ function point(bin, x, y) {
   return s(
     "g",
     { class: off ? "bin off" : "bin", "data-right": accuracy.count, "data-of": accuracy.total },
-    s("title", {}, `Confidence ${range(bin)}: ${count(accuracy.count)} of ${count(accuracy.total)} right, ${withInterval(accuracy)}`),
+    s("title", {}, `Confidence ${range(bin)}: ${count(accuracy.count)} of ${count(accuracy.total)} correct, ${withInterval(accuracy)}`),
     s("rect", { ...reach(bin, x, y), class: "reach" }),
     off ? diamond(cx, cy, 5.5, { class: "mark" }) : s("circle", { cx, cy, r: 4, class: "mark" }),
   );

@@ -1,30 +1,30 @@
-// Risk and coverage: how many answers are wrong when only the surest are given.
+// The risk-coverage curve: the share of wrong answers if only the least doubtful are given.
 
 import { h, s, segmented, table } from "./dom.js";
 import { PERCENTS, diamond, draw, image, line, roundTicks, scale, text, xAxis, yAxis } from "./plot.js";
 import { DOUBTS, count, many, nats, percent, withInterval } from "./words.js";
 
 const SHORT = { entropy: "Entropy", mutual_information: "MI", confidence: "Confidence" };
-const ROWS = 12; // of the table
+const ROWS = 12; // of the table, about
 
 let chosen = null;
 
-/** Fill the figure. `found` is `risk_coverage` of /v1/dashboard. */
-export function showRisk(figure, found) {
-  const score = chosen ?? found.score;
-  const points = found.curves[score];
+/** Fill the figure. `data` is `risk_coverage` of /v1/dashboard. */
+export function showRisk(figure, data) {
+  const score = chosen ?? data.score;
+  const points = data.curves[score];
   const drawing = h("div", { class: "drawing" });
   const open = figure.querySelector("details")?.open;
   figure.replaceChildren(
-    h("figcaption", {}, h("h3", {}, "What would caution buy?"), h("p", { class: "finding" }, finding(points, found.rule))),
-    segmented("score", "Doubt by which to hold back", SHORT, score, (value) => {
+    h("figcaption", {}, h("h3", {}, "What would abstaining gain?"), h("p", { class: "finding" }, finding(points, data.rule))),
+    segmented("score", "Doubt score by which to abstain", SHORT, score, (value) => {
       chosen = value;
-      showRisk(figure, found);
+      showRisk(figure, data);
       figure.querySelector("input:checked").focus();
     }),
   );
   if (points.length === 0) {
-    figure.append(h("p", { class: "empty" }, "No labels yet, and so no mistakes to avoid."));
+    figure.append(h("p", { class: "empty" }, "No labels yet."));
     return;
   }
   figure.append(
@@ -34,11 +34,11 @@ export function showRisk(figure, found) {
       { class: "key" },
       h("li", {}, h("span", { class: "swatch band" }), "95% interval"),
       h("li", {}, h("span", { class: "swatch dash" }), "if everything is answered"),
-      found.rule === null ? null : h("li", {}, h("span", { class: "swatch off" }), "the adapter’s rule"),
+      data.rule === null ? null : h("li", {}, h("span", { class: "swatch off" }), "the adapter’s rule"),
     ),
     table(
       `Risk and coverage by ${DOUBTS[score]}`,
-      ["Answered", "Doubt to", "Wrong", "Share, 95%"],
+      ["Answered", "Doubt up to", "Wrong", "Share wrong, 95% interval"],
       thinned(points).map((point) => [
         percent(point.coverage),
         nats(point.doubt),
@@ -48,7 +48,7 @@ export function showRisk(figure, found) {
       open,
     ),
   );
-  draw(drawing, (width) => curve(points, found.rule, width));
+  draw(drawing, (width) => curve(points, data.rule, width));
 }
 
 function thinned(points) {
@@ -57,20 +57,20 @@ function thinned(points) {
 }
 
 function finding(points, rule) {
-  if (points.length === 0) return "Answering less, and only when sure, leaves fewer wrong answers.";
+  if (points.length === 0) return "Abstaining from uncertain answers leaves fewer wrong answers.";
   const all = points.at(-1).wrong;
-  const told = `If everything is answered, ${percent(all.share)} of ${many(all.total, "labelled answer")} are wrong`;
+  const result = `If everything is answered, ${percent(all.share)} of ${many(all.total, "labelled answer")} are wrong`;
   if (rule !== null && rule.wrong.share !== null) {
-    return `${told}. The adapter’s rule answers ${percent(rule.answered.share)} and gets ${percent(rule.wrong.share)} of these wrong.`;
+    return `${result}. The adapter’s rule answers ${percent(rule.answered.share)}; ${percent(rule.wrong.share)} of these answers are wrong.`;
   }
   const surest = points.find((point) => point.coverage >= 0.8);
-  return `${told}; among the surest ${percent(surest.coverage, 0)}, ${percent(surest.wrong.share)}.`;
+  return `${result}. Of the ${percent(surest.coverage, 0)} with the least doubt, ${percent(surest.wrong.share)} are wrong.`;
 }
 
 function curve(points, rule, width) {
   const [left, right, top] = [42, width - 8, 30];
   const bottom = top + Math.min(330, width * 0.85);
-  // The first few answers have bands as wide as the figure: they are drawn, and the axis is not theirs.
+  // The first few answers have very wide intervals. They are drawn, but do not determine the axis.
   const steady = points.filter((point) => point.wrong.total >= 10);
   const ticks = roundTicks(Math.min(1, Math.max(0.05, 1.1 * Math.max(...(steady.length ? steady : points).map((point) => point.wrong.high)))));
   const most = ticks.at(-1)[0];
@@ -91,7 +91,7 @@ function curve(points, rule, width) {
     s("path", { d: path, class: "curve" }),
     points.length > 1 ? null : s("circle", { cx: x(points[0].coverage), cy: at(points[0].wrong.share), r: 4, class: "mark" }),
     rule === null || rule.wrong.share === null ? null : operating(rule, x, at, width),
-    xAxis(x, bottom, PERCENTS, "answered, the surest first", [left, right]),
+    xAxis(x, bottom, PERCENTS, "share answered, least doubtful first", [left, right]),
   );
 }
 

@@ -1,4 +1,4 @@
-// Numbers and findings as text.
+// Formats numbers and results as text.
 
 const WHOLE = new Intl.NumberFormat("en");
 const TIME = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
@@ -14,7 +14,7 @@ export function many(value, thing) {
   return `${count(value)} ${thing}${value === 1 ? "" : "s"}`;
 }
 
-/** A share, never rounded to a certainty that it is not. */
+/** A share in percent. A share that is not exactly 0 or 1 is never rounded to 0% or 100%. */
 export function percent(value, digits = 1) {
   if (value === null || value === undefined) return "–";
   const least = 10 ** -(digits + 2);
@@ -32,7 +32,7 @@ export function time(text) {
   return TIME.format(new Date(text));
 }
 
-/** From one time to another, what they share said once. */
+/** A range of times; parts that both have in common appear once. */
 export function times(from, to) {
   return TIME.formatRange(new Date(from), new Date(to));
 }
@@ -43,21 +43,21 @@ export function withInterval(share) {
   return `${percent(share.share)} (${(100 * share.low).toFixed(1)} to ${(100 * share.high).toFixed(1)})`;
 }
 
-/** What an answer's entropy and its two parts mean, in a sentence. */
+/** A sentence about an answer's entropy and its two parts. */
 export function aboutDoubt(answer) {
   const most = Math.log(Object.keys(answer.probabilities).length);
-  if (answer.entropy < 0.02 * most) return "There is next to no doubt.";
+  if (answer.entropy < 0.02 * most) return "The model is almost certain.";
   const own = answer.mutual_information / answer.entropy;
   if (own > 0.5) {
-    return "Most of the doubt is the model’s own: its posterior samples disagree, as they do on inputs unlike what it was trained on.";
+    return "Most of the uncertainty comes from the model: its posterior samples disagree. This is typical of inputs unlike the training data.";
   }
   if (own > 0.2) {
-    return "Part of the doubt is the model’s own, where its posterior samples disagree; the rest lies in the question.";
+    return "Part of the uncertainty comes from the model, whose posterior samples disagree. The rest comes from an ambiguous input.";
   }
-  return "Most of the doubt lies in the question: each posterior sample is unsure by itself.";
+  return "Most of the uncertainty comes from an ambiguous input: each posterior sample is uncertain.";
 }
 
-/** Where a mutual information stands among the calibration set's; null without a calibration. */
+/** A sentence that compares a mutual information with those of the calibration set; null without a calibration. */
 export function rankOf(value, quantiles) {
   const known = Object.entries(quantiles ?? {}).sort(([a], [b]) => Number(a) - Number(b));
   if (known.length === 0) return null;

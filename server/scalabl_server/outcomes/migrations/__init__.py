@@ -1,1 +1,1 @@
-"""The versions of the outcomes database, applied in order at start."""
+"""The versions of the outcomes database's tables, applied in order at start-up."""

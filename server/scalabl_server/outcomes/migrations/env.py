@@ -1,4 +1,4 @@
-"""What alembic runs: the migrations on the connection that `Database` hands over, in its transaction."""
+"""The script that alembic runs. It applies the migrations on the connection and in the transaction of `Database`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One module per version; never changed once released."""
+"""One module per version of the tables. A released module never changes what it does."""

@@ -1,4 +1,4 @@
-"""Predictions, their labels, the totals of each replica."""
+"""Version 1: tables for predictions, their labels, the totals of each replica, and the replicas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROW = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
-    """From nothing."""
+    """Create the tables."""
     op.create_table(
         "scalabl_predictions",
         sa.Column("seq", ROW, sa.Identity(), primary_key=True),
@@ -52,6 +52,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """To nothing."""
+    """Drop the tables."""
     for table in ("replicas", "totals", "labels", "predictions"):
         op.drop_table(f"scalabl_{table}")

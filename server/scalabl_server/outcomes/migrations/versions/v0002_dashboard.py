@@ -1,4 +1,4 @@
-"""What the dashboard looks for: the newest predictions and the newest labels of an adapter, and its totals."""
+"""Version 2: indexes for the dashboard's queries (an adapter's newest predictions, newest labels and totals)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Indexes only."""
+    """Create the indexes."""
     labelled = sa.text("label IS NOT NULL")
     op.create_index("scalabl_predictions_adapter", "scalabl_predictions", ["adapter", "seq"])
     op.create_index(
@@ -24,7 +24,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Without them."""
+    """Drop the indexes."""
     op.drop_index("scalabl_totals_adapter", "scalabl_totals")
     for name in ("labelled", "adapter"):
         op.drop_index(f"scalabl_predictions_{name}", "scalabl_predictions")
