@@ -133,7 +133,7 @@ def test_convert_writes_an_adapter(tmp_path: Path) -> None:
         (("--train", "absent.jsonl"), "error: absent.jsonl cannot be read"),
         (("--target-modules", "w_pack"), "error: target module 'w_pack' matches no linear layer"),
         (("--model", "no/where"), "error: the base model 'no/where' cannot be loaded"),
-        (("--chat",), "error: task.chat is true and the tokenizer has no chat template"),
+        (("--chat",), "error: task.chat is true but the tokenizer has no chat template"),
         (("--template", "no placeholder"), "no {input} placeholder"),
         (("--max-steps", "0"), "--max-steps"),
         (("--kl-direction", "up"), "--kl-direction"),
