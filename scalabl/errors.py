@@ -42,3 +42,7 @@ class BaseModelError(ScalaBLError):
 
 class CalibrationError(ScalaBLError):
     """Held-out data that do not suffice: too few rows for a coverage level, or no threshold that reaches a target risk."""
+
+
+class OutputError(ScalaBLError):
+    """A folder that cannot be written into: it holds something else, or the file system refuses."""

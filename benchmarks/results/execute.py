@@ -70,7 +70,7 @@ def _trainable(model: torch.nn.Module) -> int:
 
 def _scalabl(study: Study, run: Run, folder: Path) -> Result:
     config = study.config.model_copy(update={"prior_std": run.prior_std})
-    metrics = train_adapter(
+    trained = train_adapter(
         study.pretrained.model,
         config,
         run.training,
@@ -83,8 +83,8 @@ def _scalabl(study: Study, run: Run, folder: Path) -> Result:
     mean, log_std = (tensor.detach() for tensor in model.posterior())
     notes: dict[str, Any] = {
         "passes": NUM_SAMPLES,
-        "additional_parameters": metrics["additional_parameters"],
-        "stochastic_parameters": metrics["stochastic_parameters"],
+        "additional_parameters": trained.metrics["additional_parameters"],
+        "stochastic_parameters": trained.metrics["stochastic_parameters"],
         "median_sigma": float(log_std.exp().median()),
         "median_abs_mu": float(mean.abs().median()),
         "median_ratio": float((log_std.exp() / mean.abs()).median()),

@@ -34,7 +34,9 @@ SETS = ("train", "few", "validation", "test", "ood", "ood_validation")
 
 def subset(encoded: EncodedSet, rows: torch.Tensor) -> EncodedSet:
     """Some rows of a set."""
-    return EncodedSet([encoded.sequences[i] for i in rows.tolist()], encoded.answers[rows], encoded.num_choices[rows])
+    return EncodedSet(
+        [encoded.sequences[i] for i in rows.tolist()], encoded.answers[rows], encoded.num_choices[rows], encoded.name
+    )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from scalabl.prompt import Prompter
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """N examples as token ids. `num_choices` [N] may vary in multiple choice; an answer [N] of -1 is none of the choices."""
+    """N examples as token ids. `num_choices` [N] may vary in multiple choice; an answer [N] of -1 is none of the choices.
+
+    `name` is the name of the file that the examples come from, for messages.
+    """
 
     sequences: list[list[int]]
     answers: Tensor
     num_choices: Tensor
+    name: str = "the data"
 
 
 def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:
@@ -44,4 +49,5 @@ def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens:
         sequences,
         torch.tensor([example.answer for example in examples]),
         torch.tensor([len(example.choices) for example in examples]),
+        Path(examples[0].source.rpartition(":")[0]).name,
     )

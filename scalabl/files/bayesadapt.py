@@ -15,14 +15,16 @@ from torch import Tensor
 
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError
-from scalabl.files.adapter_directory import save_adapter
+from scalabl.files.output_folder import check_unused, write_adapter
 
 # BayesAdapt wraps PEFT: base_model.model.<module>.lora_A.default.<name>, base_model.model.<module>.lora_B.default.weight
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.default\.(?P<name>\w+)$")
 NEEDED = ("A.Vh", "A.log_s", "A.log_s_sigma", "B.weight")
 
 
-def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_alpha: float, task: Task) -> AdapterConfig:
+def convert_bayesadapt(
+    checkpoint: Path, output: Path, *, base_model: str, lora_alpha: float, task: Task, overwrite: bool = False
+) -> AdapterConfig:
     """Convert a ScalaBL `state_dict.pt` of the authors' code to an adapter directory.
 
     In such a checkpoint s ~ N(exp(log_s), exp(log_s_sigma)^2), A = Vh, and each scalar has a prior of its own. Only the
@@ -30,10 +32,13 @@ def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_
 
     Args:
         task: `choice_tokens` must be set; the head's lora_B has one row per choice token, in that order.
+        overwrite: replace an adapter in `output`.
 
     Raises:
         AdapterError: the file is not such a checkpoint; the message names a missing key.
+        OutputError: `output` is not empty and `overwrite` is false.
     """
+    check_unused(output, overwrite=overwrite)
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -80,5 +85,5 @@ def convert_bayesadapt(checkpoint: Path, output: Path, *, base_model: str, lora_
         prior_std=math.exp(float(torch.cat(prior_log_std).mean())) if prior_log_std else 1.0,
         task=task,
     )
-    save_adapter(output, config, weights)
+    write_adapter(output, config, weights, overwrite=overwrite)
     return config

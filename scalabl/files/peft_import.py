@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel
 
 from scalabl.base.pretrained import output_head
 from scalabl.config import AdapterConfig, Task
-from scalabl.errors import AdapterError
-from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from scalabl.errors import AdapterError, OutputError
+from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
+from scalabl.files.output_folder import check_unused, write_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
@@ -65,6 +67,16 @@ class Lora:
     def rank(self) -> int:
         """The largest rank over all modules."""
         return max(down.shape[0] for down, _ in self.modules.values())
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the names and values of all modules."""
+        digest = hashlib.sha256()
+        for name, pair in sorted(self.modules.items()):
+            digest.update(f"{name} {[list(matrix.shape) for matrix in pair]}\n".encode())
+            for matrix in pair:
+                digest.update(matrix.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_peft(folder: Path) -> Lora:
@@ -213,19 +225,31 @@ def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:
 
 
 def convert_peft(
-    folder: Path, output: Path, skeleton: PreTrainedModel, *, base_model: str, task: Task, relative_std: float
+    folder: Path,
+    output: Path,
+    skeleton: PreTrainedModel,
+    *,
+    base_model: str,
+    task: Task,
+    relative_std: float,
+    overwrite: bool = False,
 ) -> AdapterConfig:
     """Convert a trained PEFT LoRA to an adapter directory: the LoRA is the posterior mean, and sigma a share of each mu.
 
     Args:
         relative_std: sigma / mu.
+        overwrite: replace an adapter in `output`.
 
     Raises:
         AdapterError: see `read_peft` and `adapter_of`.
+        OutputError: `output` is not empty and `overwrite` is false, or `output` is `folder`.
     """
+    if output.resolve() == folder.resolve():
+        raise OutputError(f"{output} is the LoRA that is read; choose another --output")
+    check_unused(output, overwrite=overwrite)
     config, weights = adapter_of(read_peft(folder), skeleton, task, base_model_name_or_path=base_model)
     means = {name: tensor for name, tensor in weights.items() if name.endswith(".s_mean")}
     for name, mean in means.items():
         weights[name.replace(".s_mean", ".s_log_std")] = relative_log_std(mean, relative_std)
-    save_adapter(output, config, weights)
+    write_adapter(output, config, weights, overwrite=overwrite)
     return config

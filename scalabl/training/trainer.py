@@ -1,6 +1,7 @@
 """Training an adapter by stochastic variational inference: the loss, and a subclass of transformers' Trainer.
 
-The settings are in `recipe`, the separate KL steps of the published code in `published`.
+The settings are in `recipe`, the separate KL steps of the published code in `published`, and what keeps the runs in their
+folders apart in `run_folder`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
 from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
+from scalabl.files.output_folder import CHECKPOINTS, LOGS
 from scalabl.files.peft_import import relative_log_std
 from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
 from scalabl.model.posterior import kl_divergence
@@ -41,6 +44,7 @@ from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
 from scalabl.training.published import KLSteps
 from scalabl.training.recipe import TrainingConfig
+from scalabl.training.run_folder import Origin, TrainingRun, begin, find_run, finish
 
 
 class VariationalModule(nn.Module):
@@ -225,6 +229,27 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """Initial A, B and mu of every layer (`peft_import.adapter_of`), and the LoRA that they come from."""
+
+    tensors: Mapping[str, Tensor]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of `train_adapter`.
+
+    Attributes:
+        metrics: the scores on the validation rows, and the numbers of stochastic and of all additional parameters.
+        was_finished: whether the same run had finished before, so that nothing was done.
+    """
+
+    metrics: Mapping[str, float]
+    was_finished: bool = False
+
+
 def train_adapter(
     base: PreTrainedModel,
     config: AdapterConfig,
@@ -232,33 +257,42 @@ def train_adapter(
     train: EncodedSet,
     validation: EncodedSet,
     output: Path,
-    start: Mapping[str, Tensor] | None = None,
+    start: StartingPoint | None = None,
     caches: tuple[TrunkCache | None, TrunkCache | None] | None = None,
-) -> dict[str, float]:
+    *,
+    overwrite: bool = False,
+) -> Trained:
     """Train a new adapter and write it to `output`. An interrupted run is resumed from `output/checkpoints`.
 
-    The result is the adapter that had the lowest NLL in a validation.
+    The result is the adapter that had the lowest NLL in a validation. If the same run has finished, nothing is done.
 
     Args:
-        start: initial A, B and mu of every layer (`peft_import.adapter_of`); the initial sigma is then a share of mu.
+        start: where A, B and mu start; the initial sigma is then a share of mu.
         caches: trunk caches of `train` and `validation` from another run with the same trunk; created here if None.
+        overwrite: remove the adapter and the checkpoints in `output`, and start anew.
 
-    Returns:
-        The scores of the result on `validation`, and the numbers of stochastic and of all additional parameters.
+    Raises:
+        OutputError: `output` belongs to another run, or cannot be written.
     """
+    run = TrainingRun.of(config, recipe, train, validation, None if start is None else start.origin, base)
+    previous = find_run(output, run, overwrite=overwrite)
+    if previous is not None and previous.result is not None:
+        return Trained(previous.result.metrics, was_finished=True)
     set_seed(recipe.seed)
     model = ScalaBLModel(base, config)
     model.reset_adapter(recipe.seed, recipe.std_init)
     if start is not None:
-        _start_from(model, start)
+        _start_from(model, start.tensors)
     find_shared_work(model)
+    if previous is None:
+        begin(output, run)
     if recipe.gradient_checkpointing:
         # Renamed in transformers 5.20; the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     if recipe.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "runs")
-    checkpoints = output / "checkpoints"
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / LOGS)
+    checkpoints = output / CHECKPOINTS
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.max_steps,
@@ -299,4 +333,5 @@ def train_adapter(
     save_adapter(output, config, dict(model.adapter_parameters()))
     metrics["stochastic_parameters"] = model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
-    return metrics
+    finish(output, run, metrics)
+    return Trained(metrics)

@@ -22,6 +22,8 @@ ChoicePrefix = Annotated[
 ]
 Choices = Annotated[str, typer.Option(help="Comma-separated choices, in order.")]
 
+Overwrite = Annotated[bool, typer.Option(help="Replace the adapter in --output, once the new one is complete.")]
+
 
 @convert.command("bayesadapt")
 def convert_bayesadapt_command(
@@ -39,6 +41,7 @@ def convert_bayesadapt_command(
     ] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a ScalaBL checkpoint of BayesAdapt, the published code of the paper's authors."""
     with errors_as_messages():
@@ -46,7 +49,9 @@ def convert_bayesadapt_command(
 
         with usage_errors():
             task = task_of(kind, template, chat, choice_prefix, split(choices), split(choice_tokens))
-        config = convert_bayesadapt(checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task)
+        config = convert_bayesadapt(
+            checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task, overwrite=overwrite
+        )
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 
 
@@ -67,6 +72,7 @@ def convert_peft_command(
         ),
     ] = 0.1,
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a finished PEFT LoRA Bayesian: the posterior mean is exactly the LoRA's own weight update."""
     with errors_as_messages():
@@ -84,5 +90,6 @@ def convert_peft_command(
             base_model=base_model_name or model,
             task=Prompter(task, tokenizer).resolved_task,
             relative_std=relative_sigma,
+            overwrite=overwrite,
         )
         typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")

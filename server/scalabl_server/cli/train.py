@@ -18,7 +18,7 @@ def _train(
     model: Annotated[str, typer.Option(help="Base model: a hub id or a folder.")],
     train: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
     validation: Annotated[Path, typer.Option(help="Validation rows, JSONL.")],
-    output: Annotated[Path, typer.Option(help="The adapter directory to write. An interrupted run resumes from it.")],
+    output: Annotated[Path, typer.Option(help="The adapter directory to write. The same run resumes from it.")],
     kind: Annotated[
         TaskKind, typer.Option(help="classification: fixed choices; multiple_choice: choices come with each input.")
     ] = "classification",
@@ -48,6 +48,7 @@ def _train(
     prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior p(s).")] = 1.0,
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
     device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, … (auto: a GPU if there is one).")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Remove another run's adapter and checkpoints in --output.")] = False,
 ) -> None:
     """Train an adapter with stochastic variational inference."""
     for option, value in (
@@ -59,13 +60,14 @@ def _train(
         if init_from is not None and value is not None:
             raise typer.BadParameter("the LoRA of --init-from sets this value; leave the option out", param_hint=option)
     with errors_as_messages():
-        from scalabl.base.pretrained import load_pretrained, load_skeleton
+        from scalabl.base.pretrained import load_pretrained, load_skeleton, longest_prompt
         from scalabl.config import AdapterConfig
         from scalabl.evaluation.dataset import read_examples
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
-        from scalabl.training.trainer import train_adapter
+        from scalabl.training.run_folder import Origin, TrainingRun, find_run
+        from scalabl.training.trainer import StartingPoint, train_adapter
 
         training_rows, validation_rows = read_examples(train), read_examples(validation)
         choices = training_rows[0].choices
@@ -82,22 +84,27 @@ def _train(
                 prior_std=prior_std,
                 task=task_of(kind, template, chat, choice_prefix, choices),
             )
-        pretrained = load_pretrained(model, device=device, dtype="float32")
-        prompter = Prompter(config.task, pretrained.tokenizer)
+        skeleton, tokenizer = load_skeleton(model)
+        prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
         config, start = config.model_copy(update={"task": prompter.resolved_task}), None
         if lora is not None:
             recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
-            config, start = adapter_of(lora, load_skeleton(model)[0], config.task, **recorded)
-        metrics = train_adapter(
-            pretrained.model,
-            config,
-            recipe,
-            encode_examples(prompter, training_rows, pretrained.max_tokens),
-            encode_examples(prompter, validation_rows, pretrained.max_tokens),
-            output,
-            start,
+            config, tensors = adapter_of(lora, skeleton, config.task, **recorded)
+            start = StartingPoint(tensors, Origin(name=str(init_from), sha256=lora.sha256))
+        training_set, validation_set = (
+            encode_examples(prompter, rows, max_tokens) for rows in (training_rows, validation_rows)
         )
-        typer.echo(json.dumps(metrics))
+        origin = None if start is None else start.origin
+        planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
+        find_run(output, planned, overwrite=overwrite)  # refuses another run's folder before the base model is loaded
+        pretrained = load_pretrained(model, device=device, dtype="float32")
+        trained = train_adapter(
+            pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite
+        )
+        if trained.was_finished:
+            typer.echo(f"{output} holds this run's finished adapter; nothing was done")
+        else:
+            typer.echo(json.dumps(trained.metrics))
 
 
 train = command_for(TrainingConfig, _train)

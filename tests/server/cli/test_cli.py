@@ -126,6 +126,14 @@ def test_convert_writes_an_adapter(tmp_path: Path) -> None:
     assert wrong.exit_code == 2
     assert "share the token 5" in _said(wrong)
 
+    again = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8")
+    remedy = "choose another --output, or add --overwrite to replace the adapter in it"
+    assert (again.exit_code, again.stderr) == (1, f"error: {tmp_path / 'out'} is not empty; {remedy}\n")
+    assert read_config(tmp_path / "out").task.choice_tokens == (5, 6)
+    replaced = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8", "--overwrite")
+    assert replaced.exit_code == 0, replaced.output
+    assert read_config(tmp_path / "out").task.choice_tokens == (7, 8)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

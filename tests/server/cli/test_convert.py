@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,35 @@ def test_a_lora_becomes_an_adapter_with_its_logits(work: Path, tmp_path: Path) -
     config = read_config(tmp_path / "new")
     assert (config.base_model_name_or_path, config.task) == ("mine", read_config(work / "adapter").task)
     assert (_mean_logits(work, tmp_path / "new") - _sample_logits(work, 1)).abs().max() <= 1e-5
+
+
+def test_converting_into_a_folder_that_is_not_empty_needs_overwrite(work: Path, tmp_path: Path) -> None:
+    def convert(sample: str, *arguments: object) -> Result:
+        data = ("--peft", work / "samples" / sample, "--model", work / "base", "--choices", "red, green, blue")
+        return run("convert", "peft", *data, "--output", tmp_path / "new", *arguments)
+
+    assert convert("sample-0").exit_code == 0
+    again = convert("sample-1")
+    remedy = "choose another --output, or add --overwrite to replace the adapter in it"
+    assert (again.exit_code, again.stderr) == (1, f"error: {tmp_path / 'new'} is not empty; {remedy}\n")
+    assert (_mean_logits(work, tmp_path / "new") - _sample_logits(work, 0)).abs().max() <= 1e-5
+    assert convert("sample-1", "--overwrite").exit_code == 0
+    assert (_mean_logits(work, tmp_path / "new") - _sample_logits(work, 1)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("command", ["convert", "train"])
+def test_the_lora_that_is_read_is_never_overwritten(command: str, work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "samples" / "sample-0", tmp_path / "lora")
+    before = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+    if command == "train":
+        result = _train(work, tmp_path / "lora", "--init-from", tmp_path / "lora", "--overwrite")
+    else:
+        data = ("--peft", tmp_path / "lora", "--model", work / "base", "--choices", "red, green, blue")
+        result = run("convert", "peft", *data, "--output", tmp_path / "lora", "--overwrite")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'lora'} is the LoRA ")
+    assert result.stderr.endswith("; choose another --output\n")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == before
 
 
 def _train(work: Path, output: Path, *arguments: object) -> Result:
