@@ -5,6 +5,7 @@ Other projects' formats are in `bayesadapt`, `peft_import` and `peft_export`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return {name: tensor.float() for name, tensor in load(path.read_bytes()).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a safetensors file: {error}") from None
+
+
+def fingerprint_of_files(folder: Path) -> str:
+    """SHA-256 of an adapter directory's two files, to see whether another process has changed them.
+
+    Raises:
+        AdapterError: one of them cannot be read.
+    """
+    try:
+        parts = [hashlib.sha256((folder / name).read_bytes()).digest() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except OSError as error:
+        raise AdapterError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:

@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scalabl.files.adapter_directory import WEIGHTS_FILE
+from scalabl.errors import AdapterError
+from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from scalabl.files.atomic import new_folder
 from scalabl.files.peft_export import LoraSamples, write_lora
 from scalabl.model.posterior import Scheme
@@ -63,20 +67,51 @@ class SampleLoras:
         return (*self.names, *self.parts)
 
     def write(self, root: Path, name: str) -> Path:
-        """The folder of one LoRA below `root`. It is written if it does not exist, completely or not at all."""
+        """The folder of one LoRA below `root`. It is written if it does not exist, completely or not at all.
+
+        Raises:
+            AdapterError: a folder of that name holds something else: half a copy, say, or a LoRA that was changed.
+        """
         folder = root / name
-        if folder.is_dir():
+        if folder.is_dir() and any(folder.iterdir()):
+            if (fault := self._fault(folder, name)) is not None:
+                raise AdapterError(f"{folder} is not the LoRA of that name: {fault}; remove that folder")
             return folder
         # If another process is faster, its folder is kept: the content is the same.
         with new_folder(folder, keep_existing=True) as draft:
             write_lora(draft, self._tensors(name), self.loras.settings)
         return folder
 
+    def _fault(self, folder: Path, name: str) -> str | None:
+        """What is wrong with a folder that has the name of a LoRA. None if it holds that LoRA, up to rounding."""
+        expected = self._tensors(name)
+        try:
+            settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load((folder / WEIGHTS_FILE).read_bytes())
+        except FileNotFoundError as error:
+            return f"it has no {Path(error.filename).name}"
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"it cannot be read ({error})"
+        if not isinstance(settings, dict) or _compared(settings) != _compared(self.loras.settings):
+            return f"its {CONFIG_FILE} differs"
+        if tensors.keys() != expected.keys() or not all(_close(tensors[key], expected[key]) for key in expected):
+            return f"its {WEIGHTS_FILE} has other tensors"
+        return None
+
     def _tensors(self, name: str) -> dict[str, Tensor]:
         kind = self.parts.get(name)
         if kind is None:
             return self.loras.tensors(self.names.index(name))
         return {key: value for key, value in self.loras.tensors(0).items() if f".{kind}.lora_" in key}
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # The base model's name is a note: a model may be renamed, and its name is not a part of the fingerprint.
+    return {key: value for key, value in settings.items() if key != "base_model_name_or_path"}
+
+
+def _close(tensor: Tensor, expected: Tensor) -> bool:
+    return tensor.shape == expected.shape and torch.allclose(tensor.float(), expected, rtol=1e-4, atol=1e-6)
 
 
 def _fingerprint(loras: LoraSamples, adapter: Path) -> str:

@@ -69,11 +69,12 @@ def calibrate(
         from scalabl.evaluation.calibration import Options
         from scalabl.evaluation.calibration import calibrate as run
         from scalabl.evaluation.dataset import read_examples
-        from scalabl.files.adapter_directory import save_config
+        from scalabl.files.adapter_directory import fingerprint_of_files, save_config
 
         plots = plots_module() if plot is not None else None
         rows = read_examples(data)
         loaded = load(adapter, model, device, quantization)
+        fingerprint = fingerprint_of_files(adapter)
         config = loaded.model.config
         loaded.model.config = config.model_copy(update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None})
         options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
@@ -92,6 +93,8 @@ def calibrate(
             "temperature": outcome.temperature,
             "calibration": outcome.calibration,
         }
+        if fingerprint_of_files(adapter) != fingerprint:
+            raise ScalaBLError(f"{adapter} was changed while it was calibrated; nothing was written, so calibrate it again")
         save_config(adapter, config.model_copy(update=fitted))
         if plots is not None:
             plots.save_fit(outcome, plot)

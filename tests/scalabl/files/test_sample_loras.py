@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scalabl.errors import AdapterError
 from scalabl.files.sample_loras import SampleLoras
 from tests import tiny
 
@@ -67,6 +69,44 @@ def test_a_folder_that_is_there_stays(adapter: Path, tmp_path: Path) -> None:
     (folder / "mark").touch()
     assert loras.write(tmp_path, loras.names[1]) == folder
     assert (folder / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("half a copy", "it has no adapter_model.safetensors"),
+        ("cut", "it cannot be read"),
+        ("another sample", "its adapter_model.safetensors has other tensors"),
+        ("another alpha", "its adapter_config.json differs"),
+    ],
+)
+def test_a_folder_of_the_same_name_with_something_else_is_refused(
+    fault: str, message: str, adapter: Path, tmp_path: Path
+) -> None:
+    loras = _read(adapter)
+    folder, other = (loras.write(tmp_path, name) for name in loras.names[:2])
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if fault == "half a copy":
+        weights.unlink()
+    elif fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif fault == "another sample":
+        weights.write_bytes((other / "adapter_model.safetensors").read_bytes())
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
+    with pytest.raises(AdapterError, match=f"{folder} is not the LoRA of that name: {message}.*; remove that folder"):
+        loras.write(tmp_path, loras.names[0])
+
+
+def test_an_empty_folder_of_that_name_is_filled_and_a_renamed_base_model_changes_nothing(
+    adapter: Path, tmp_path: Path
+) -> None:
+    loras = _read(adapter)
+    (tmp_path / loras.names[0]).mkdir()
+    folder = loras.write(tmp_path, loras.names[0])
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "renamed"}))
+    assert loras.write(tmp_path, loras.names[0]) == folder
 
 
 def test_a_kind_that_does_nothing_is_no_part(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from scalabl.passes.trunk_cache import trunk_cache
 from scalabl.prompt import Prompter
 from scalabl.training.published import KLSteps, cycle_length, kl_rate
 from scalabl.training.recipe import TrainingConfig
+from scalabl.training.run_folder import fingerprint_of
 from scalabl.training.trainer import LengthGroupedSampler, VariationalModule, train_adapter
 from tests import tiny
 
@@ -317,3 +318,15 @@ def test_with_the_published_kl_the_loss_is_the_likelihood_alone(tmp_path: Path) 
     terms = VariationalModule(model, recipe, 96)(ids, lengths, TRAIN.num_choices[:5], TRAIN.answers[:5])
     assert terms["loss"].item() == terms["nll"].item()
     assert math.isfinite(_train(tmp_path, recipe)["eval_loss"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # GPT-2's head is tied to its embeddings
+def test_a_base_model_has_the_same_fingerprint_before_and_after_an_adapter(name: str) -> None:
+    base = tiny.base_model(name)
+    before = fingerprint_of(base)
+    model = ScalaBLModel(base, tiny.config_for(name))
+    model.detach()
+    assert fingerprint_of(base) == before == fingerprint_of(tiny.base_model(name))
+    assert fingerprint_of(tiny.base_model(name, seed=1)) != before
+    base.config.rms_norm_eps = 1e-3
+    assert fingerprint_of(base) != before, "the configuration is part of it"

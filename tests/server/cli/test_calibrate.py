@@ -17,6 +17,7 @@ from scalabl_server.cli.main import app
 from typer.testing import CliRunner, Result
 
 from scalabl.config import AdapterConfig
+from scalabl.evaluation import calibration
 from scalabl.files.adapter_directory import read_config, read_weights
 from scalabl.uncertainty.conformal import set_scores
 from tests import tiny
@@ -102,6 +103,28 @@ def test_calibrating_again_starts_from_the_posterior_as_trained(calibrated: Path
     result = _calibrate(folders / "base", tmp_path / "colours", calibrated / "rows.jsonl", *options)
     assert result.exit_code == 0, result.output
     assert read_config(tmp_path / "colours") == read_config(calibrated / "colours")
+
+
+def test_an_adapter_that_is_replaced_meanwhile_is_left_as_it_is(
+    calibrated: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the old labels would be written over the new adapter's."""
+    shutil.copytree(folders / "colours", tmp_path / "colours")
+    calibrate = calibration.calibrate
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        tiny.write_adapter(tmp_path / "colours", prior_std=0.3, seed=5)
+        return calibrate(*arguments, **options)
+
+    monkeypatch.setattr(calibration, "calibrate", slow)
+    data = (calibrated / "rows.jsonl", "--num-samples", 8, "--target-risk", 0.9)
+    result = _calibrate(folders / "base", tmp_path / "colours", *data)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'colours'} was changed while it was calibrated; nothing was written, so calibrate it again"
+    )
+    config = read_config(tmp_path / "colours")
+    assert (config.prior_std, config.calibration) == (0.3, None)
 
 
 def test_a_prediction_has_its_set_and_whether_to_abstain(client: TestClient, calibrated: Path) -> None:
