@@ -46,11 +46,12 @@ def main() -> None:
     if "peers" in parts:
         for rows in ("train", "few"):
             save_ensemble(study, rows)
+    main_run = next(run for run in our_runs() if run.name == MAIN)
     for scale in SCALES:
         if "precision" in parts:
-            Precision(study, MAIN, scale).measure()
+            Precision(study, main_run, scale).measure()
         if "times" in parts and scale == 1:
-            Precision(study, MAIN, scale).time()
+            Precision(study, main_run, scale).time()
     if "page" in parts:
         from benchmarks.results.page import write
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _run(study: Study, run: Run) -> None:
-    if scores_of(run.name) is None:
+    if scores_of(run.name, study.made_from(run)) is None:
         began = time.perf_counter()
         execute(study, run)
         print(f"{run.name}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.results.lora import fit, lora
-from benchmarks.results.plan import SEEDS, Run
-from benchmarks.results.saved import save_scores, scores_of
+from benchmarks.results.plan import SEEDS, Run, peer_runs
+from benchmarks.results.saved import read_logits, save_logits, save_scores, scores_of
 from benchmarks.results.scores import ensemble, scores_by_variant
 from benchmarks.results.study import NUM_SAMPLES, Study, subset
 from scalabl.evaluation.calibration import fit_scale
@@ -30,11 +29,12 @@ def execute(study: Study, run: Run) -> None:
     """Train, evaluate and save the scores."""
     folder = study.folder / run.name
     folder.mkdir(exist_ok=True)
+    made_from = study.made_from(run)  # before anything is attached to the base model
     began = time.perf_counter()
     logits, notes = {"base": _base, "lora": _lora, "dropout": _dropout, "scalabl": _scalabl}[run.method](study, run, folder)
-    save_file({name: tensor.clone() for name, tensor in logits.items()}, folder / "logits.safetensors")
-    notes |= {"run": dataclasses.asdict(run), "seconds": round(time.perf_counter() - began), "machine": describe()}
-    save_scores(run.name, notes | {"scores": scores_by_variant(study, run, logits, notes)})
+    save_logits(folder / "logits.safetensors", logits, made_from)
+    notes |= {"seconds": round(time.perf_counter() - began), "machine": describe()}
+    save_scores(run.name, notes | {"scores": scores_by_variant(study, run, logits, notes)}, made_from)
 
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]
@@ -129,9 +129,13 @@ def _fit(study: Study, model: ScalaBLModel, logits: dict[str, Tensor]) -> dict[s
 
 def save_ensemble(study: Study, rows: str) -> None:
     """The three plain LoRAs of some rows as one ensemble, once all have left their logits here."""
-    name, paths = f"{rows}-ensemble", [study.folder / f"{rows}-lora-{seed}" / "logits.safetensors" for seed in SEEDS]
-    if scores_of(name) is None and all(path.is_file() for path in paths):
-        first = scores_of(f"{rows}-lora-{SEEDS[0]}") or {}
+    name = f"{rows}-ensemble"
+    runs = [run for run in peer_runs() if (run.method, run.rows) == ("lora", rows)]
+    made_from = study.made_from(members=[run.plan for run in runs])
+    paths = {run.name: study.folder / run.name / "logits.safetensors" for run in runs}
+    if scores_of(name, made_from) is None and all(path.is_file() for path in paths.values()):
+        first = scores_of(runs[0].name, study.made_from(runs[0])) or {}
         count = len(SEEDS) * first["additional_parameters"]
         notes = {"passes": len(SEEDS), "additional_parameters": count, "stochastic_parameters": 0}
-        save_scores(name, notes | {"scores": ensemble(study, [load_file(path) for path in paths])})
+        logits = [read_logits(paths[run.name], study.made_from(run)) for run in runs]
+        save_scores(name, notes | {"scores": ensemble(study, logits)}, made_from)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,11 @@ class Run:
         steps = STEPS[self.rows]
         common = {"max_steps": steps, "eval_steps": steps // 4, "eval_samples": 8, "seed": self.seed}
         return TrainingConfig.model_validate(common | dict(self.recipe))
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """All of the above, for the file of its scores."""
+        return {"run": dataclasses.asdict(self), "training": self.training.model_dump(mode="json")}
 
 
 PUBLISHED = (("recipe", "published"),)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.results.saved import save_scores, scores_of
+from benchmarks.results.plan import Run
+from benchmarks.results.saved import read_logits, save_logits, save_scores, scores_of
 from benchmarks.results.study import Study, subset
 from benchmarks.timing import in_turns
 from scalabl.evaluation.encoded import EncodedSet
@@ -41,13 +41,14 @@ TIMED_INPUTS = 16
 class Precision:
     """Of one adapter at one scale of sigma."""
 
-    def __init__(self, study: Study, run: str, scale: float) -> None:
+    def __init__(self, study: Study, run: Run, scale: float) -> None:
         self.study, self.scale = study, scale
-        self.folder = study.folder / f"precision {run} x{scale:g}"
-        self.folder.mkdir(exist_ok=True)
-        self.model = load_adapter(study.pretrained.model, study.folder / run)
-        self.model.config = self.model.config.model_copy(update={"posterior_scale": scale})
         count, self.reference = SCALES[scale]
+        self.made_from = study.made_from(run, precision={"scale": scale, "inputs": count, "reference": self.reference})
+        self.folder = study.folder / f"precision {run.name} x{scale:g}"
+        self.folder.mkdir(exist_ok=True)
+        self.model = load_adapter(study.pretrained.model, study.folder / run.name)
+        self.model.config = self.model.config.model_copy(update={"posterior_scale": scale})
         parts = [subset(study.sets[name], _spread(len(study.sets[name].answers), count // 2)) for name in ("test", "ood")]
         self.inputs = EncodedSet(
             [ids for part in parts for ids in part.sequences],
@@ -62,8 +63,8 @@ class Precision:
             path = self.folder / f"{name} {start}.safetensors"
             if not path.is_file():
                 part = dataclasses.replace(draws, epsilon=draws.epsilon[start : start + PASS_SAMPLES])
-                save_file({"logits": logits_of(self.model, self.inputs.sequences, part)}, path)
-            pieces.append(load_file(path)["logits"])
+                save_logits(path, {"logits": logits_of(self.model, self.inputs.sequences, part)}, self.made_from)
+            pieces.append(read_logits(path, self.made_from)["logits"])
         return torch.cat(pieces, dim=1)
 
     def linearization(self) -> list[tuple[list[int], Linearization]]:
@@ -77,7 +78,7 @@ class Precision:
 
     def measure(self) -> dict[str, Any]:
         """RMS errors against the reference, saved."""
-        saved = scores_of(f"precision x{self.scale:g}")
+        saved = scores_of(f"precision x{self.scale:g}", self.made_from)
         if saved is not None:
             return saved
         dimension = self.model.num_stochastic_parameters
@@ -111,7 +112,7 @@ class Precision:
                 ]
                 rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
         result = {"scale": self.scale, "relative_spread": relative_spread(self.model), "rows": rows}
-        save_scores(f"precision x{self.scale:g}", result)
+        save_scores(f"precision x{self.scale:g}", result, self.made_from)
         return result
 
     def time(self, rounds: int = 5) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class Precision:
             "seconds": {name: statistics.median(times) for name, times in seconds.items()},
             "range": {name: (min(times), max(times)) for name, times in seconds.items()},
         }
-        save_scores("precision times", result)
+        save_scores("precision times", result, self.made_from)
         return result
 
 

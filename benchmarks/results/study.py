@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.results.plan import Run
+from benchmarks.results.saved import CODE
 from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.config import AdapterConfig, Task
 from scalabl.evaluation.calibration import split_halves
@@ -21,6 +24,7 @@ from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
 from scalabl.prompt import Prompter
+from scalabl.training.run_folder import Rows, fingerprint_of
 
 TEMPLATE = "{input}\nTopic:"
 RANK, ALPHA = 8, 16.0
@@ -82,6 +86,26 @@ class Study:
         model.reset_adapter(0)
         find_shared_work(model)
         return model.eval()
+
+    @functools.cached_property
+    def _shared(self) -> dict[str, Any]:
+        fields = {"r", "lora_alpha", "target_modules", "layers_to_transform", "task"}
+        return {
+            "code": CODE,
+            "num_samples": NUM_SAMPLES,
+            "adapter": self.config.model_dump(mode="json", include=fields),
+            "base_model": fingerprint_of(self.pretrained.model),
+            "sets": {name: Rows.of(encoded).model_dump(exclude={"file"}) for name, encoded in self.sets.items()},
+        }
+
+    def made_from(self, run: Run | None = None, **more: Any) -> dict[str, Any]:
+        """What a run is made from: its plan, and what all runs share.
+
+        Args:
+            run: None for what no single training decides.
+            more: what else decides the result.
+        """
+        return {**self._shared, **({} if run is None else run.plan), **more}
 
     @functools.cached_property
     def caches(self) -> dict[str, TrunkCache]:
