@@ -64,6 +64,8 @@ def evaluate(
 
     Tables go to standard error. The JSON report goes to --output and to standard output, unless that is a terminal.
     """
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise typer.BadParameter("a file in an existing folder", param_hint="--output")
     with errors_as_messages():
         from scalabl.evaluation.dataset import read_examples
         from scalabl.evaluation.report import report

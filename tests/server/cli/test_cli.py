@@ -68,6 +68,13 @@ def test_train_then_evaluate(work: Path, tmp_path: Path) -> None:
     assert {"auroc_ood_mutual_information", "auroc_ood_entropy", "auroc_ood_confidence"} <= report["ood"][0].keys()
 
 
+@pytest.mark.parametrize("output", ["absent/report.json", "."])
+def test_a_report_that_cannot_be_written_is_refused_before_the_evaluation(output: str, work: Path, tmp_path: Path) -> None:
+    result = run("evaluate", "--adapter", work / "none", "--data", work / "none", "--output", tmp_path / output)
+    assert result.exit_code == 2
+    assert "--output: a file in an existing folder" in _said(result)
+
+
 def test_train_multiple_choice_letters_the_widest_row(work: Path, tmp_path: Path) -> None:
     result = _train(work, tmp_path / "new", "--kind", "multiple_choice", rows="lettered.jsonl")
     assert result.exit_code == 0, result.output
