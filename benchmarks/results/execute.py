@@ -16,7 +16,7 @@ from benchmarks.results.plan import SEEDS, Run, peer_runs
 from benchmarks.results.saved import read_logits, save_logits, save_scores, scores_of
 from benchmarks.results.scores import ensemble, scores_by_variant
 from benchmarks.results.study import NUM_SAMPLES, Study, subset
-from scalabl.evaluation.calibration import fit_scale
+from scalabl.evaluation.calibration_fit import fit_scale
 from scalabl.evaluation.inference import logits_of
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.scalabl_model import ScalaBLModel

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.results.plan import Run
 from benchmarks.results.study import Study
 from scalabl.config import SetMethod
-from scalabl.evaluation.calibration import TEMPERATURES, minimise, mixture_nll
+from scalabl.evaluation.calibration_fit import TEMPERATURES, minimise, mixture_nll
 from scalabl.evaluation.scoring import labelled_scores, outside_scores
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
 from scalabl.uncertainty.conformal import conformal_threshold, prediction_sets, set_scores

@@ -2,23 +2,23 @@
 
 The rows are split into two halves. The first is used to choose scale, temperature and doubt score. The second gives the
 thresholds and the reported numbers; since nothing was fitted to it, the guarantees hold for new inputs of the same kind.
-Prediction sets and abstention themselves are in `uncertainty`.
+It has one other use: scale and temperature go back to 1 if they make it worse. The fit itself is in `calibration_fit`,
+prediction sets and abstention themselves in `uncertainty`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from scalabl.config import Abstention, Calibration, CalibrationData, Fit, SetMethod
+from scalabl.config import Abstention, Calibration, CalibrationData, DoubtName, Fit, SetMethod
 from scalabl.errors import CalibrationError
+from scalabl.evaluation.calibration_fit import Trial, checked_fit
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of
 from scalabl.evaluation.scoring import scores
@@ -29,109 +29,9 @@ from scalabl.uncertainty.conformal import conformal_threshold, set_scores
 from scalabl.uncertainty.predictive import Predictive, predictive
 from scalabl.uncertainty.selective import aurc, check_rows_for_risk, doubts, guaranteed_threshold
 
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-TEMPERATURES = tuple(float(t) for t in np.geomspace(0.1, 10.0, 13))
+MIN_ROWS = 20  # half of them are ten: fewer can neither fit anything nor show that a fit is harmful
+NEGLIGIBLE = 1e-9  # a threshold this near to 0 or 1 is at the end of its range
 REFERENCE_QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-
-LogitsAt = Callable[[float], Tensor]  # posterior scale tau -> logits [N, K, C]
-
-
-def mixture_nll(logits: Tensor, answers: Tensor, temperature: float) -> float:
-    """-mean_n ln mean_k softmax(z_nk / T)[y_n], in nats: logits [N, K, C], answers [N]."""
-    return _tempered_nll(_gaps(logits, answers), temperature)
-
-
-def _gaps(logits: Tensor, answers: Tensor) -> Tensor:
-    """Each choice's logit minus the answer's, z - z_y: [N, K, C] float64."""
-    picked = answers.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-    return logits.double() - logits.double().gather(-1, picked)
-
-
-def _tempered_nll(gaps: Tensor, temperature: float) -> float:
-    return float(_row_nll(gaps, temperature).mean())
-
-
-def _row_nll(gaps: Tensor, temperature: float) -> Tensor:
-    log_p = -torch.logsumexp(gaps / temperature, dim=-1)  # [N, K], log-probability of the answer
-    return math.log(gaps.shape[1]) - torch.logsumexp(log_p, dim=-1)
-
-
-def minimise(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> tuple[float, float]:
-    """Minimise a function of x > 0: the lowest point of a grid, refined by Brent's bounded search between its neighbours.
-
-    Args:
-        grid: values of x, ascending.
-        tolerance: of ln x.
-
-    Returns:
-        (x, loss) of the minimum.
-    """
-    values = [loss(x) for x in grid]
-    best = min(range(len(grid)), key=values.__getitem__)
-    bounds = math.log(grid[max(0, best - 1)]), math.log(grid[min(len(grid) - 1, best + 1)])
-    refined = minimize_scalar(
-        lambda log_x: loss(math.exp(log_x)), bounds=bounds, method="bounded", options={"xatol": tolerance}
-    )
-    # If the loss has several minima or is lowest at an end, the grid point may be lower than the refined one.
-    return min((grid[best], values[best]), (math.exp(refined.x), float(refined.fun)), key=lambda point: point[1])
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One posterior scale with its best temperature, and the NLL at that temperature and at T = 1."""
-
-    posterior_scale: float
-    temperature: float
-    nll: float
-    nll_untempered: float
-
-
-@dataclass(frozen=True)
-class ScaleFit:
-    """The chosen trial with its logits [N, K, C], and all trials in ascending order of scale."""
-
-    best: Trial
-    logits: Tensor
-    trials: list[Trial]
-
-
-def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = 0.2) -> ScaleFit:
-    """The posterior scale and temperature with the lowest NLL, or scale 1 if the difference is within the noise.
-
-    Each scale costs one pass over the data; its temperature is fitted to the logits of that pass. Scale 1 and temperature 1
-    are always tried, so the fit is never worse than none. NLL often hardly depends on the scale, because the temperature
-    makes up for it, while mutual information does. So scale 1, the posterior as trained, stays unless another scale is
-    better by more than the standard error of the difference over the rows (one-standard-error rule, Breiman et al. 1984).
-
-    Args:
-        logits_at: computes logits [N, K, C] for a posterior scale, always with the same draws.
-        answers: [N].
-        tolerance: of ln tau; NLL is so flat around its minimum that data cannot distinguish closer scales.
-    """
-    trials: list[Trial] = []
-    logits_and_nll: dict[str, tuple[Tensor, Tensor]] = {}  # logits and each row's NLL, of the best scale and of scale 1
-
-    def best_nll(scale: float) -> float:
-        logits = logits_at(scale)
-        gaps = _gaps(logits, answers)
-        untempered = _tempered_nll(gaps, 1.0)
-        temperature, nll = minimise(lambda t: _tempered_nll(gaps, t), TEMPERATURES, 1e-3)
-        if nll >= untempered:
-            temperature, nll = 1.0, untempered
-        result = logits, _row_nll(gaps, temperature)
-        if all(nll < trial.nll for trial in trials):
-            logits_and_nll["best"] = result
-        if scale == 1:
-            logits_and_nll["unscaled"] = result
-        trials.append(Trial(scale, temperature, nll, untempered))
-        return nll
-
-    minimise(best_nll, SCALES, tolerance)
-    chosen, choice = min(trials, key=lambda trial: trial.nll), "best"
-    gain = logits_and_nll["unscaled"][1] - logits_and_nll["best"][1]
-    if float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
-        chosen, choice = next(trial for trial in trials if trial.posterior_scale == 1), "unscaled"
-    return ScaleFit(chosen, logits_and_nll[choice][0], sorted(trials, key=lambda trial: trial.posterior_scale))
 
 
 def split_halves(answers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -156,13 +56,16 @@ class Options:
 class Outcome:
     """The result of a calibration: the new values for the adapter's config, and every trial of the fit.
 
-    `refusal` says why there is no abstention threshold although one was requested.
+    Attributes:
+        notes: what a user should know of it, one sentence each; the first says how scale and temperature were chosen.
+        refusal: why there is no abstention threshold although one was requested.
     """
 
     posterior_scale: float
     temperature: float
     calibration: Calibration
     trials: list[Trial]
+    notes: list[str]
     refusal: str | None = None
 
 
@@ -188,8 +91,10 @@ def calibrate(
     """
     assert model.config.posterior_scale == model.config.temperature == 1
     chosen, held_out = split_halves(encoded.answers, options.seed)
-    if len(held_out) < 1:
-        raise CalibrationError(f"calibration needs at least two rows, and there are {len(encoded.answers)}; give more rows")
+    if len(encoded.answers) < MIN_ROWS:
+        raise CalibrationError(
+            f"calibration needs at least {MIN_ROWS} rows, and there are {len(encoded.answers)}; give more"
+        )
     for level in options.levels:  # fail before the long passes, if there are too few rows
         conformal_threshold(torch.zeros(len(held_out)), level)
 
@@ -202,13 +107,16 @@ def calibrate(
         logits = logits_of(model, sequences, scaled, on_progress=on_progress)
         return without_absent(logits, encoded.num_choices[rows])
 
-    fit = fit_scale(lambda scale: logits_at(chosen, scale), encoded.answers[chosen])
-    scale, temperature = fit.best.posterior_scale, fit.best.temperature
-    fit_outcome = predictive(fit.logits, temperature, draws.scheme)
     answers = encoded.answers[held_out]
-    before = logits_at(held_out, 1.0)
-    after = before if scale == 1 else logits_at(held_out, scale)
-    outcome = predictive(after, temperature, draws.scheme)
+    fit = checked_fit(
+        lambda scale: logits_at(chosen, scale),
+        encoded.answers[chosen],
+        lambda scale: logits_at(held_out, scale),
+        answers,
+    )
+    scale, temperature = fit.posterior_scale, fit.temperature
+    fit_outcome = predictive(fit.fit_logits, temperature, draws.scheme)
+    outcome = predictive(fit.after, temperature, draws.scheme)
     thresholds: dict[SetMethod, dict[str, float]] = {
         method: {
             f"{level:g}": conformal_threshold(_of_answers(set_scores(outcome.probabilities, method), answers), level)
@@ -216,11 +124,14 @@ def calibrate(
         }
         for method in get_args(SetMethod)
     }
+    notes = [fit.summary, *_degenerate_thresholds(thresholds, options.method)]
     abstain, refusal = None, None
     try:
-        abstain = _abstention(fit_outcome, encoded.answers[chosen], outcome, answers, options)
+        abstain = _abstention(fit_outcome, encoded.answers[chosen], outcome, answers, options, few_errors=fit.few_errors)
     except CalibrationError as error:  # the rest of the calibration is still useful
         refusal = str(error)
+    if abstain is not None:
+        notes += _notes_on(abstain, few_errors=fit.few_errors)
     calibration = Calibration(
         data=CalibrationData(
             name=name, sha256=sha256, rows=len(encoded.answers), fit_rows=len(chosen), threshold_rows=len(held_out)
@@ -232,10 +143,10 @@ def calibrate(
         thresholds=thresholds,
         abstain=abstain,
         quantiles={"mutual_information": _quantiles(outcome.mutual_information), "entropy": _quantiles(outcome.entropy)},
-        before=_fit_of(predictive(before, 1.0, draws.scheme), answers),
+        before=_fit_of(predictive(fit.before, 1.0, draws.scheme), answers),
         after=_fit_of(outcome, answers),
     )
-    return Outcome(scale, temperature, calibration, fit.trials, refusal)
+    return Outcome(scale, temperature, calibration, fit.trials, notes, refusal)
 
 
 def _of_answers(scores: Tensor, answers: Tensor) -> Tensor:
@@ -253,13 +164,18 @@ def _fit_of(outcome: Predictive, answers: Tensor) -> Fit:
 
 
 def _abstention(
-    fitted: Predictive, fit_answers: Tensor, outcome: Predictive, answers: Tensor, options: Options
+    fitted: Predictive, fit_answers: Tensor, outcome: Predictive, answers: Tensor, options: Options, *, few_errors: bool
 ) -> Abstention | None:
+    """The abstention rule, with the doubt score that separates the errors of the fit rows best.
+
+    With few errors the scores cannot be told apart, and entropy is taken, which needs no such choice. The guarantee holds
+    for any score: it is chosen without the rows that the threshold is tested on.
+    """
     if options.target_risk is None:
         return None
     mistakes = fitted.probabilities.argmax(-1) != fit_answers
     candidates = doubts(fitted)
-    score = min(candidates, key=lambda name: aurc(candidates[name], mistakes))
+    score: DoubtName = "entropy" if few_errors else min(candidates, key=lambda name: aurc(candidates[name], mistakes))
     guaranteed = guaranteed_threshold(
         candidates[score],
         doubts(outcome)[score],
@@ -276,3 +192,30 @@ def _abstention(
         risk_bound=guaranteed.bound,
         coverage=guaranteed.coverage,
     )
+
+
+def _degenerate_thresholds(thresholds: dict[SetMethod, dict[str, float]], method: SetMethod) -> list[str]:
+    """A note for each threshold of the served method at which sets no longer depend on the input."""
+    notes = []
+    for level, threshold in thresholds[method].items():
+        if threshold <= NEGLIGIBLE:
+            notes.append(
+                f"at level {level} prediction sets hold only the most probable choice: the rows for the thresholds are "
+                "answered right with certainty. Their coverage holds only for inputs as easy as these rows"
+            )
+        elif threshold >= 1 - NEGLIGIBLE:
+            notes.append(
+                f"at level {level} prediction sets hold every choice: some answers of the rows for the thresholds have a "
+                "probability of almost 0. Check their labels, or lower --levels"
+            )
+    return notes
+
+
+def _notes_on(abstain: Abstention, *, few_errors: bool) -> list[str]:
+    """What a user should know of an abstention threshold: how its score was chosen, and whether it is extreme."""
+    notes = []
+    if few_errors:
+        notes.append("abstention uses entropy: too few rows to fit are answered wrong to compare the doubt scores")
+    if abstain.threshold <= NEGLIGIBLE:
+        notes.append("the abstention threshold is 0: only answers without any doubt are given")
+    return notes

@@ -54,8 +54,8 @@ def calibrate(
     """Calibrate an adapter on held-out labels and write the result into its configuration.
 
     Half of the rows, chosen at random, fit the posterior scale and the temperature. The other half sets the thresholds for
-    prediction sets and abstention, and measures the scores before and after. Use the same --num-samples and --quantization
-    as in serving.
+    prediction sets and abstention, and measures the scores before and after. Where the rows cannot tell, scale and
+    temperature stay 1. Use the same --num-samples and --quantization as in serving.
     """
     parsed = _levels(levels)
     if plot is not None and (plot.suffix not in PLOT_FILES or not plot.absolute().parent.is_dir()):
@@ -100,6 +100,9 @@ def calibrate(
             plots.save_fit(outcome, plot)
         report = {**fitted, "calibration": outcome.calibration.model_dump(mode="json")}
         report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
+        report["notes"] = outcome.notes
+        for note in outcome.notes:
+            typer.echo(f"note: {note}", err=True)
         typer.echo(json.dumps(report, indent=2))
         if outcome.refusal is not None:
             raise ScalaBLError(
