@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from scalabl.errors import CalibrationError
+from scalabl.evaluation import calibration
 from scalabl.evaluation.calibration import Options, calibrate, split_halves
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.uncertainty.absent_choices import without_absent
 from scalabl.uncertainty.predictive import predictive
 from tests import tiny
@@ -115,3 +118,28 @@ def test_a_risk_that_the_answers_do_not_allow_leaves_the_rest_and_says_why() -> 
     assert outcome.calibration.thresholds["lac"]
     assert outcome.refusal is not None
     assert outcome.refusal.startswith("no abstention threshold keeps the share of wrong answers within 0.05")
+
+
+def _certain(model: ScalaBLModel, answers: Tensor, *, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every prediction certain, and right or wrong."""
+    logits = torch.zeros(len(answers), 2, model.num_choices)
+    logits[torch.arange(len(answers)), :, answers if right else (answers + 1) % 3] = 2000.0
+    lookup = dict(zip(map(tuple, _labelled(len(answers)).sequences), logits, strict=True))
+    monkeypatch.setattr(
+        calibration, "logits_of", lambda _, sequences, *args, **kwargs: torch.stack([lookup[tuple(s)] for s in sequences])
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "threshold", "said"),
+    [(True, 0, "prediction sets hold only the most probable choice"), (False, 1, "prediction sets hold every choice")],
+)
+def test_a_threshold_at_the_end_of_its_range_is_said(
+    right: bool, threshold: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoded = tiny.adapted(), _labelled(60)
+    _certain(model, encoded.answers, right=right, monkeypatch=monkeypatch)
+    outcome = calibrate(model, encoded, model.draws(2), replace(LOOSE, target_risk=0.9), name="rows", sha256="0")
+    assert outcome.calibration.thresholds["lac"]["0.9"] == threshold
+    assert any(note.startswith("at level 0.9 ") and said in note for note in outcome.notes)
+    assert any("the abstention threshold is 0" in note for note in outcome.notes) is right

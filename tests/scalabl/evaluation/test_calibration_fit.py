@@ -1,4 +1,4 @@
-"""The fit finds what made the data and is never worse than none; what the rows cannot tell leaves scale and temperature 1."""
+"""The fit finds what made the data and is never worse than none; where rows cannot tell, scale and temperature stay 1."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_the_report_has_the_path_of_the_fit_and_the_plot_is_drawn(calibrated: Pa
     scales = [trial["posterior_scale"] for trial in report["trials"]]
     assert scales == sorted(scales)
     assert {0.25, 0.5, 1.0, 2.0, 4.0} <= set(scales)
-    best = min(report["trials"], key=lambda trial: trial["nll"])
+    best = min(report["trials"], key=lambda trial: trial["penalised_nll"])
     (chosen,) = [trial for trial in report["trials"] if trial["posterior_scale"] == report["posterior_scale"]]
     assert chosen in (best, next(trial for trial in report["trials"] if trial["posterior_scale"] == 1))
     assert chosen["temperature"] == report["temperature"]
@@ -182,6 +182,32 @@ def test_info_shows_the_calibration(client: TestClient, colours: TestClient, cal
     assert colours.get("/info").json()["adapter"]["calibration"] is None
 
 
+def test_rows_that_are_all_answered_right_leave_the_adapter_as_sure_as_it_was_and_say_why(
+    folders: Path, tmp_path: Path, serve: Callable[..., TestClient]
+) -> None:
+    shutil.copytree(folders / "colours", tmp_path / "colours")
+    untouched = serve(adapter=tmp_path / "colours", num_samples=8)
+    rows = _rows(228)
+    for row in rows:
+        row["answer"] = COLOURS.index(_one(untouched, inputs=row["text"])["prediction"])
+    result = _calibrate(folders / "base", tmp_path / "colours", _write(tmp_path / "easy.jsonl", rows), "--num-samples", 8)
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: posterior scale and temperature stay 1: 0 of the 114 rows to fit are answered wrong, and fewer than 8 errors "
+        "cannot tell; give more rows, not easier ones than the adapter will serve",
+        "note: abstention uses entropy: too few rows to fit are answered wrong to compare the doubt scores",
+    ]
+    assert json.loads(result.stdout)["notes"] == [note.removeprefix("note: ") for note in notes]
+    config = read_config(tmp_path / "colours")
+    assert (config.posterior_scale, config.temperature) == (1, 1)
+    assert config.calibration is not None
+    assert config.calibration.before == config.calibration.after
+    assert config.calibration.abstain is not None
+    assert config.calibration.abstain.score == "entropy"
+    assert config.calibration.abstain.risk_bound <= 0.05
+
+
 def test_multiple_choice_sets_hold_the_choices_of_the_request(
     folders: Path, tmp_path: Path, serve: Callable[..., TestClient]
 ) -> None:
@@ -202,6 +228,7 @@ def test_multiple_choice_sets_hold_the_choices_of_the_request(
     [
         (60, ("--target-risk", 0.05), "needs at least 90 rows for the thresholds and there are 30"),
         (60, ("--target-risk", 0), "--target-risk"),
+        (10, ("--levels", "0.5", "--no-abstain"), "error: calibration needs at least 20 rows, and there are 10"),
         (30, (), "error: prediction sets at level 0.95 need at least 19 rows for the thresholds and there are 15"),
         (30, ("--levels", "90"), "--levels"),
         (30, ("--levels", "many"), "--levels"),
