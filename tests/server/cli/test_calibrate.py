@@ -190,8 +190,10 @@ def test_rows_that_are_all_answered_right_leave_the_adapter_as_sure_as_it_was_an
     rows = _rows(228)
     for row in rows:
         row["answer"] = COLOURS.index(_one(untouched, inputs=row["text"])["prediction"])
-    result = _calibrate(folders / "base", tmp_path / "colours", _write(tmp_path / "easy.jsonl", rows), "--num-samples", 8)
+    data, plot = _write(tmp_path / "easy.jsonl", rows), tmp_path / "fit.png"
+    result = _calibrate(folders / "base", tmp_path / "colours", data, "--num-samples", 8, "--plot", plot)
     assert result.exit_code == 0, result.output
+    assert plot.exists(), "drawn although no scale was tried"
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: posterior scale and temperature stay 1: 0 of the 114 rows to fit are answered wrong, and fewer than 8 errors "
