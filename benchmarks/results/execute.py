@@ -114,7 +114,8 @@ def _fit(study: Study, model: ScalaBLModel, logits: dict[str, Tensor]) -> dict[s
     """Adds the logits at the fitted scale to `logits`."""
     rows = study.fit_rows
     answers = study.sets["validation"].answers[rows]
-    fitted = fit_scale(lambda scale: sampled(study, model, "validation", scale, rows), answers)
+    # The results were measured without the prior that `scalabl calibrate` has.
+    fitted = fit_scale(lambda scale: sampled(study, model, "validation", scale, rows), answers, with_prior=False)
     scale = fitted.best.posterior_scale
     logits["fit"] = fitted.logits
     logits["thresholds"] = sampled(study, model, "validation", scale, study.threshold_rows)

@@ -104,7 +104,9 @@ class ScaleFit:
     trials: list[Trial]
 
 
-def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = SCALE_TOLERANCE) -> ScaleFit:
+def fit_scale(
+    logits_at: LogitsAt, answers: Tensor, tolerance: float = SCALE_TOLERANCE, *, with_prior: bool = True
+) -> ScaleFit:
     """The most probable posterior scale and temperature, or scale 1 if the difference is within the noise.
 
     Minimises the mean NLL plus the negative logarithm of the prior divided by the number of rows (a MAP estimate). Each
@@ -118,7 +120,9 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = SCALE_TOL
         logits_at: computes logits [N, K, C] for a posterior scale, always with the same draws.
         answers: [N].
         tolerance: of ln tau.
+        with_prior: without it the mean NLL alone is minimised.
     """
+    prior_weight = 1 / len(answers) if with_prior else 0.0
     trials: list[Trial] = []
     # Logits and each row's NLL: of the best scale, of scale 1 with its best temperature, and of scale 1 with temperature 1.
     logits_and_nll: dict[str, tuple[Tensor, Tensor]] = {}
@@ -126,10 +130,10 @@ def fit_scale(logits_at: LogitsAt, answers: Tensor, tolerance: float = SCALE_TOL
     def best_nll(scale: float) -> float:
         logits = logits_at(scale)
         gaps = _gaps(logits, answers)
-        scale_penalty = _penalty(scale, LN_SCALE_STD) / len(answers)
+        scale_penalty = _penalty(scale, LN_SCALE_STD) * prior_weight
 
         def penalised(temperature: float) -> float:
-            penalty = _penalty(temperature, LN_TEMPERATURE_STD) / len(answers)
+            penalty = _penalty(temperature, LN_TEMPERATURE_STD) * prior_weight
             return float(row_nll(gaps, temperature).mean()) + penalty + scale_penalty
 
         untempered = row_nll(gaps, 1.0)

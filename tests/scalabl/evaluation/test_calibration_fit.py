@@ -153,6 +153,7 @@ def test_the_prior_pulls_few_rows_to_1_and_hardly_many() -> None:
     mean, _, generator = _world(20_000)
     answers = _answers(mean, 2.0, generator)
     few, many = (fit_scale(lambda _, n=n: mean[:n], answers[:n]).best.temperature for n in (20, 20_000))
-    unregularised, _ = minimise(lambda t: mixture_nll(mean[:20], answers[:20], t), (0.2, 1.0, 5.0), 1e-4)
-    assert 1 < few < unregularised
+    without_prior = fit_scale(lambda _: mean[:20], answers[:20], with_prior=False).best
+    assert 1 < few < without_prior.temperature
+    assert without_prior.penalised_nll == without_prior.nll
     assert many == pytest.approx(2, rel=0.04)
