@@ -86,7 +86,7 @@ class TimedProtocol(H11Protocol):
                 ProblemError("headers-too-large", "the headers exceed this server's size limit; send fewer headers")
             )
         else:
-            self._answer(ProblemError("bad-request", "the data that arrived is not a well-formed HTTP/1.1 request"))
+            self._answer(ProblemError("bad-request", "the data that arrived is not a well-formed HTTP request"))
 
     def begin_lingering(self) -> bool:
         """Keep the connection half open for a while if the client may still be sending. Returns whether it lingers."""

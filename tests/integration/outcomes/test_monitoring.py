@@ -29,6 +29,7 @@ from tests.integration.support.replicas import Replica, postgres, running, wait_
 pytestmark = pytest.mark.integration
 
 PER_REQUEST = 50
+SEVERAL_PASSES = ("--target-batch-tokens", "1024")  # of a request, on any machine, so that there is time between two passes
 LABELS = 600  # of each adapter
 KEY = "a-key-of-the-tests"
 RECORDED = sorted({rule["record"] for path in RULES for rule in rules_of(path) if "record" in rule})
@@ -149,7 +150,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         with suppress(pytest.skip.Exception):  # told by the one test that needs it
             alerts_to = exits.enter_context(alertmanager(folder))
         more = ("--adapters", f"sure={folder / 'sure'}", "--api-keys", f"tests:{KEY}")
-        replicas = [Replica(folder, name, database.url, *more) for name in ("a", "b")]
+        replicas = [Replica(folder, name, database.url, *more, *SEVERAL_PASSES) for name in ("a", "b")]
         client = exits.enter_context(prometheus(folder, _config(folder, replicas, alerts_to)))
         exits.enter_context(running(*replicas))
         for replica in replicas:
@@ -238,7 +239,7 @@ def test_the_alert_reaches_alertmanager_with_its_runbook(stack: Stack) -> None:
     (alert,) = arrived()
     assert alert["labels"]["adapter"] == "sure"
     assert alert["annotations"]["runbook"] == "docs/runbook.md#scalablcalibrationdrift"
-    assert "ECE of the last day's labels is 0." in alert["annotations"]["description"]
+    assert "(ECE) of the last day's labels is 0." in alert["annotations"]["description"]
 
 
 def test_a_replica_that_dies_is_reported(stack: Stack) -> None:
