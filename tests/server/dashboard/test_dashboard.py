@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -24,9 +25,9 @@ from scalabl_server.outcomes.database import Database
 from scalabl_server.outcomes.survey import Seen, read
 from sqlalchemy import event
 
-from scalabl.files.adapter_directory import read_config
+from scalabl.files.adapter_directory import read_config, save_config
 from scalabl.uncertainty.selective import aurc
-from tests.server.cli.test_calibrate import calibrated  # noqa: F401  (a fixture)
+from tests.server.cli.test_calibrate import calibrated as calibrated_adapter  # noqa: F401  (a fixture)
 from tests.server.conftest import serving, settings_for, wait_until
 from tests.server.web.test_refusals import refused
 
@@ -127,7 +128,21 @@ def test_the_data_is_documented_with_a_schema(colours: TestClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(calibrated: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:  # noqa: F811
+def calibrated(calibrated_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811  (the fixture)
+    """The calibrated adapter, with an abstention threshold that about half of its inputs exceed."""
+    folder = tmp_path_factory.mktemp("abstains") / "colours"
+    shutil.copytree(calibrated_adapter / "colours", folder)
+    config = read_config(folder)
+    assert config.calibration is not None
+    assert config.calibration.abstain is not None
+    median = config.calibration.quantiles["entropy"]["0.5"]
+    rule = config.calibration.abstain.model_copy(update={"score": "entropy", "threshold": median})
+    save_config(folder, config.model_copy(update={"calibration": config.calibration.model_copy(update={"abstain": rule})}))
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def client(calibrated: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     settings = settings_for(
         folders,
         adapter=calibrated / "colours",
@@ -196,7 +211,7 @@ def test_totals_are_those_of_the_adapter_alone(labelled: tuple[Answers, list[str
 def test_mutual_information_stands_against_the_calibration_sets(
     labelled: tuple[Answers, list[str]],
     stored: dict[str, Any],
-    calibrated: Path,  # noqa: F811
+    calibrated: Path,
 ) -> None:
     answers, _ = labelled
     values = np.array([answer["mutual_information"] for answer in answers])
@@ -223,7 +238,7 @@ def test_mutual_information_stands_against_the_calibration_sets(
 def test_the_risk_coverage_curves_are_those_of_the_labelled_answers(
     labelled: tuple[Answers, list[str]],
     stored: dict[str, Any],
-    calibrated: Path,  # noqa: F811
+    calibrated: Path,
 ) -> None:
     answers, labels = labelled
     found = stored["risk_coverage"]
