@@ -23,9 +23,7 @@ ChoicePrefix = Annotated[
 ]
 Label = Annotated[
     list[str] | None,
-    typer.Option(
-        "--label", "--choices", help="A choice. Repeat it for each, in order; a comma is a part of the choice."
-    ),
+    typer.Option("--label", "--choices", help="A choice. Repeat it for each, in order; a comma is a part of the choice."),
 ]
 Labels = Annotated[
     Path | None, typer.Option(help="File of the choices, instead of --label: one per line, or a JSON list (.json).")
@@ -61,9 +59,7 @@ def convert_bayesadapt_command(
         choices = given_labels(labels, label)
         today = datetime.date.today() if chat else None
         with usage_errors():
-            task = task_of(
-                kind, template, chat, choice_prefix, choices, special_tokens_in_text, split(choice_tokens), today
-            )
+            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, split(choice_tokens), today)
         config = convert_bayesadapt(
             checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task, overwrite=overwrite
         )

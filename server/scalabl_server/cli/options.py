@@ -21,7 +21,6 @@ from pydantic_core import PydanticUndefined
 from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, SpecialTokensInText, Task, TaskKind
 from scalabl.errors import ScalaBLError
 
-
 SpecialTokens = Annotated[
     SpecialTokensInText,
     typer.Option(

@@ -87,9 +87,7 @@ def _train(
                 target_modules=split(target_modules or "q_proj,v_proj,lm_head"),
                 layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
                 prior_std=prior_std,
-                task=task_of(
-                    kind, template, chat, choice_prefix, choices, special_tokens_in_text, chat_date=chat_date
-                ),
+                task=task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, chat_date=chat_date),
             )
         skeleton, tokenizer = load_skeleton(model)
         prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
