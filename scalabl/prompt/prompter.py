@@ -25,6 +25,11 @@ UNRECORDED_DATE = datetime.date(2024, 7, 26)
 logger = logging.getLogger("scalabl")
 
 
+def today() -> datetime.date:
+    """The date in the prompts of a new adapter, if its chat template shows one."""
+    return datetime.date.today()
+
+
 def letters(count: int) -> tuple[str, ...]:
     """The letters that label `count` choices in multiple choice: A to Z, then AA, AB, …"""
     names: list[str] = []
@@ -53,7 +58,7 @@ class Prompter:
         self.task = task
         self._tokenizer = tokenizer
         is_new = task.choice_tokens is None  # not that of an adapter
-        self._date = task.chat_date or (datetime.date.today() if is_new else UNRECORDED_DATE)
+        self._date = task.chat_date or (today() if is_new else UNRECORDED_DATE)
         self._chat = ChatTemplate(tokenizer, self._date) if task.chat else None
         probe = self._render(PROBE, task.choices if task.kind == "multiple_choice" else None)
         if self._shows_date and task.chat_date is None and not is_new:
