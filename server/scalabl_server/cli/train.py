@@ -91,7 +91,6 @@ def _train(
             )
         skeleton, tokenizer = load_skeleton(model)
         prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
-        _show_tokens(prompter)
         config, start = config.model_copy(update={"task": prompter.resolved_task}), None
         if lora is not None:
             recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
@@ -103,6 +102,7 @@ def _train(
         origin = None if start is None else start.origin
         planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
         find_run(output, planned, overwrite=overwrite)  # refuses another run's folder before the base model is loaded
+        _show_tokens(prompter)
         pretrained = load_pretrained(model, device=device, dtype="float32")
         trained = train_adapter(
             pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite
