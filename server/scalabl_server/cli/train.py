@@ -10,15 +10,34 @@ import typer
 
 from scalabl.config import TaskKind
 from scalabl.training.recipe import TrainingConfig
+from scalabl_server.cli.labelled_data import (
+    ROWS_HELP,
+    LabelColumn,
+    TextColumn,
+    columns_of,
+    given_labels,
+    training_examples,
+)
 from scalabl_server.cli.options import command_for, errors_as_messages, split, task_of, usage_errors
 
 
 def _train(
     recipe: TrainingConfig,
     model: Annotated[str, typer.Option(help="Base model: a hub id or a folder.")],
-    train: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
-    validation: Annotated[Path, typer.Option(help="Validation rows, JSONL.")],
+    train: Annotated[str, typer.Option(help=f"Training rows: {ROWS_HELP}.")],
+    validation: Annotated[str, typer.Option(help="Validation rows, in a form as for --train.")],
     output: Annotated[Path, typer.Option(help="The adapter directory to write. The same run resumes from it.")],
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of all labels in order: one per line, or a JSON list (.json). Default: those of --train, sorted."
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A label, instead of --labels. Repeat it for each, in order.")
+    ] = None,
     kind: Annotated[
         TaskKind, typer.Option(help="classification: fixed choices; multiple_choice: choices come with each input.")
     ] = "classification",
@@ -62,17 +81,14 @@ def _train(
     with errors_as_messages():
         from scalabl.base.pretrained import load_pretrained, load_skeleton, longest_prompt
         from scalabl.config import AdapterConfig
-        from scalabl.evaluation.dataset import read_examples
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
         from scalabl.training.run_folder import Origin, TrainingRun, find_run
         from scalabl.training.trainer import StartingPoint, train_adapter
 
-        training_rows, validation_rows = read_examples(train), read_examples(validation)
-        choices = training_rows[0].choices
-        if kind == "multiple_choice":
-            choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in training_rows)])
+        columns, given = columns_of(text_column, label_column), given_labels(labels, label)
+        choices, training_rows, validation_rows = training_examples(kind, train, validation, columns, given)
         lora = read_peft(init_from) if init_from is not None else None
         with usage_errors():
             config = AdapterConfig(
