@@ -88,6 +88,26 @@ def prediction_of(
     )
 
 
+def cut(prediction: Prediction, top_k: int | None) -> Prediction:
+    """The prediction with the probabilities of its `top_k` most probable choices only; itself if `top_k` is None.
+
+    Standard errors and samples have the same choices. The prediction set stays whole.
+    """
+    if top_k is None:
+        return prediction
+    ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])  # stable among equals
+    kept = dict(ranked[:top_k])
+    errors = prediction.standard_error
+    fields: dict[str, Any] = {
+        "probabilities": kept,
+        "other": math.fsum(probability for _, probability in ranked[top_k:]),
+        "standard_error": errors.model_copy(update={"probabilities": {name: errors.probabilities[name] for name in kept}}),
+    }
+    if prediction.samples is not None:
+        fields["samples"] = [{name: sample[name] for name in kept} for sample in prediction.samples]
+    return prediction.model_copy(update=fields)
+
+
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
