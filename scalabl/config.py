@@ -5,16 +5,18 @@ The file itself is read and written in `files.adapter_directory`.
 
 from __future__ import annotations
 
+import datetime
 import string
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # version 1 is written wherever it suffices, so that older releases can read it
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
+SpecialTokensInText = Literal["text", "control"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -33,6 +35,10 @@ class Task(BaseModel):
     `choice_prefix` is the text between the prompt and the choice (a space after "Label:", say, or the first characters of
     a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice; only their rows of the model's
     output head are used.
+
+    `special_tokens_in_text`: whether a special token that stands in an input or a choice is encoded as the text that it is,
+    or as a control token. `chat_date` is the date in prompts whose chat template asks for the current date, the date of the
+    training. Both are left out of the file where they have their defaults, as in adapters of format version 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +49,8 @@ class Task(BaseModel):
     choice_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     chat: bool = False
     choice_prefix: str = " "
+    special_tokens_in_text: SpecialTokensInText = Field(default="control", exclude_if=lambda value: value == "control")
+    chat_date: datetime.date | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @field_validator("template")
     @classmethod
@@ -77,6 +85,11 @@ class Task(BaseModel):
                     raise ValueError(f"choices {seen[token]!r} and {choice!r} share the token {token}; rename one of them")
                 seen[token] = choice
         return self
+
+    @property
+    def needs_version_2(self) -> bool:
+        """Whether the task has fields that format version 1 does not know."""
+        return self.special_tokens_in_text != "control" or self.chat_date is not None
 
 
 def _first_repeated(items: tuple[str, ...]) -> str:
@@ -179,7 +192,7 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     peft_type: Literal["SCALABL"] = "SCALABL"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     base_model_name_or_path: str
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
@@ -194,9 +207,15 @@ class AdapterConfig(BaseModel):
     @field_validator("format_version")
     @classmethod
     def _version_is_known(cls, version: int) -> int:
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version {version} is not supported; this release reads version {FORMAT_VERSION}")
+        if version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
+            raise ValueError(f"format_version {version} is not supported; this release reads versions {known}")
         return version
+
+    @property
+    def lowest_format_version(self) -> int:
+        """The lowest format version that has all fields of this adapter."""
+        return 2 if self.task.needs_version_2 else 1
 
     @property
     def scaling(self) -> float:

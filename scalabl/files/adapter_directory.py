@@ -185,6 +185,7 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
-    """Write the `adapter_config.json` of an adapter directory. It is never seen half-written."""
+    """Write the `adapter_config.json` of an adapter directory, in its lowest format version. It is never half-written."""
+    config = config.model_copy(update={"format_version": config.lowest_format_version})
     text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text.encode())

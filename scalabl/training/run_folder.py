@@ -5,6 +5,7 @@ The training itself is in `trainer`. The record is `training_run.json` in the ru
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scalabl.config import AdapterConfig
+from scalabl.config import AdapterConfig, Task
 from scalabl.errors import OutputError
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -37,7 +38,7 @@ NOT_COMPARED = {"gradient_checkpointing", "trunk_cache_gib", "tensorboard"}
 # Fields of an adapter that training does not set: the format's and those of calibration.
 NOT_TRAINED = {"peft_type", "format_version", "posterior_scale", "temperature", "calibration"}
 # Settings that change the token ids of the rows, so that other ids do not show that the rows themselves differ.
-IN_PROMPTS = {"kind", "template", "chat", "choices"}
+IN_PROMPTS = {"kind", "template", "chat", "choices", "special_tokens_in_text", "chat_date"}
 # Parts of a base model's configuration that say nothing about the model.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 SHOWN = 100  # characters of a value in a message
@@ -124,7 +125,8 @@ class TrainingRun(Record):
     def settings(self) -> dict[str, Any]:
         """The options that decide what is learnt, by name."""
         adapter = self.adapter.model_dump(mode="json", exclude={*NOT_TRAINED, "task"})
-        task = self.adapter.task.model_dump(mode="json")
+        defaults = {name: field.default for name, field in Task.model_fields.items()}  # of fields that a dump leaves out
+        task = defaults | self.adapter.task.model_dump(mode="json")
         return self.recipe.model_dump(mode="json", exclude=NOT_COMPARED) | task | adapter
 
 
@@ -176,6 +178,16 @@ def find_run(folder: Path, run: TrainingRun, *, overwrite: bool = False) -> Trai
     if changes:
         raise OutputError(f"the adapter in {folder} was changed after its training: {'; '.join(changes)}; {REMEDY}")
     return old
+
+
+def recorded_chat_date(folder: Path) -> datetime.date | None:
+    """The date in the prompts of the run in a folder, with which it resumes; None if there is no run or no date.
+
+    Raises:
+        OutputError: the folder's record cannot be read.
+    """
+    old = _read(folder)
+    return None if old is None else old.adapter.task.chat_date
 
 
 def begin(folder: Path, run: TrainingRun) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from scalabl.config import TaskKind
-from scalabl_server.cli.options import errors_as_messages, split, task_of, usage_errors
+from scalabl_server.cli.options import SpecialTokens, errors_as_messages, given_labels, split, task_of, usage_errors
 
 convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
 
@@ -20,7 +21,13 @@ Chat = Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's cha
 ChoicePrefix = Annotated[
     str | None, typer.Option(help="Text between prompt and choice (default: a space, or nothing with --chat).")
 ]
-Choices = Annotated[str, typer.Option(help="Comma-separated choices, in order.")]
+Label = Annotated[
+    list[str] | None,
+    typer.Option("--label", "--choices", help="A choice. Repeat it for each, in order; a comma is a part of the choice."),
+]
+Labels = Annotated[
+    Path | None, typer.Option(help="File of the choices, instead of --label: one per line, or a JSON list (.json).")
+]
 
 Overwrite = Annotated[bool, typer.Option(help="Replace the adapter in --output, once the new one is complete.")]
 
@@ -32,23 +39,27 @@ def convert_bayesadapt_command(
     ],
     base_model: Annotated[str, typer.Option(help="Name of the base model to record in the adapter.")],
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of the training run.")],
-    choices: Choices,
     choice_tokens: Annotated[str, typer.Option(help="Comma-separated token ids, one per choice.")],
     output: Output,
+    label: Label = None,
+    labels: Labels = None,
     kind: Kind = "multiple_choice",
     template: Annotated[
         str | None, typer.Option(help="Prompt template (default: BayesAdapt's multiple-choice prompt).")
     ] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
+    special_tokens_in_text: SpecialTokens = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a ScalaBL checkpoint of BayesAdapt, the published code of the paper's authors."""
     with errors_as_messages():
         from scalabl.files.bayesadapt import convert_bayesadapt
 
+        choices = given_labels(labels, label)
+        today = datetime.date.today() if chat else None
         with usage_errors():
-            task = task_of(kind, template, chat, choice_prefix, split(choices), split(choice_tokens))
+            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, split(choice_tokens), today)
         config = convert_bayesadapt(
             checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task, overwrite=overwrite
         )
@@ -59,12 +70,14 @@ def convert_bayesadapt_command(
 def convert_peft_command(
     peft: Annotated[Path, typer.Option(help="The LoRA directory that PEFT saved.")],
     model: Annotated[str, typer.Option(help="Base model of the LoRA. Only its tokenizer and tensor shapes are read.")],
-    choices: Choices,
     output: Output,
+    label: Label = None,
+    labels: Labels = None,
     kind: Kind = "classification",
     template: Annotated[str | None, typer.Option(help="Prompt template that the LoRA was trained with.")] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
+    special_tokens_in_text: SpecialTokens = "text",
     relative_sigma: Annotated[
         float,
         typer.Option(
@@ -80,8 +93,9 @@ def convert_peft_command(
         from scalabl.files.peft_import import convert_peft
         from scalabl.prompt import Prompter
 
+        choices = given_labels(labels, label)
         with usage_errors():
-            task = task_of(kind, template, chat, choice_prefix, split(choices))
+            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text)
         skeleton, tokenizer = load_skeleton(model)
         config = convert_peft(
             peft,

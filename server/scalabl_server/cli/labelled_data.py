@@ -89,17 +89,6 @@ def examples_for(task: Task, rows: Rows, *, labelled: bool = True) -> list[Examp
     return examples
 
 
-def given_labels(file: Path | None, names: list[str] | None) -> tuple[str, ...] | None:
-    """The labels that the options --labels and --label give; None if both are left out."""
-    from scalabl.evaluation.dataset.examples import check_labels, read_labels
-
-    if file is not None and names:
-        raise typer.BadParameter("the labels are given by --label too; use one of the two", param_hint="--labels")
-    if file is not None:
-        return read_labels(file)
-    return check_labels(names, "--label") if names else None
-
-
 def training_examples(
     kind: TaskKind, train: str, validation: str, columns: Columns, labels: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[Example], list[Example]]:
@@ -113,6 +102,7 @@ def training_examples(
     """
     from scalabl.evaluation.dataset import review
     from scalabl.evaluation.dataset.examples import check_labels, read_rows
+    from scalabl.prompt import letters
 
     training, held_out = read_rows(train, columns), read_rows(validation, columns)
     if labels is not None and not training.has_labels:
@@ -120,7 +110,7 @@ def training_examples(
     if kind == "multiple_choice":
         examples, _ = training.examples(None)
         others, _ = held_out.examples(None)
-        choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in examples)])
+        choices = letters(max(len(row.choices) for row in examples))
     else:
         choices = labels or check_labels(training.labels, train)
         examples, _ = training.examples(choices)

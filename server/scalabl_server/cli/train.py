@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scalabl.config import TaskKind
 from scalabl.training.recipe import TrainingConfig
-from scalabl_server.cli.labelled_data import (
-    ROWS_HELP,
-    LabelColumn,
-    TextColumn,
-    columns_of,
+from scalabl_server.cli.labelled_data import ROWS_HELP, LabelColumn, TextColumn, columns_of, training_examples
+from scalabl_server.cli.options import (
+    SpecialTokens,
+    command_for,
+    errors_as_messages,
     given_labels,
-    training_examples,
+    split,
+    task_of,
+    usage_errors,
 )
-from scalabl_server.cli.options import command_for, errors_as_messages, split, task_of, usage_errors
+
+if TYPE_CHECKING:
+    from scalabl.prompt import Prompter
 
 
 def _train(
@@ -48,6 +52,7 @@ def _train(
     choice_prefix: Annotated[
         str | None, typer.Option(help="Text between prompt and choice (default: a space, or nothing with --chat).")
     ] = None,
+    special_tokens_in_text: SpecialTokens = "text",
     r: Annotated[
         int | None, typer.Option(help="LoRA rank: the number of stochastic scalars per adapted layer.  \\[default: 8]")
     ] = None,
@@ -84,11 +89,12 @@ def _train(
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
-        from scalabl.training.run_folder import Origin, TrainingRun, find_run
+        from scalabl.training.run_folder import Origin, TrainingRun, find_run, recorded_chat_date
         from scalabl.training.trainer import StartingPoint, train_adapter
 
-        columns, given = columns_of(text_column, label_column), given_labels(labels, label)
+        columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
         choices, training_rows, validation_rows = training_examples(kind, train, validation, columns, given)
+        chat_date = recorded_chat_date(output) if chat and not overwrite else None
         lora = read_peft(init_from) if init_from is not None else None
         with usage_errors():
             config = AdapterConfig(
@@ -98,10 +104,11 @@ def _train(
                 target_modules=split(target_modules or "q_proj,v_proj,lm_head"),
                 layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
                 prior_std=prior_std,
-                task=task_of(kind, template, chat, choice_prefix, choices),
+                task=task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, chat_date=chat_date),
             )
         skeleton, tokenizer = load_skeleton(model)
         prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
+        _show_tokens(prompter)
         config, start = config.model_copy(update={"task": prompter.resolved_task}), None
         if lora is not None:
             recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
@@ -121,6 +128,12 @@ def _train(
             typer.echo(f"{output} holds this run's finished adapter; nothing was done")
         else:
             typer.echo(json.dumps(trained.metrics))
+
+
+def _show_tokens(prompter: Prompter) -> None:
+    """Print on standard error which token stands for each choice."""
+    shown = zip(prompter.task.choices, prompter.token_texts, prompter.choice_tokens, strict=True)
+    typer.echo("token of each choice: " + ", ".join(f"{c!r}: {text!r} ({token})" for c, text, token in shown), err=True)
 
 
 train = command_for(TrainingConfig, _train)

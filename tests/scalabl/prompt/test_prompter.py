@@ -59,10 +59,10 @@ def test_the_ids_are_those_that_the_tokenizer_gives(text: str) -> None:
     for tokenizer in (tiny.tokenizer(), _word_tokenizer("the", "sky", "Label:", "red", "blue")):
         task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix=" ")
         prompter = Prompter(task, tokenizer)
-        assert prompter._backend is not None
+        assert prompter._encoder._direct
         expected = tokenizer(f"{text} Label:")["input_ids"]
         cut = 1 if expected[-1] == tokenizer.eos_token_id else 0
-        assert prompter._ids(f"{text} Label:") == expected[: len(expected) - cut]
+        assert prompter._encoder.prompt_ids(f"{text} Label:") == expected[: len(expected) - cut]
 
 
 def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
