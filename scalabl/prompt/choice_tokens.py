@@ -128,9 +128,7 @@ def _places_that_tell_apart(tails: Sequence[Sequence[int]]) -> list[int]:
             path.append(node)
         passing.update(path)
         paths.append(path)
-    return [
-        next((place for place, node in enumerate(path) if passing[node] == 1), max(len(path) - 1, 0)) for path in paths
-    ]
+    return [next((place for place, node in enumerate(path) if passing[node] == 1), max(len(path) - 1, 0)) for path in paths]
 
 
 def spare_tokens(tokenizer: PreTrainedTokenizerBase, taken: Container[int], own: Container[int]) -> Iterator[int]:

@@ -117,9 +117,7 @@ def _with_stand_ins(tokenizer: PreTrainedTokenizerBase, stand_in_of: dict[str, s
     if model.get("unk_token") in stand_in_of:
         model["unk_token"] = stand_in_of[model["unk_token"]]
     if model.get("merges"):
-        model["merges"] = [
-            pair for pair in model["merges"] if stand_in_of.keys().isdisjoint((*pair, "".join(pair)))
-        ]
+        model["merges"] = [pair for pair in model["merges"] if stand_in_of.keys().isdisjoint((*pair, "".join(pair)))]
     backend = Tokenizer.from_str(json.dumps(state))
     if any(backend.token_to_id(other) != original.token_to_id(name) for name, other in stand_in_of.items()):
         raise PromptError(f"the tokenizer's special tokens cannot be told from text; {REMEDY}")

@@ -67,6 +67,16 @@ def load(adapter: Path, model: str | None, device: str, quantization: Quantizati
     return Loaded(load_adapter(pretrained.model, adapter), prompter, pretrained.max_tokens)
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """All choices of a task, examples to train on and to validate with, and `warnings` about them (None for none)."""
+
+    choices: tuple[str, ...]
+    training: list[Example]
+    validation: list[Example]
+    warnings: list[str | None]
+
+
 def columns_of(text_column: list[str] | None, label_column: str | None) -> Columns:
     """The columns that the options name."""
     from scalabl.evaluation.dataset import Columns
@@ -91,8 +101,8 @@ def examples_for(task: Task, rows: Rows, *, labelled: bool = True) -> list[Examp
 
 def training_examples(
     kind: TaskKind, train: str, validation: str, columns: Columns, labels: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], list[Example], list[Example]]:
-    """(choices, training examples, validation examples), with a warning for each thing in them that is likely a mistake.
+) -> TrainingData:
+    """The examples of a training run, and what in them is likely a mistake.
 
     Args:
         labels: the labels in order; None for those of the training rows.
@@ -105,6 +115,7 @@ def training_examples(
     from scalabl.prompt import letters
 
     training, held_out = read_rows(train, columns), read_rows(validation, columns)
+    sentences: list[str | None] = []
     if labels is not None and not training.has_labels:
         raise DatasetError(f"the rows of {train} bring their own choices; leave --labels and --label out")
     if kind == "multiple_choice":
@@ -115,14 +126,14 @@ def training_examples(
         choices = labels or check_labels(training.labels, train)
         examples, _ = training.examples(choices)
         others, left_out = held_out.examples(choices, unknown="leave out")
-        warn(
+        sentences = [
             review.unknown_labels(held_out.name, left_out, training.name if labels is None else "--labels"),
             review.empty_classes(training.name, choices, examples),
             review.empty_classes(held_out.name, choices, others),
             review.imbalance(training.name, choices, examples),
-        )
-    warn(review.shared_texts(held_out.name, others, training.name, examples))
-    return choices, examples, others
+        ]
+    sentences.append(review.shared_texts(held_out.name, others, training.name, examples))
+    return TrainingData(choices, examples, others, sentences)
 
 
 def warn(*sentences: str | None) -> None:

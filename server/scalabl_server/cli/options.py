@@ -171,3 +171,20 @@ def task_of(
         "chat_date": chat_date,
     }
     return Task.model_validate(fields)
+
+
+def own_head_task(
+    template: str | None,
+    chat: bool,
+    choices: tuple[str, ...],
+    special_tokens_in_text: SpecialTokensInText,
+    kind: TaskKind = "classification",
+    chat_date: datetime.date | None = None,
+) -> Task:
+    """The task of an adapter that has a head of its own: a classification whose choices have no tokens.
+
+    Raises:
+        ValidationError: see `Task`.
+    """
+    task = task_of(kind, template, chat, "", choices, special_tokens_in_text, chat_date=chat_date)
+    return Task.model_validate({**task.model_dump(), "head": "own"})

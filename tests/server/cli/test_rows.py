@@ -86,7 +86,7 @@ def test_training_warns_once_each_of_uneven_classes_and_of_texts_in_both_sets(wo
     assert [line.split(" of ")[0].removeprefix("warning: ") for line in warnings] == [
         "2 rows",  # of the validation rows, with the label that training has not
         "the classes",
-        "3 rows",  # of the validation rows, with texts of training rows
+        "2 rows",  # of the validation rows, with texts of training rows
     ]
     assert f"{COLOURS[2]!r}: 2" in warnings[0]
 
