@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import uuid
 from collections.abc import Sequence
@@ -95,12 +96,11 @@ def cut(prediction: Prediction, top_k: int | None) -> Prediction:
     """
     if top_k is None:
         return prediction
-    ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])  # stable among equals
-    kept = dict(ranked[:top_k])
+    kept = dict(heapq.nlargest(top_k, prediction.probabilities.items(), key=lambda item: item[1]))  # stable among equals
     errors = prediction.standard_error
     fields: dict[str, Any] = {
         "probabilities": kept,
-        "other": math.fsum(probability for _, probability in ranked[top_k:]),
+        "other": math.fsum(p for name, p in prediction.probabilities.items() if name not in kept),
         "standard_error": errors.model_copy(update={"probabilities": {name: errors.probabilities[name] for name in kept}}),
     }
     if prediction.samples is not None:
