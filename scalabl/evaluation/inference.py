@@ -72,7 +72,7 @@ def linearized_predictive(
     rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
-        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        linear = linearize(model, tokens, choices=counts.tolist(), negligible=negligible)
         if draws is None:
             outcome = linear.predictive(model.config.temperature)
         else:

@@ -1,7 +1,7 @@
 """Which token stands for each choice. How choices become tokens is in `prompter`.
 
-If the choices begin alike and then differ in their next token, that token stands for each. Otherwise every choice gets one of
-its own tokens by assignment, so that all are distinct, and a spare token if none is left for it.
+If the choices begin alike and then differ in their next token, that token stands for each. Otherwise every choice gets one
+of its own tokens by assignment, so that all are distinct, and a spare token if none is left for it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class OwnTokens:
         shared: the tokens that all choices begin with; they become a part of every prompt.
         differing: the token after them of each choice, if these are distinct; None if they are not.
         preferred: for each choice its own tokens after the shared ones, the best first, none twice.
+        lengths: the number of tokens of each choice.
     """
 
     shared: tuple[int, ...]
     differing: tuple[int, ...] | None
     preferred: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, tails: Sequence[Sequence[int]], control: Container[int]) -> OwnTokens:
@@ -44,26 +46,27 @@ class OwnTokens:
         Args:
             control: ids of special tokens, which stand for no choice unless it begins with one.
         """
+        lengths = tuple(map(len, tails))
         common = 0
         while all(len(tail) > common for tail in tails) and len({tail[common] for tail in tails}) == 1:
             common += 1
-        shortest = min(map(len, tails))
+        shortest = min(lengths)
         if shortest > common and len({tail[common] for tail in tails}) == len(tails):
             differing = tuple(tail[common] for tail in tails)
-            return cls(tuple(tails[0][:common]), differing, tuple((token,) for token in differing))
+            return cls(tuple(tails[0][:common]), differing, tuple((token,) for token in differing), lengths)
         common = min(common, max(shortest - 1, 0))  # a token is left for each choice
         rests = [tail[common:] for tail in tails]
         preferred = tuple(
             tuple(dict.fromkeys(token for token in (*rest[place:], *reversed(rest[:place])) if token not in control))
             for rest, place in zip(rests, _places_that_tell_apart(rests), strict=True)
         )
-        return cls(tuple(tails[0][:common]), None, preferred)
+        return cls(tuple(tails[0][:common]), None, preferred, lengths)
 
     def assign(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """One token for each choice, all distinct: those that differ, or an assignment of minimum total cost.
 
         A choice's own token costs its place in `preferred`. A spare token costs more than all of these together, so as few
-        choices as possible have one; of equal ones it is the choice with more own tokens.
+        choices as possible have one; of equal ones it is the longer choice.
 
         Raises:
             PromptError: the tokenizer has fewer tokens than there are choices.
@@ -76,11 +79,11 @@ class OwnTokens:
         rows: list[int] = []
         places: list[int] = []
         costs: list[float] = []
-        for row, own in enumerate(self.preferred):
+        for row, (own, length) in enumerate(zip(self.preferred, self.lengths, strict=True)):
             # The choice's column after those of the tokens stands for "a spare token". A cost of 0 would mean "no edge".
             rows += [row] * (len(own) + 1)
             places += [column_of[token] for token in own] + [columns + row]
-            costs += [1.0 + place for place in range(len(own))] + [dear + 1 / (1 + len(own))]
+            costs += [1.0 + place for place in range(len(own))] + [dear + 1 / (1 + length)]
         edges = csr_array((np.array(costs), (np.array(rows), np.array(places))), shape=(count, columns + count))
         _, chosen = min_weight_full_bipartite_matching(edges)
         tokens = list(column_of)

@@ -40,17 +40,21 @@ class PromptEncoder:
 
     def prompt_ids(self, rendered: str) -> list[int]:
         """The token ids of a rendered prompt, into which marked texts went."""
-        tokenizer = self._tokenizer
-        if self._literal is not None and self._literal.concerns(rendered):
-            tokenizer, rendered = self._literal.tokenizer, self._literal.resolve(rendered)
-        ids = self._encode(tokenizer, rendered, special=self._special)
+        literal = self._literal
+        if literal is not None and literal.concerns(rendered):
+            resolved = literal.resolve(rendered)
+            ids = literal.original_ids(self._encode(literal.tokenizer, resolved, special=self._special))
+        else:
+            ids = self._encode(self._tokenizer, rendered, special=self._special)
         while self._padding is not None and len(ids) > 1 and ids[-1] == self._padding:
             ids = ids[:-1]
         return ids[: len(ids) - self._appended]
 
     def text_ids(self, text: str) -> list[int]:
         """The token ids of a user's text alone."""
-        return self._encode(self._tokenizer if self._literal is None else self._literal.tokenizer, text, special=False)
+        if self._literal is None:
+            return self._encode(self._tokenizer, text, special=False)
+        return self._literal.original_ids(self._encode(self._literal.tokenizer, text, special=False))
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
         ids: list[int]

@@ -9,11 +9,11 @@ import copy
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scalabl.errors import PromptError
@@ -29,34 +29,51 @@ class LiteralText:
     A user's text is marked before it goes into the template (`mark`). In the rendered prompt the marked control tokens are
     then the user's, and all others the template's. `resolve` writes the template's as stand-ins, which no user can guess,
     and the user's as they were. `tokenizer` knows the stand-ins only: to it a control token's own name is text like any
-    other. Everything else it encodes as the original does.
+    other. Everything else it encodes as the original does, up to `original_ids`.
 
     Raises:
-        PromptError: the tokenizer is not a fast one.
+        PromptError: the tokenizer is not a fast one, or has so many control tokens, or such ones, that this cannot be done.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
-        characters = {name: chr(PRIVATE + index) for index, name in enumerate(names)}
-        stand_ins, self._nonce = _nonce(), _nonce()
-        stand_in_of = {name: stand_ins + character for name, character in characters.items()}
-        self._mark_of = {name: self._nonce + character for name, character in characters.items()}
-        self._resolved = {mark: name for name, mark in self._mark_of.items()} | stand_in_of
-        self._names, self._parts = _any_of(self._mark_of), _any_of(self._resolved)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) or len(names) > PRIVATE_CHARACTERS:
+            raise PromptError(
+                f"the tokenizer {type(tokenizer).__name__} is not a fast one, so it cannot encode special tokens in a text "
+                f"as text; {REMEDY}"
+            )
+        self._names, self._index_of = names, {name: index for index, name in enumerate(names)}
+        self._mark, self._stand_in = _nonce(), _nonce()
+        pattern = _any_of(names)
+        self._name = re.compile(pattern)
+        self._mark_or_name = re.compile(f"{self._mark}(?P<marked>.)|{pattern}", re.DOTALL)
         # Such a control token may also stand in a text in other characters, which `mark` does not find.
-        self._always = any(token.normalized and token.content in characters for token in _added(tokenizer))
-        self.tokenizer = _with_stand_ins(tokenizer, stand_in_of)
+        self._always = any(token.normalized and token.content in self._index_of for token in _added(tokenizer))
+        stand_in_of = {name: self._stand_in + _character(index) for name, index in self._index_of.items()}
+        backend, self._original = _with_stand_ins(tokenizer.backend_tokenizer, stand_in_of)
+        self.tokenizer = copy.copy(tokenizer)
+        self.tokenizer._tokenizer = backend
 
     def mark(self, text: str) -> str:
         """The text with a mark in place of each control token."""
-        return self._names.sub(lambda match: self._mark_of[match[0]], text)
+        return self._name.sub(lambda match: self._mark + _character(self._index_of[match[0]]), text)
 
     def concerns(self, rendered: str) -> bool:
         """Whether a rendered prompt must be resolved and encoded by `tokenizer`."""
-        return self._always or self._nonce in rendered
+        return self._always or self._mark in rendered
 
     def resolve(self, rendered: str) -> str:
         """A rendered prompt for `tokenizer`: the marked control tokens as text, the others as stand-ins."""
-        return self._parts.sub(lambda match: self._resolved[match[0]], rendered)
+
+        def resolved(match: re.Match[str]) -> str:
+            if match["marked"]:
+                return self._names[ord(match["marked"]) - PRIVATE]
+            return self._stand_in + _character(self._index_of[match[0]])
+
+        return self._mark_or_name.sub(resolved, rendered)
+
+    def original_ids(self, ids: list[int]) -> list[int]:
+        """The original tokenizer's ids for those of `tokenizer`."""
+        return [self._original.get(token, token) for token in ids] if self._original else ids
 
 
 def literal_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> LiteralText | None:
@@ -66,7 +83,7 @@ def literal_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> LiteralText
         prompt: a rendered prompt. Added tokens in it are control tokens too, even if the tokenizer does not call them so.
 
     Raises:
-        PromptError: the tokenizer is not a fast one.
+        PromptError: as for `LiteralText`.
     """
     special = set(tokenizer.all_special_tokens)
     names = {
@@ -78,7 +95,7 @@ def literal_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> LiteralText
     return _cached(tokenizer, tuple(sorted(names))) if names else None
 
 
-@lru_cache(maxsize=1)  # adapters of a process share their base model's tokenizer, of which this makes a copy
+@lru_cache(maxsize=1)  # adapters of a process share their base model's tokenizer
 def _cached(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]) -> LiteralText:
     return LiteralText(tokenizer, names)
 
@@ -87,29 +104,68 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return list(tokenizer.added_tokens_decoder.values())
 
 
+def _character(index: int) -> str:
+    return chr(PRIVATE + index)
+
+
 def _nonce() -> str:
-    return "".join(chr(PRIVATE + secrets.randbelow(PRIVATE_CHARACTERS)) for _ in range(8))  # 128 bits
+    return "".join(_character(secrets.randbelow(PRIVATE_CHARACTERS)) for _ in range(8))  # 128 bits
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    # The longest first, as tokenizers match them.
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of these texts, as tokenizers match them. Its time does not grow with their number."""
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        branches = [re.escape(character) + pattern(child) for character, child in node.items() if character]
+        joined = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+        return "" if not branches else f"(?:{joined})?" if "" in node else joined
+
+    return pattern(tree)
 
 
-def _with_stand_ins(tokenizer: PreTrainedTokenizerBase, stand_in_of: dict[str, str]) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer that has other names for its control tokens, with the same ids."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise PromptError(
-            f"the tokenizer {type(tokenizer).__name__} is not a fast one, so it cannot encode special tokens in a text as "
-            f"text; {REMEDY}"
-        )
-    original = tokenizer.backend_tokenizer
+def _with_stand_ins(original: Tokenizer, stand_in_of: Mapping[str, str]) -> tuple[Tokenizer, dict[int, int]]:
+    """(a tokenizer with other names for the control tokens, its ids -> the original ones where they differ).
+
+    It shares the model (vocabulary and merges) of the original, unless that makes control tokens of their names itself.
+    """
+    backend = Tokenizer(original.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(original, part) is not None:
+            setattr(backend, part, getattr(original, part))
+    added = sorted(original.get_added_tokens_decoder().items())
+    backend.add_tokens([_renamed(token, stand_in_of) for _, token in added])
+    original_of = {backend.token_to_id(stand_in_of.get(token.content, token.content)): index for index, token in added}
+    control = {index for index, token in added if token.content in stand_in_of}
+    clear = all(backend.model.id_to_token(index) is None for index in original_of.keys() - dict(added).keys())
+    if clear and not any(control & set(backend.encode(name, add_special_tokens=False).ids) for name in stand_in_of):
+        return backend, {index: same for index, same in original_of.items() if index != same}
+    return _copy_with_stand_ins(original, stand_in_of), {}
+
+
+def _renamed(token: AddedToken, stand_in_of: Mapping[str, str]) -> AddedToken:
+    return AddedToken(
+        stand_in_of.get(token.content, token.content),
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
+
+
+def _copy_with_stand_ins(original: Tokenizer, stand_in_of: Mapping[str, str]) -> Tokenizer:
+    """A copy of a tokenizer whose model does not know the names of the control tokens either. Its ids are the same."""
     state = json.loads(original.to_str())
     state["truncation"] = state["padding"] = None
     for token in state["added_tokens"]:
         token["content"] = stand_in_of.get(token["content"], token["content"])
     model = state["model"]
-    # The model's own vocabulary may have the names too. It must not make control tokens of text either.
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {stand_in_of.get(name, name): index for name, index in model["vocab"].items()}
     elif isinstance(model.get("vocab"), list):  # Unigram: [token, score]
@@ -121,6 +177,4 @@ def _with_stand_ins(tokenizer: PreTrainedTokenizerBase, stand_in_of: dict[str, s
     backend = Tokenizer.from_str(json.dumps(state))
     if any(backend.token_to_id(other) != original.token_to_id(name) for name, other in stand_in_of.items()):
         raise PromptError(f"the tokenizer's special tokens cannot be told from text; {REMEDY}")
-    clone = copy.copy(tokenizer)
-    clone._tokenizer = backend
-    return clone
+    return backend

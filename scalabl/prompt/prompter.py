@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.config import Task
 from scalabl.errors import AdapterError, InputTooLongError, PromptError
+from scalabl.prompt.chat import ChatTemplate
 from scalabl.prompt.choice_tokens import OwnTokens, control_ids
 from scalabl.prompt.encoding import PROBE, PromptEncoder
 from scalabl.prompt.literal import literal_text
@@ -22,6 +23,11 @@ from scalabl.prompt.text import check_text
 UNRECORDED_DATE = datetime.date(2024, 7, 26)
 
 logger = logging.getLogger("scalabl")
+
+
+def today() -> datetime.date:
+    """The date in the prompts of a new adapter, if its chat template shows one."""
+    return datetime.date.today()
 
 
 def letters(count: int) -> tuple[str, ...]:
@@ -51,13 +57,10 @@ class Prompter:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = task
         self._tokenizer = tokenizer
-        if task.chat and not tokenizer.chat_template:
-            raise PromptError("task.chat is true but the tokenizer has no chat template; set chat to false")
         is_new = task.choice_tokens is None  # not that of an adapter
-        self._date = task.chat_date or (datetime.date.today() if is_new else UNRECORDED_DATE)
-        self._shows_date = False
-        choices = task.choices if task.kind == "multiple_choice" else None
-        probe = self._render(PROBE, choices)
+        self._date = task.chat_date or (today() if is_new else UNRECORDED_DATE)
+        self._chat = ChatTemplate(tokenizer, self._date) if task.chat else None
+        probe = self._render(PROBE, task.choices if task.kind == "multiple_choice" else None)
         if self._shows_date and task.chat_date is None and not is_new:
             _warn_of_date(str(tokenizer.chat_template))
         literal = literal_text(tokenizer, probe) if task.special_tokens_in_text == "text" else None
@@ -88,6 +91,10 @@ class Prompter:
                 f"the adapter was trained with another token for the choice {self.mismatched[0]!r} than this base "
                 f"model's tokenizer gives; serve it with the base model on which it was trained ({base_model})"
             )
+
+    @property
+    def _shows_date(self) -> bool:
+        return self._chat is not None and self._chat.shows_date
 
     @property
     def resolved_task(self) -> Task:
@@ -163,28 +170,7 @@ class Prompter:
         lettered = zip(self.task.choices, choices or (), strict=False)
         lines = "\n".join(f"{letter}) {choice}" for letter, choice in lettered)
         rendered = self.task.template.format(input=text, choices=lines)
-        if not self.task.chat:
-            return rendered
-        messages = [{"role": "user", "content": rendered}]
-        try:
-            chat = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                strftime_now=self._strftime_now,
-            )
-        except Exception as error:  # a template is a program of the base model's authors
-            raise PromptError(
-                f"the tokenizer's chat template raises an error for one user message ({type(error).__name__}: {error}); "
-                "correct the template, or set chat to false"
-            ) from error
-        return str(chat)
-
-    def _strftime_now(self, form: str) -> str:
-        """What chat templates call to write the time: midnight of the task's date, so that prompts never change."""
-        self._shows_date = True
-        return datetime.datetime.combine(self._date, datetime.time()).strftime(form)
+        return rendered if self._chat is None else self._chat.render(rendered)
 
     def _choices_as_tokens(self, prompt: str) -> list[list[int]]:
         """The tokens of each choice after a rendered prompt."""

@@ -9,6 +9,7 @@ not small compared with mu. Whole data sets are linearised in `evaluation.infere
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from scalabl.model.posterior import Draws, draw
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.absent_choices import ABSENT
+from scalabl.uncertainty.absent_choices import ABSENT, OwnChoices, columns_of, present
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
@@ -47,9 +48,10 @@ class Linearization:
         """The linearisation of one input, with B = 1."""
         return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
 
-    def of_choices(self, count: int) -> Linearization:
-        """The linearisation of the first `count` choices only, for inputs that have no others."""
-        return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
+    def of_choices(self, choices: OwnChoices) -> Linearization:
+        """The linearisation over these choices only, for inputs that have no others."""
+        columns = columns_of(choices)
+        return replace(self, mean=self.mean[:, columns], scaled_jacobian=self.scaled_jacobian[:, columns])
 
     def covariance(self) -> Tensor:
         """Cov(z) = J diag(tau^2 sigma^2) J^T, [B, C, C]."""
@@ -86,28 +88,27 @@ class Linearization:
 
 
 def linearize(
-    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+    model: ScalaBLModel, batch: TokenBatch, *, choices: Sequence[OwnChoices] | None = None, negligible: float = 0.0
 ) -> Linearization:
     """Linearise B inputs at the posterior mean: a forward and a reverse pass with a row for each choice of each input.
 
     Args:
-        num_choices: [B], the number of choices of each input; None for all of the task's.
+        choices: the choices of each input; None for all of the task's.
         negligible: choices with a lower probability at the mean are not linearised and cost no row, except for the two most
             probable. Finding them takes one more forward pass over B rows.
     """
-    present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
-    if num_choices is not None:
-        present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
-    active = present
+    total = model.num_choices
+    has = present([total] * batch.input_ids.shape[0] if choices is None else choices, total)
+    active = has
     if negligible > 0:
-        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~present, ABSENT)
+        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~has, ABSENT)
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
-        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
+        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & has
     mean, jacobian = model.jacobian(batch, active)
     _, log_std = model.posterior()
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    mean = mean.double().cpu().masked_fill(~present, ABSENT)
+    mean = mean.double().cpu().masked_fill(~has, ABSENT)
     return Linearization(mean, jacobian.double().cpu() * deviation, columns)
 
 

@@ -314,6 +314,6 @@ def _linearize(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Se
     if not indices:
         return {}
     batch = TokenBatch.of([sequences[index] for index in indices])
-    counts = torch.tensor([jobs[index].num_choices for index in indices])
-    linearization = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+    choices = [jobs[index].choices for index in indices]
+    linearization = linearize(model, batch, choices=choices, negligible=NEGLIGIBLE)
     return {index: linearization.of_input(row) for row, index in enumerate(indices)}

@@ -16,7 +16,7 @@ Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
 class PredictRequest(BaseModel):
-    """One text or a list of texts to predict, and how. `choices` is only for adapters whose task is multiple choice."""
+    """One text or a list of texts to predict, and how."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -26,7 +26,11 @@ class PredictRequest(BaseModel):
 
     inputs: str | Texts = Field(description="One text, or a list of texts.")
     choices: Choices | Annotated[list[Choices], Field(min_length=1, fail_fast=True)] | None = Field(
-        default=None, description="Only for multiple choice: one list of choices for all inputs, or one list per input."
+        default=None,
+        description=(
+            "One list for all inputs, or one list per input. For multiple choice: the choices. For classification: some of "
+            "the adapter's own choices, to which the answer is restricted; their probabilities sum to 1."
+        ),
     )
     num_samples: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
         default=None,

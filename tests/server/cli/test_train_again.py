@@ -97,6 +97,7 @@ def refused(result: Result, folder: Path, before: dict[str, bytes]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
+        (("--special-tokens-in-text", "control"), 'special_tokens_in_text was "text" and is now "control"'),
         (("--learning-rate", 0.5), "learning_rate was 0.002 and is now 0.5"),
         (("--lora-alpha", 8), "lora_alpha was 16.0 and is now 8.0"),
         (("--seed", 7), "seed was 0 and is now 7"),

@@ -120,7 +120,11 @@ TEXT = tensor("text", [1], ["a"])
         ([TEXT], {"parameters": {"num_samples": 10_000}}, "num_samples: 10000 is above this server's limit"),
         ([TEXT], {"parameters": {"choices": "{"}}, "parameters: choices is not valid JSON; send a JSON list"),
         ([TEXT], {"parameters": {"choices": "[1, 2]"}}, "choices"),
-        ([TEXT, tensor("choices", [2], ["a", "b"])], {}, "choices: this adapter's task is classification"),
+        (
+            [TEXT, tensor("choices", [2], ["a", "b"])],
+            {},
+            "choices: 'a' is not a choice of this adapter",
+        ),
         ([TEXT], {"wrong": 1}, "wrong: Extra inputs are not permitted"),
         ([TEXT], {"id": "\ud800"}, "id: the text is not valid Unicode"),
         ([tensor("text", [1], ["a"], parameters={"binary_data_size": 5})], {}, "not the binary-data extension"),

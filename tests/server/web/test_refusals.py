@@ -57,7 +57,12 @@ def ask(client: TestClient, **body: Any) -> httpx.Response:
         ({"inputs": "a", "seed": 2**63}, "seed: Input should be less than 9223372036854775808"),
         ({"inputs": "a", "method": "magic"}, "method: Input should be 'monte_carlo'"),
         ({"inputs": "a", "return_samples": 7}, "return_samples: Input should be a valid boolean"),
-        ({"inputs": "a", "choices": ["b", "c"]}, "choices: this adapter's task is classification with fixed choices"),
+        (
+            {"inputs": "a", "choices": ["red", "b"]},
+            "choices: 'b' is not a choice of this adapter",
+        ),
+        ({"inputs": "a", "choices": ["red", "red"]}, "choices: 'red' appears twice"),
+        ({"inputs": ["a", "b"], "choices": [["red", "blue"], ["red", "c"]]}, "choices.1: 'c' is not a choice"),
     ],
 )
 def test_a_wrong_field_is_named(colours: TestClient, body: dict[str, Any], detail: str) -> None:
