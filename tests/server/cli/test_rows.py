@@ -123,7 +123,6 @@ def test_calibration_says_which_rows_are_repeated(work: Path, tmp_path: Path) ->
         (("--kind", "multiple_choice"), "train.csv:2: the row has a label, and multiple choice needs 'choices'"),
         (("--train", "none.csv"), "none.csv cannot be read: No such file or folder"),
         (("--train", "org/none:train"), "org/none:train: no file has that name, so it was read as a hub id; this needs"),
-        (("--labels", "none.txt"), "none.txt cannot be read: No such file"),
     ],
 )
 def test_what_is_wrong_with_the_rows_is_one_line(
