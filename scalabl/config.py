@@ -17,6 +17,7 @@ TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
 SpecialTokensInText = Literal["text", "control"]
+HeadKind = Literal["vocabulary", "own"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -38,7 +39,9 @@ class Task(BaseModel):
 
     `special_tokens_in_text`: whether a special token that stands in an input or a choice is encoded as the text that it is,
     or as a control token. `chat_date` is the date in prompts whose chat template asks for the current date, the date of the
-    training. Both are left out of the file where they have their defaults, as in adapters of format version 1.
+    training. `head`: whether the choices' rows of the output head are the base model's, for the choice tokens, or `own`: the
+    tensor `head.weight` [C, D] of the adapter, read where the prompt ends, without choice tokens. These three are left out
+    of the file where they have their defaults, as in adapters of format version 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +54,7 @@ class Task(BaseModel):
     choice_prefix: str = " "
     special_tokens_in_text: SpecialTokensInText = Field(default="control", exclude_if=lambda value: value == "control")
     chat_date: datetime.date | None = Field(default=None, exclude_if=lambda value: value is None)
+    head: HeadKind = Field(default="vocabulary", exclude_if=lambda value: value == "vocabulary")
 
     @field_validator("template")
     @classmethod
@@ -74,6 +78,10 @@ class Task(BaseModel):
             raise ValueError("template has no {choices} placeholder, which multiple_choice needs; add it")
         if len(set(self.choices)) != len(self.choices):
             raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice; rename one")
+        if self.head == "own" and (self.kind != "classification" or self.choice_tokens is not None):
+            raise ValueError(
+                "head is 'own', which is for classification without choice_tokens; remove head or choice_tokens"
+            )
         if self.choice_tokens is not None:
             if len(self.choice_tokens) != len(self.choices):
                 raise ValueError(
@@ -89,7 +97,7 @@ class Task(BaseModel):
     @property
     def needs_version_2(self) -> bool:
         """Whether the task has fields that format version 1 does not know."""
-        return self.special_tokens_in_text != "control" or self.chat_date is not None
+        return self.special_tokens_in_text != "control" or self.chat_date is not None or self.head != "vocabulary"
 
 
 def _first_repeated(items: tuple[str, ...]) -> str:

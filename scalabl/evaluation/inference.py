@@ -21,6 +21,8 @@ from scalabl.uncertainty.adaptive import Estimate, Rule, sample_adaptively
 from scalabl.uncertainty.linearized import controlled, linearize
 from scalabl.uncertainty.predictive import Predictive, predictive
 
+BLOCK_VALUES = 2**23  # logits of the inputs whose predictive is computed at once
+
 
 def logits_of(
     model: ScalaBLModel,
@@ -49,8 +51,17 @@ def logits_of(
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
-    """The predictive of N inputs from their logits [N, K, C], each over its own choices."""
-    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
+    """The predictive of N inputs from their logits [N, K, C], each over its own choices.
+
+    It is computed in blocks of inputs, because its intermediate results take several times the memory of the logits.
+    """
+    size = max(1, BLOCK_VALUES // logits[0].numel())
+    return Predictive.concatenated(
+        [
+            predictive(without_absent(block, counts), model.config.temperature, draws.scheme)
+            for block, counts in zip(logits.split(size), num_choices.split(size), strict=True)
+        ]
+    )
 
 
 def linearized_predictive(

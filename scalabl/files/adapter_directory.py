@@ -159,6 +159,8 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)
         layer.requires_grad_(False)
+    if model.own_head is not None:
+        model.own_head.requires_grad_(False)
     return model
 
 

@@ -19,7 +19,7 @@ from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
-from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
@@ -29,6 +29,7 @@ from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_dr
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
+HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
 GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
 
 
@@ -80,7 +81,8 @@ class ScalaBLModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, config: AdapterConfig, *, attach: bool = True) -> None:
         super().__init__()
-        if config.task.choice_tokens is None:
+        tokens = config.task.choice_tokens
+        if tokens is None and config.task.head == "vocabulary":
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
         self.base = base
@@ -92,9 +94,12 @@ class ScalaBLModel(nn.Module):
         names = _select(host, config, type(base).__name__)
         try:
             with weights_of(host.head):
-                cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
+                rows = own_head(host.head, len(config.task.choices)) if tokens is None else cut_head(host.head, tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
+        self.own_head = rows if tokens is None else None
+        self._backbone = _backbone(base) if tokens is None else None
+        cut: nn.Module = rows
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -104,7 +109,8 @@ class ScalaBLModel(nn.Module):
                 cut = layer
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
+        self.head = ChoiceHead(cut)
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
         if attach:
             self.attach()
 
@@ -143,18 +149,26 @@ class ScalaBLModel(nn.Module):
         return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
-        return {
+        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on; the own head's first."""
+        own = {} if self.own_head is None else {HEAD_WEIGHT: self.own_head.weight}
+        return own | {
             f"{name}.{kind}": getattr(layer, kind)
             for name, layer in self.adapted.items()
             for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
         }
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
-        """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
+        """Reset to an untrained adapter with the paper's initialisation, in which B = 0.
+
+        A head of its own starts as in transformers' models for sequence classification: N(0, `initializer_range`^2).
+        """
         generator = torch.Generator().manual_seed(seed)
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
+        if self.own_head is not None:
+            spread = getattr(self.base.config.get_text_config(), "initializer_range", 0.02)
+            initial = torch.empty(self.own_head.weight.shape).normal_(0.0, spread, generator=generator)
+            self.own_head.weight.data.copy_(initial)
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
@@ -198,9 +212,12 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
-        logits: Tensor = output.logits[:, 0].float()
-        return logits.to(self.device), cache
+            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **places}
+            if self._backbone is None:
+                logits: Tensor = self.base(**arguments).logits
+            else:  # what some architectures do to the logits of their vocabulary (scales, caps) is not for other heads
+                logits = self.head(self._backbone(**arguments).last_hidden_state)
+        return logits[:, 0].float().to(self.device), cache
 
     def _fitted(self, wanted: ForwardPass) -> ForwardPass:
         """The pass in the form that this base model supports: if rows cannot fan out, inputs are copied before the pass."""
@@ -333,6 +350,18 @@ class ScalaBLModel(nn.Module):
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         return self.run(ForwardPass(ids, lengths))
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The base model without its head: what transformers' models for sequence classification run.
+
+    Raises:
+        AdapterError: the base model's class does not have this part.
+    """
+    backbone: nn.Module = base.base_model
+    if backbone is base:
+        raise AdapterError(f"{type(base).__name__} has no part without its head; task.head 'own' needs it")
+    return backbone
 
 
 def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:

@@ -16,13 +16,23 @@ class PromptEncoder:
         special: let the tokenizer add its special tokens, such as a BOS. Those that it adds at the end are cut off: the
             answer belongs there.
         literal: what encodes a user's control tokens as text; None to encode them as control tokens.
+        reads_end: keep the special tokens at the end, except padding tokens: the answer is read at the last one, as by
+            transformers' models for sequence classification.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool, literal: LiteralText | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        special: bool,
+        literal: LiteralText | None = None,
+        reads_end: bool = False,
+    ) -> None:
         self._tokenizer, self._special, self._literal = tokenizer, special, literal
         # Calling the backend directly halves the time: transformers' wrapper takes as long as tokenising itself.
         self._direct = _adds_nothing(type(tokenizer))
-        self._appended = _appended(tokenizer) if special else 0
+        self._appended = _appended(tokenizer) if special and not reads_end else 0
+        self._padding = tokenizer.pad_token_id if reads_end else None
 
     def mark(self, text: str) -> str:
         """A user's text for the template, in which control tokens are marked as the user's."""
@@ -36,6 +46,8 @@ class PromptEncoder:
             ids = literal.original_ids(self._encode(literal.tokenizer, resolved, special=self._special))
         else:
             ids = self._encode(self._tokenizer, rendered, special=self._special)
+        while self._padding is not None and len(ids) > 1 and ids[-1] == self._padding:
+            ids = ids[:-1]
         return ids[: len(ids) - self._appended]
 
     def text_ids(self, text: str) -> list[int]:

@@ -46,7 +46,7 @@ class Prompter:
     model's next token is the one that stands for a choice.
 
     Attributes:
-        choice_tokens: one token id per choice of the task, in the task's order.
+        choice_tokens: one token id per choice of the task, in the task's order; empty if the adapter has a head of its own.
         mismatched: choices whose token in the task cannot stand for them with this tokenizer.
 
     Raises:
@@ -65,10 +65,16 @@ class Prompter:
             _warn_of_date(str(tokenizer.chat_template))
         literal = literal_text(tokenizer, probe) if task.special_tokens_in_text == "text" else None
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's, such as BOS.
-        self._encoder = PromptEncoder(tokenizer, special=not task.chat, literal=literal)
+        reads_end = task.head == "own"
+        self._encoder = PromptEncoder(tokenizer, special=not task.chat, literal=literal, reads_end=reads_end)
+        self._suffix: list[int] = []
+        self.choice_tokens: tuple[int, ...] = ()
+        self.mismatched: list[str] = []
+        if reads_end:  # the head has a row for each choice, so that no token stands for it
+            return
         own = OwnTokens.of(self._choices_as_tokens(probe), control_ids(tokenizer))
         self._suffix = list(own.shared)
-        self.choice_tokens: tuple[int, ...] = task.choice_tokens or own.assign(tokenizer)
+        self.choice_tokens = task.choice_tokens or own.assign(tokenizer)
         self.mismatched = [task.choices[index] for index in own.mismatched(self.choice_tokens, tokenizer)]
 
     def check_tokenizer(self, base_model: str) -> None:
@@ -94,7 +100,7 @@ class Prompter:
     def resolved_task(self) -> Task:
         """The task with its choice tokens filled in, and the date that its prompts show, if they show one."""
         date = self._date if self._shows_date else self.task.chat_date
-        return self.task.model_copy(update={"choice_tokens": self.choice_tokens, "chat_date": date})
+        return self.task.model_copy(update={"choice_tokens": self.choice_tokens or None, "chat_date": date})
 
     @property
     def token_texts(self) -> list[str]:

@@ -41,6 +41,9 @@ class TrainingConfig(BaseModel):
         gt=0,
         description="Peak AdamW learning rate of ln sigma. It is higher, since ln sigma changes far more than A, B and mu.",
     )
+    head_learning_rate: float = Field(
+        default=2e-3, gt=0, description="Peak AdamW learning rate of the rows of --head fresh."
+    )
     lr_schedule: Literal["cosine", "linear"] = Field(
         default="cosine", description="How the learning rates fall after the warm-up."
     )

@@ -38,7 +38,7 @@ NOT_COMPARED = {"gradient_checkpointing", "trunk_cache_gib", "tensorboard"}
 # Fields of an adapter that training does not set: the format's and those of calibration.
 NOT_TRAINED = {"peft_type", "format_version", "posterior_scale", "temperature", "calibration"}
 # Settings that change the token ids of the rows, so that other ids do not show that the rows themselves differ.
-IN_PROMPTS = {"kind", "template", "chat", "choices", "special_tokens_in_text", "chat_date"}
+IN_PROMPTS = {"kind", "template", "chat", "choices", "special_tokens_in_text", "chat_date", "head"}
 # Parts of a base model's configuration that say nothing about the model.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 SHOWN = 100  # characters of a value in a message

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from scalabl.config import TaskKind
-from scalabl_server.cli.options import SpecialTokens, errors_as_messages, given_labels, split, task_of, usage_errors
+from scalabl_server.cli.options import (
+    SpecialTokens,
+    errors_as_messages,
+    given_labels,
+    own_head_task,
+    split,
+    task_of,
+    usage_errors,
+)
 
 convert = typer.Typer(help="Make an adapter directory from another project's checkpoint.", no_args_is_help=True)
 
@@ -74,7 +82,12 @@ def convert_peft_command(
     label: Label = None,
     labels: Labels = None,
     kind: Kind = "classification",
-    template: Annotated[str | None, typer.Option(help="Prompt template that the LoRA was trained with.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt template that the LoRA was trained with (with a classification head: {input}, the bare text)."
+        ),
+    ] = None,
     chat: Chat = False,
     choice_prefix: ChoicePrefix = None,
     special_tokens_in_text: SpecialTokens = "text",
@@ -87,16 +100,27 @@ def convert_peft_command(
     base_model_name: Annotated[str | None, typer.Option(help="Name to record in the adapter (default: --model).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a finished PEFT LoRA Bayesian: the posterior mean is exactly the LoRA's own weight update."""
+    """Make a finished PEFT LoRA Bayesian: the posterior mean is exactly the LoRA's own weight update.
+
+    A LoRA for sequence classification (task_type SEQ_CLS) is taken with its head. Its labels are those of id2label in the
+    LoRA's config.json or in the base model's, unless they are given.
+    """
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.peft_import import convert_peft
+        from scalabl.files.peft_import import class_names, convert_peft, read_peft
         from scalabl.prompt import Prompter
 
-        choices = given_labels(labels, label)
-        with usage_errors():
-            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text)
+        lora = read_peft(peft)
         skeleton, tokenizer = load_skeleton(model)
+        choices = None
+        if lora.head is not None and not labels and not label:
+            choices = lora.labels or class_names(skeleton.config.to_dict(), len(lora.head))
+        choices = choices or given_labels(labels, label)
+        with usage_errors():
+            if lora.head is None:
+                task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text)
+            else:
+                task = own_head_task(template or "{input}", chat, choices, special_tokens_in_text)
         config = convert_peft(
             peft,
             output,

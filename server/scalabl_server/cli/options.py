@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, SpecialTokensInText, Task, TaskKind
-from scalabl.errors import ScalaBLError
+from scalabl.errors import DatasetError, ScalaBLError
 
 SpecialTokens = Annotated[
     SpecialTokensInText,
@@ -53,14 +52,12 @@ def given_labels(file: Path | None, names: list[str] | None) -> tuple[str, ...]:
     if (file is None) == (not names):
         raise typer.BadParameter("give each label by --label, or all of them in a file by --labels", param_hint="--label")
     if file is not None:
+        from scalabl.evaluation.dataset.examples import read_labels
+
         try:
-            text = file.read_text(encoding="utf-8-sig")
-            labels = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
-        except (OSError, ValueError, RecursionError) as error:
-            raise typer.BadParameter(f"{file} cannot be read: {error}", param_hint="--labels") from None
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise typer.BadParameter(f"{file} must be a JSON list of strings", param_hint="--labels")
-        return tuple(label for label in labels if label.strip())
+            return read_labels(file)
+        except DatasetError as error:
+            raise typer.BadParameter(str(error), param_hint="--labels") from None
     assert names is not None
     if len(names) == 1 and "," in names[0]:
         raise typer.BadParameter(
@@ -174,3 +171,20 @@ def task_of(
         "chat_date": chat_date,
     }
     return Task.model_validate(fields)
+
+
+def own_head_task(
+    template: str | None,
+    chat: bool,
+    choices: tuple[str, ...],
+    special_tokens_in_text: SpecialTokensInText,
+    kind: TaskKind = "classification",
+    chat_date: datetime.date | None = None,
+) -> Task:
+    """The task of an adapter that has a head of its own: a classification whose choices have no tokens.
+
+    Raises:
+        ValidationError: see `Task`.
+    """
+    task = task_of(kind, template, chat, "", choices, special_tokens_in_text, chat_date=chat_date)
+    return Task.model_validate({**task.model_dump(), "head": "own"})

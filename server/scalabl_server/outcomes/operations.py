@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, se
 
 from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.prepared import PreparedInsert
+from scalabl_server.outcomes.stored_answers import from_text, to_text
 from scalabl_server.outcomes.tables import LABELS, PREDICTIONS
 from scalabl_server.outcomes.totals import Additions
 from scalabl_server.text import quoted
@@ -74,7 +75,7 @@ def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], no
                 "created_at": now,
                 "adapter": row.adapter,
                 "model": row.model,
-                "answer": json.dumps(row.answer, separators=(",", ":")),
+                "answer": to_text(row.answer),
                 "input_hash": row.input_hash,
                 "input": None if row.input is None else json.dumps(row.input),
             }
@@ -115,7 +116,7 @@ class LabelRound:
             row = self.rows.get(name)
             if row is None:
                 raise Refusal("unknown", position, absent(name))
-            choices = scoring.choices_of(json.loads(row.answer))
+            choices = scoring.choices_of(from_text(row.answer))
             if label not in choices:
                 raise Refusal(
                     "label",
@@ -131,7 +132,7 @@ class LabelRound:
         before = self.labels[row.id]
         if before == label:
             return "unchanged"
-        answer = json.loads(row.answer)
+        answer = from_text(row.answer)
         additions.add(row.adapter, scoring.of_label(answer, label))
         self.labels[row.id] = label
         self.history.append({"prediction": row.seq, "label": label, "labelled_at": self.now, "replica": replica})
@@ -160,7 +161,7 @@ def look_up(connection: Connection, name: str) -> Stored | None:
     row = connection.execute(select(PREDICTIONS).where(PREDICTIONS.c.id == name)).one_or_none()
     if row is None:
         return None
-    answer = json.loads(row.answer)
+    answer = from_text(row.answer)
     choices = scoring.choices_of(answer)
     labels = connection.execute(select(LABELS).where(LABELS.c.prediction == row.seq).order_by(LABELS.c.seq))
     return Stored(

@@ -20,7 +20,7 @@ PREDICTIONS = Table(
     Column("created_at", Double, nullable=False, index=True),
     Column("adapter", Text, nullable=False),
     Column("model", Text, nullable=False),
-    Column("answer", Text, nullable=False),  # JSON of the `Prediction` sent to the client, without samples
+    Column("answer", Text, nullable=False),  # the answer without samples, as `stored_answers` writes it
     Column("input_hash", String(64), nullable=False),
     Column("input", Text),  # only with --store-inputs
     Column("label", Integer),  # index of the latest label in the answer's choices

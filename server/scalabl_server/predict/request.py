@@ -34,6 +34,7 @@ class CheckedRequest:
         linear_rows: batch rows of the linearisation, one per choice of the adapter; 0 without linearisation.
         level: the calibrated coverage of the prediction set; None without an applicable calibration.
         calibration_mismatch: why the adapter's calibration does not apply; None if it does, or if there is none.
+        top_k: of how many choices the answer has the probabilities; None for all.
     """
 
     texts: list[str]
@@ -50,6 +51,7 @@ class CheckedRequest:
     truncate: bool
     return_samples: bool
     explain: bool
+    top_k: int | None = None
 
     @property
     def demand(self) -> RowDemand:
@@ -117,7 +119,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
             )
     choices = _choices_per_input(config.task, request, len(texts), settings)
     if request.return_samples:
-        values = num_samples * sum(map(len, choices))
+        values = num_samples * sum(min(len(names), request.top_k or len(names)) for names in choices)
         if values > settings.max_sample_values:
             raise ProblemError(
                 "input-too-large",
@@ -146,6 +148,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         truncate=request.truncate,
         return_samples=request.return_samples,
         explain=request.explain,
+        top_k=request.top_k,
     )
 
 

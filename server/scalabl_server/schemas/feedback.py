@@ -52,7 +52,10 @@ class StoredPrediction(BaseModel):
     model: str
     adapter: str
     created_at: datetime
-    prediction: dict[str, Any] = Field(description="The prediction as /predict answered it, without samples.")
+    prediction: dict[str, Any] = Field(
+        description="The prediction as /predict computed it, without samples, with all probabilities. With more than 256 "
+        "choices these have seven digits, and only the 16 most probable choices have standard errors."
+    )
     input_hash: str = Field(description="SHA-256 of the input in UTF-8; an HMAC if the server has a key for it.")
     input: str | None = Field(description="The input text; null unless the server stores inputs.")
     label: str | None = Field(description="The latest label; null if none was reported.")
