@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSIONS = (1, 2)  # version 1 is written wherever it suffices, so that older releases can read it
+FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest that can express it
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
@@ -222,8 +222,8 @@ class AdapterConfig(BaseModel):
 
     @property
     def lowest_format_version(self) -> int:
-        """The lowest format version that has all fields of this adapter."""
-        return 2 if self.task.needs_version_2 else 1
+        """The lowest format version that has all fields of this adapter's task; at least `format_version`."""
+        return max(self.format_version, 2 if self.task.needs_version_2 else 1)
 
     @property
     def scaling(self) -> float:

@@ -140,7 +140,11 @@ def _with_stand_ins(original: Tokenizer, stand_in_of: Mapping[str, str]) -> tupl
             setattr(backend, part, getattr(original, part))
     added = sorted(original.get_added_tokens_decoder().items())
     backend.add_tokens([_renamed(token, stand_in_of) for _, token in added])
-    original_of = {backend.token_to_id(stand_in_of.get(token.content, token.content)): index for index, token in added}
+    original_of: dict[int, int] = {}
+    for index, token in added:
+        own = backend.token_to_id(stand_in_of.get(token.content, token.content))
+        assert own is not None  # it was added
+        original_of[own] = index
     control = {index for index, token in added if token.content in stand_in_of}
     clear = all(backend.model.id_to_token(index) is None for index in original_of.keys() - dict(added).keys())
     if clear and not any(control & set(backend.encode(name, add_special_tokens=False).ids) for name in stand_in_of):

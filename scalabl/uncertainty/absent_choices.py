@@ -29,7 +29,7 @@ def columns_of(choices: OwnChoices) -> slice | list[int]:
     return slice(choices) if isinstance(choices, int) else list(choices)
 
 
-def present(choices: Sequence[OwnChoices], total: int) -> Tensor:
+def presence(choices: Sequence[OwnChoices], total: int) -> Tensor:
     """Which of `total` choices each of B inputs has, [B, C] bool."""
     mask = torch.zeros(len(choices), total, dtype=torch.bool)
     for row, own in enumerate(choices):

@@ -18,7 +18,7 @@ from torch import Tensor
 from scalabl.model.posterior import Draws, draw
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.absent_choices import ABSENT, OwnChoices, columns_of, present
+from scalabl.uncertainty.absent_choices import ABSENT, OwnChoices, columns_of, presence
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
@@ -97,18 +97,19 @@ def linearize(
         negligible: choices with a lower probability at the mean are not linearised and cost no row, except for the two most
             probable. Finding them takes one more forward pass over B rows.
     """
-    total = model.num_choices
-    has = present([total] * batch.input_ids.shape[0] if choices is None else choices, total)
-    active = has
+    present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
+    if choices is not None:
+        present = presence(choices, model.num_choices)
+    active = present
     if negligible > 0:
-        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~has, ABSENT)
+        z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~present, ABSENT)
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
-        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & has
+        active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
     mean, jacobian = model.jacobian(batch, active)
     _, log_std = model.posterior()
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    mean = mean.double().cpu().masked_fill(~has, ABSENT)
+    mean = mean.double().cpu().masked_fill(~present, ABSENT)
     return Linearization(mean, jacobian.double().cpu() * deviation, columns)
 
 

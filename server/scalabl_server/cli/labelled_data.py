@@ -64,6 +64,7 @@ def load(adapter: Path, model: str | None, device: str, quantization: Quantizati
     config = read_config(adapter)
     pretrained = load_pretrained(model or config.base_model_name_or_path, device=device, quantization=quantization)
     prompter = Prompter(config.task, pretrained.tokenizer)
+    prompter.check_tokenizer(config.base_model_name_or_path)
     return Loaded(load_adapter(pretrained.model, adapter), prompter, pretrained.max_tokens)
 
 

@@ -127,8 +127,6 @@ def _train(
             )
         skeleton, tokenizer = load_skeleton(model)
         prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
-        if head == "vocabulary":
-            _show_tokens(prompter)
         config, start = config.model_copy(update={"task": prompter.resolved_task}), None
         if lora is not None:
             recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
@@ -142,6 +140,8 @@ def _train(
         # Refuses another run's folder before the base model is loaded.
         if find_run(output, planned, overwrite=overwrite) is None:
             warn(*data.warnings)
+        if head == "vocabulary":
+            _show_tokens(prompter)
         pretrained = load_pretrained(model, device=device, dtype="float32")
         trained = train_adapter(
             pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite

@@ -32,10 +32,10 @@ PEFT_WARNINGS = [
 TOKENS = Prompter(tiny.CLASSIFICATION, tiny.tokenizer()).choice_tokens
 
 
-def peft_logits(model: Any, sequences: list[list[int]]) -> Tensor:
+def peft_logits(model: Any, sequences: list[list[int]], tokens: Sequence[int] = TOKENS) -> Tensor:
     """PEFT's logits [B, C] at the last position over the choice tokens, one input at a time."""
     with torch.inference_mode():
-        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1, list(TOKENS)] for ids in sequences]
+        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1, list(tokens)] for ids in sequences]
     return torch.stack(rows)
 
 
