@@ -59,7 +59,7 @@ def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draw
     return Predictive.concatenated(
         [
             predictive(without_absent(block, counts), model.config.temperature, draws.scheme)
-            for block, counts in zip(logits.split(size), num_choices.split(size), strict=True)
+            for block, counts in zip(torch.split(logits, size), torch.split(num_choices, size), strict=True)
         ]
     )
 

@@ -148,14 +148,14 @@ def _head(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
         AdapterError: other modules were trained too, or the head is missing, or not one matrix for a decoder's classes.
     """
     saved = config.get("modules_to_save") or []
-    others = [name for name in saved if name not in HEADS]
-    if others:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: modules_to_save has {others[0]!r}, which cannot be converted; beside a LoRA only the "
-            "head 'score' of sequence classification can"
-        )
+    is_classifier = config.get("task_type") == "SEQ_CLS"
     parts = {match["name"] + "." + match["kind"]: tensor for key, tensor in tensors.items() if (match := HEAD.match(key))}
-    if not parts and config.get("task_type") != "SEQ_CLS" and not saved:
+    if any(name not in HEADS for name in saved) or (saved and not parts and not is_classifier):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: modules_to_save is {saved!r}, which cannot be converted; beside a LoRA only the head "
+            "'score' of sequence classification can"
+        )
+    if not parts and not is_classifier:
         return None
     if parts.keys() != {"score.weight"} or parts["score.weight"].dim() != 2:
         has = ", ".join(sorted(parts)) or "none"

@@ -150,12 +150,12 @@ class ScalaBLModel(nn.Module):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on; the own head's first."""
-        own = {} if self.own_head is None else {HEAD_WEIGHT: self.own_head.weight}
-        return own | {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in self.adapted.items()
-            for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
-        }
+        parameters: dict[str, nn.Parameter] = {}
+        if self.own_head is not None:
+            parameters[HEAD_WEIGHT] = self.own_head.weight  # type: ignore[assignment]  # a parameter
+        for name, layer in self.adapted.items():
+            parameters |= {f"{name}.{kind}": getattr(layer, kind) for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")}
+        return parameters
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
         """Reset to an untrained adapter with the paper's initialisation, in which B = 0.

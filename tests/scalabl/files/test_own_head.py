@@ -138,7 +138,7 @@ SCORE = "base_model.model.score.weight"
         (
             {},
             {"modules_to_save": ["score", "embed_tokens"]},
-            "modules_to_save has 'embed_tokens', which cannot be converted",
+            r"modules_to_save is \['score', 'embed_tokens'\], which cannot be",
         ),
         ({SCORE: torch.ones(3, 16)}, {}, r"the head 'score' of the LoRA is \[3, 16\]; .* need \[3, 32\]"),
         ({SCORE: torch.ones(4, 32)}, {}, r"the head 'score' of the LoRA is \[4, 32\]; .* name each class with --label"),
