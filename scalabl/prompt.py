@@ -83,9 +83,15 @@ class Prompter:
         if not self.task.chat:
             return rendered
         messages = [{"role": "user", "content": rendered}]
-        chat = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        try:
+            chat = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template is a program of the base model's authors
+            raise PromptError(
+                f"the tokenizer's chat template raises an error for one user message ({type(error).__name__}: {error}); "
+                "correct the template, or set chat to false"
+            ) from error
         return str(chat)
 
     def encode(

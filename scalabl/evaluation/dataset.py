@@ -52,7 +52,12 @@ def read_examples(path: Path, *, labelled: bool = True) -> list[Example]:
 
 
 def _example(line: bytes, labelled: bool, source: str) -> Example:
-    row = json.loads(line.decode("utf-8"))
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(
+            "the row is nested too deeply to be read; write the text and the choices as plain strings"
+        ) from None
     if not isinstance(row, dict):
         raise ValueError("the row is not a JSON object")
     name = "text" if "text" in row else "question"

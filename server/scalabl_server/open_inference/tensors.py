@@ -1,8 +1,9 @@
 """The JSON schemas of the Open Inference Protocol, and the conversion of tensors to `/predict` requests and back.
 
-The protocol says that a server ignores the fields and parameters that it does not know, and its clients rely on that: KServe's
-SDK always sends `model_name`, MLServer's codecs send `content_type`, and Triton's client asks for binary outputs unless told
-otherwise. So unknown fields and parameters are ignored here, whereas `/predict` refuses them. What is known is checked.
+The protocol says that a server ignores the fields and parameters that it does not know, and its clients rely on that:
+KServe's SDK always sends `model_name`, MLServer's codecs send `content_type`, and Triton's client asks for binary outputs
+unless told otherwise. So unknown fields and parameters are ignored here, whereas `/predict` refuses them. What is known is
+checked.
 """
 
 from __future__ import annotations

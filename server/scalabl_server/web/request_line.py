@@ -1,4 +1,4 @@
-"""ASGI middleware for two kinds of request line that HTTP demands and no route declares: HEAD, and an absolute URL as target."""
+"""ASGI middleware for two kinds of request line that HTTP demands and no route declares: HEAD, and a URL as the target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RequestLine:
             return
 
         async def without_body(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         # The same scope, so that the route is known to the middleware outside; it sees HEAD again afterwards.
         scope["method"] = "GET"

@@ -52,7 +52,9 @@ def parse(body: bytes) -> Any:
         ProblemError: `invalid-field`; the detail says what is wrong and where.
     """
     try:
-        document = json.loads(body.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant)
+        document = json.loads(
+            body.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant
+        )
     except UnicodeDecodeError as error:
         raise _refused(f"not valid UTF-8 at byte {error.start}; send a JSON document in UTF-8") from None
     except json.JSONDecodeError as error:

@@ -176,7 +176,11 @@ ATTACKS: dict[str, tuple[bytes, int, str]] = {
     # odd requests
     "a Host that is no host": (request(path=b"/nowhere").replace(b"Host: x", b"Host: ["), 404, "not-found"),
     "an absolute URL": (request(path=b"http://evil.example/predict", method=b"GET"), 405, "method-not-allowed"),
-    "an absolute URL, answered": (request(path=b"http://evil.example/predict"), 200, ""),  # RFC 9112, 3.2.2: must be accepted
+    "an absolute URL, answered": (
+        request(path=b"http://evil.example/predict"),
+        200,
+        "",
+    ),  # RFC 9112, 3.2.2: must be accepted
     "an absolute URL of a user": (request(path=b"http://a:b@evil.example/nowhere"), 404, "not-found"),
     "an absolute URL of files": (request(path=b"file:///etc/passwd", method=b"GET"), 404, "not-found"),
     "CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n", 404, "not-found"),

@@ -448,7 +448,7 @@ def test_a_database_of_the_release_before_gets_the_indexes_and_keeps_its_rows(fi
         rows = copy.execute("SELECT * FROM scalabl_predictions ORDER BY seq").fetchall()
     database = Database(f"sqlite:///{old}", 2)
     with database.transaction(write=False) as connection:
-        assert connection.exec_driver_sql("SELECT version_num FROM scalabl_version").scalar() == "0002"
+        assert connection.exec_driver_sql("SELECT version_num FROM scalabl_version").scalar() == "0003"
         assert [tuple(row) for row in connection.exec_driver_sql("SELECT * FROM scalabl_predictions ORDER BY seq")] == rows
         names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'index'").scalars().all()
         assert {"scalabl_predictions_adapter", "scalabl_predictions_labelled", "scalabl_totals_adapter"} <= set(names)

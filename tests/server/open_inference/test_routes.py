@@ -119,9 +119,10 @@ def test_predict_still_refuses_what_it_does_not_know(colours: TestClient) -> Non
 # What clients send, byte for byte: KServe's SDK 0.21 (`InferRequest.to_rest`), the client of MLServer 1.7 (`mlserver infer`,
 # which uses Triton's) and MLServer's `StringCodec`. The clients themselves: tests/integration/serving/test_clients.py.
 SENT = {
-    "kserve": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1],"datatype":"BYTES","data":["abc"]}]}',
-    "kserve, outputs and parameters": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1,1],"datatype":'
-    b'"BYTES","data":["abc"]}],"outputs":[{"name":"prediction"}],"parameters":{"num_samples":16,"trace":"x"}}',
+    "kserve": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1],"datatype":"BYTES",'
+    b'"data":["abc"]}]}',
+    "kserve, more": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1,1],"datatype":"BYTES",'
+    b'"data":["abc"]}],"outputs":[{"name":"prediction"}],"parameters":{"num_samples":16,"trace":"x"}}',
     "mlserver": b'{"id": "mine", "inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}], '
     b'"parameters": {"binary_data_output": true}}',
     "mlserver, codec": b'{"id":"mine","parameters":{"content_type":"str"},"inputs":[{"name":"text","shape":[1,1],'
@@ -147,7 +148,6 @@ def test_binary_inputs_of_kserve_are_refused_with_the_remedy(colours: TestClient
     assert answer.status_code == 415
     remedy = "with KServe's or Triton's client, pass binary_data=False to set_data_from_numpy"
     assert answer.json()["error"].endswith(remedy)
-
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,17 @@ from fastapi.testclient import TestClient
 from scalabl import __version__
 from tests.server.web.test_refusals import refused
 
-GETS = ("/health/live", "/health/ready", "/metrics", "/info", "/docs", "/openapi.json", "/dashboard", "/v2/health/live", "/v2")
+GETS = (
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/info",
+    "/docs",
+    "/openapi.json",
+    "/dashboard",
+    "/v2/health/live",
+    "/v2",
+)
 
 
 @pytest.mark.parametrize("path", GETS)
