@@ -38,9 +38,20 @@ def _layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def _check_layers(host: Host, layers: Sequence[int] | None) -> None:
+    """Raise AdapterError for an index that is not that of a layer of the base model."""
+    indices = {index for name in host.modules if (index := _layer_index(name)) is not None}
+    absent = [index for index in layers or () if index not in indices]
+    if absent and indices:
+        raise AdapterError(
+            f"layers_to_transform names layer {absent[0]}, but the base model's layers are {min(indices)} to {max(indices)}"
+        )
+
+
 def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
     """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
     layers = config.layers_to_transform
+    _check_layers(host, layers)
     chosen, matched, seen_layers = [], set(), set()
     for name, module in host.modules.items():
         targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]

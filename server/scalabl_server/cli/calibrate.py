@@ -27,7 +27,7 @@ from scalabl_server.cli.labelled_data import (
     plots_module,
     warn,
 )
-from scalabl_server.cli.options import errors_as_messages, split
+from scalabl_server.cli.options import LARGEST_SEED, errors_as_messages, split
 
 PLOT_FILES = (".png", ".svg", ".pdf")
 
@@ -51,7 +51,10 @@ def calibrate(
     ] = 0.9,
     abstain: Annotated[bool, typer.Option(help="Fit an abstention threshold.")] = True,
     split_seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the random split into rows for the fit and rows for the thresholds.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Seed of the random split into rows for the fit and rows for the thresholds."
+        ),
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the fit to this file (.png, .svg or .pdf).")] = None,
     device: Device = "auto",

@@ -57,7 +57,7 @@ def evaluate(
         ),
     ] = "monte_carlo",
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Bootstrap resamples for the 95% intervals (0: no intervals).")
+        int, typer.Option(min=0, max=1_000_000, help="Bootstrap resamples for the 95% intervals (0: no intervals).")
     ] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the JSON report to this file.")] = None,
     plots: Annotated[
@@ -73,6 +73,8 @@ def evaluate(
     """
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise typer.BadParameter("a file in an existing folder", param_hint="--output")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise typer.BadParameter(f"must be a folder, and a file has this name (got {str(plots)!r})", param_hint="--plots")
     with errors_as_messages():
         from scalabl.evaluation.dataset import review
         from scalabl.evaluation.dataset.examples import read_rows

@@ -13,6 +13,7 @@ import typer
 
 from scalabl.config import Quantization
 from scalabl.errors import DatasetError, ScalaBLError
+from scalabl_server.cli.options import LARGEST_SEED, MOST_SAMPLES
 
 if TYPE_CHECKING:
     from scalabl.config import Task, TaskKind
@@ -26,8 +27,8 @@ Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
 Model = Annotated[
     str | None, typer.Option(help="Base model: a hub id or a folder (default: the base model that the adapter names).")
 ]
-NumSamples = Annotated[int, typer.Option(min=1, help="Number of posterior samples (K) per input.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the posterior samples.")]
+NumSamples = Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Number of posterior samples (K) per input.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the posterior samples.")]
 Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, … (auto: a GPU if there is one).")]
 Precision = Annotated[Quantization | None, typer.Option(help="Run linear layers in lower precision, as in `scalabl serve`.")]
 TextColumn = Annotated[
@@ -46,7 +47,7 @@ class Loaded:
 
     model: ScalaBLModel
     prompter: Prompter
-    max_tokens: int
+    max_tokens: int | None
 
     def encode(self, rows: list[Example]) -> EncodedSet:
         """The token ids of the rows."""

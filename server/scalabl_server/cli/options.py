@@ -1,4 +1,4 @@
-"""Shared by all subcommands: options generated from pydantic models, and errors shown as messages. No subcommand is here.
+"""Shared by all subcommands: options generated from pydantic models, and their usage errors. No subcommand is here.
 
 A field of a pydantic model is the only place for an option's name, default, limits and help.
 """
@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, SpecialTokensInText, Task, TaskKind
-from scalabl.errors import DatasetError, ScalaBLError
+from scalabl.errors import DatasetError
+from scalabl_server.cli.failures import errors_as_messages as errors_as_messages
 
 SpecialTokens = Annotated[
     SpecialTokensInText,
@@ -27,15 +28,8 @@ SpecialTokens = Annotated[
     ),
 ]
 
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Print a `ScalaBLError` as a message without a traceback, and exit with status 1."""
-    try:
-        yield
-    except ScalaBLError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+LARGEST_SEED = 2**63 - 1  # of posterior samples, as `posterior.draw` demands
+MOST_SAMPLES = 2**20  # posterior samples of one command
 
 
 def split(text: str) -> tuple[Any, ...]:

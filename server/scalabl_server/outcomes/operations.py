@@ -60,7 +60,7 @@ class Stored:
     answer: dict[str, Any]
     input_hash: str
     input: str | None
-    labels: list[tuple[str, float]]
+    labels: list[tuple[str | None, float]]
 
 
 def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], now: float, additions: Additions) -> None:
@@ -105,8 +105,8 @@ class LabelRound:
         rows = {row.id: row for row in predictions}
         return cls(rows, now, {name: row.label for name, row in rows.items()})
 
-    def take(self, labels: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
-        """Accept the (prediction id, label) pairs of one request, to be stored by `write`.
+    def take(self, labels: Sequence[tuple[str, str | None]], replica: str, additions: Additions) -> list[Status]:
+        """Accept the (prediction id, label) pairs of one request, to be stored by `write`. None: none of the choices.
 
         Raises:
             Refusal: the first label that cannot be stored. No label of the request is stored then.
@@ -117,13 +117,14 @@ class LabelRound:
             if row is None:
                 raise Refusal("unknown", position, absent(name))
             choices = scoring.choices_of(from_text(row.answer))
-            if label not in choices:
+            if label is not None and label not in choices:
                 raise Refusal(
                     "label",
                     position,
-                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}",
+                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}; "
+                    "if none of them is the true answer, send null",
                 )
-            indices.append(choices.index(label))
+            indices.append(scoring.NONE if label is None else choices.index(label))
         return [
             self._set(self.rows[name], index, replica, additions) for (name, _), index in zip(labels, indices, strict=True)
         ]
@@ -162,7 +163,6 @@ def look_up(connection: Connection, name: str) -> Stored | None:
     if row is None:
         return None
     answer = from_text(row.answer)
-    choices = scoring.choices_of(answer)
     labels = connection.execute(select(LABELS).where(LABELS.c.prediction == row.seq).order_by(LABELS.c.seq))
     return Stored(
         id=row.id,
@@ -172,7 +172,7 @@ def look_up(connection: Connection, name: str) -> Stored | None:
         answer=answer,
         input_hash=row.input_hash,
         input=None if row.input is None else json.loads(row.input),
-        labels=[(choices[label.label], label.labelled_at) for label in labels],
+        labels=[(scoring.label_of(answer, label.label), label.labelled_at) for label in labels],
     )
 
 

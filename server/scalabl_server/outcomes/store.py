@@ -200,6 +200,7 @@ class OutcomeStore:
             prediction=stored.answer,
             input_hash=stored.input_hash,
             input=stored.input,
+            labelled=bool(labels),
             label=labels[-1].label if labels else None,
             labels=labels,
         )

@@ -25,7 +25,7 @@ MOST_DOUBTFUL = 10
 
 @dataclass(frozen=True)
 class Seen:
-    """A stored prediction; `label` is the index of its latest label among the answer's choices."""
+    """A stored prediction; `label` is the index of its latest label, as in `scoring.of_label`, None if it has no label."""
 
     id: str
     created_at: float

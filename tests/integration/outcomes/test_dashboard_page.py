@@ -216,6 +216,12 @@ def test_feedback_from_the_page_moves_the_diagram(visit: Visit, server: Served) 
         page.click("#answer .label button")
         wait_until(lambda: labels_in(page) == (right, of + 1))
         assert page.inner_text("#answer .told").startswith("Corrected")
+        page.select_option("#answer select", label="None of these")
+        page.click("#answer .label button")
+        numbers = page.locator("#numbers div", has_text="None of the choices")
+        numbers.wait_for()
+        assert "answered" in numbers.inner_text()
+        assert labels_in(page) == (right, of + 1)
 
 
 def test_an_abstention_is_labelled_in_the_list(visit: Visit, server: Served) -> None:
@@ -230,6 +236,12 @@ def test_an_abstention_is_labelled_in_the_list(visit: Visit, server: Served) -> 
         row.locator("button[type=submit]").click()
         row.locator(".act p", has_text="blue").wait_for()
         assert httpx.get(f"{server.url}/predictions/{name}").json()["label"] == "blue"
+        row.get_by_role("button").click()
+        row.locator("select").select_option(label="None of these")
+        row.locator("button[type=submit]").click()
+        row.locator(".act p", has_text="None of these").wait_for()
+        found = httpx.get(f"{server.url}/predictions/{name}").json()
+        assert (found["labelled"], found["label"]) == (True, None)
         at = "document.activeElement.tagName + document.activeElement.closest('li')?.dataset.id"
         wait_until(lambda: page.evaluate(at) == f"BUTTON{name}")
 

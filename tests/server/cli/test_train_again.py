@@ -269,7 +269,8 @@ def test_a_run_cut_short_resumes_and_refuses_another_run(
         return forward(module, *args, **kwargs)
 
     monkeypatch.setattr(VariationalModule, "forward", cut)
-    assert isinstance(train(work, tmp_path / "run").exception, RuntimeError)
+    cut_short = train(work, tmp_path / "run")
+    assert (cut_short.exit_code, "an unexpected RuntimeError: power cut" in cut_short.stderr) == (1, True)
     before = content(tmp_path / "run")
     assert "seed was 0 and is now 3" in refused(train(work, tmp_path / "run", "--seed", 3), tmp_path / "run", before)
     result = train(work, tmp_path / "run")
