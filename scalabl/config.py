@@ -6,11 +6,11 @@ The file itself is read and written in `files.adapter_directory`.
 from __future__ import annotations
 
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest that can express it
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
@@ -173,18 +173,20 @@ class AdapterConfig(BaseModel):
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it.
+    It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
+    of a mixture posterior; an adapter with more than one has format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     peft_type: Literal["SCALABL"] = "SCALABL"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     base_model_name_or_path: str
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    members: int = Field(default=1, ge=1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
@@ -194,9 +196,20 @@ class AdapterConfig(BaseModel):
     @field_validator("format_version")
     @classmethod
     def _version_is_known(cls, version: int) -> int:
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version {version} is not supported; this release reads version {FORMAT_VERSION}")
+        if version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
+            raise ValueError(f"format_version {version} is not supported; this release reads versions {known}")
         return version
+
+    @model_validator(mode="after")
+    def _version_has_the_fields(self) -> Self:
+        if self.format_version < 2 and self.members > 1:
+            raise ValueError(f"members is {self.members}, which needs format_version 2")
+        return self
+
+    def as_written(self) -> dict[str, Any]:
+        """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
+        return self.model_dump(mode="json", exclude={"members"} if self.members == 1 else None)
 
     @property
     def scaling(self) -> float:
