@@ -107,8 +107,9 @@ class ScalaBLModel(nn.Module):
                 cut = layer
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        self.head = ChoiceHead(cut)
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
+        head = ChoiceHead(cut)
+        self.head_of_rows = head.of_rows  # for passes that another adapter runs
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
         if attach:
             self.attach()
 

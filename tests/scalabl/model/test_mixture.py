@@ -21,9 +21,7 @@ def member_of(model: ScalaBLModel, member: int, name: str = "llama") -> ScalaBLM
     config = model.config.model_copy(update={"members": 1, "format_version": 1})
     alone = ScalaBLModel(tiny.base_model(name), config)
     with torch.no_grad():
-        for parameter, of_all in zip(
-            alone.adapter_parameters().values(), model.adapter_parameters().values(), strict=True
-        ):
+        for parameter, of_all in zip(alone.adapter_parameters().values(), model.adapter_parameters().values(), strict=True):
             parameter.copy_(of_all[member])
     return alone.requires_grad_(False).eval()
 
