@@ -194,7 +194,8 @@ class AdapterConfig(BaseModel):
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it.
+    It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
+    of a mixture posterior; an adapter with more than one has format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -206,6 +207,7 @@ class AdapterConfig(BaseModel):
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    members: int = Field(default=1, ge=1, exclude_if=lambda members: members == 1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
@@ -220,10 +222,18 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"format_version {version} is not supported; this release reads versions {known}")
         return version
 
+    @model_validator(mode="after")
+    def _version_has_the_fields(self) -> Self:
+        if self.format_version < 2 and self.members > 1:
+            raise ValueError(f"members is {self.members}, which needs format_version 2")
+        if self.members > 1 and self.task.head == "own":
+            raise ValueError("a mixture of several members cannot have a head of its own; set members to 1, or task.head")
+        return self
+
     @property
     def lowest_format_version(self) -> int:
-        """The lowest format version that has all fields of this adapter's task; at least `format_version`."""
-        return max(self.format_version, 2 if self.task.needs_version_2 else 1)
+        """The lowest format version that has all fields of this adapter; at least `format_version`."""
+        return max(self.format_version, 2 if self.task.needs_version_2 or self.members > 1 else 1)
 
     @property
     def scaling(self) -> float:

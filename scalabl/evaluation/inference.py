@@ -58,7 +58,7 @@ def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draw
     size = max(1, BLOCK_VALUES // logits[0].numel())
     return Predictive.concatenated(
         [
-            predictive(without_absent(block, counts), model.config.temperature, draws.scheme)
+            predictive(without_absent(block, counts), model.config.temperature, draws.scheme, draws.members)
             for block, counts in zip(torch.split(logits, size), torch.split(num_choices, size), strict=True)
         ]
     )
@@ -80,7 +80,8 @@ def linearized_predictive(
         negligible: as of `linearize`.
     """
     outcomes: dict[int, Predictive] = {}
-    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    rows = model.members * model.num_choices
+    rows = rows if draws is None else max(rows, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
         linear = linearize(model, tokens, choices=counts.tolist(), negligible=negligible)
@@ -127,4 +128,11 @@ def adaptive_predictive(
         )
         return without_absent(logits, encoded.num_choices[list(unsettled)])
 
-    return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)
+    return sample_adaptively(
+        run,
+        len(encoded.sequences),
+        rule,
+        temperature=model.config.temperature,
+        scheme=draws.scheme,
+        members=draws.members,
+    )

@@ -126,7 +126,8 @@ class SampledJob(Job):
         return result.logits.numel()
 
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        return predictive(result.logits[:, columns_of(self.choices)], temperature, self.draws.scheme), {}
+        logits = result.logits[:, columns_of(self.choices)]
+        return predictive(logits, temperature, self.draws.scheme, self.draws.members), {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +155,9 @@ class AdaptiveJob(SampledJob):
         count = len(logits)
         if count >= self.draws.num_samples or not all_finite(logits):
             return None
-        outcome = predictive(logits[:, columns_of(self.choices)].unsqueeze(0), temperature, self.draws.scheme)
-        if settled(outcome, self.rule, self.draws.scheme):
+        scheme, members = self.draws.scheme, self.draws.members
+        outcome = predictive(logits[:, columns_of(self.choices)].unsqueeze(0), temperature, scheme, members)
+        if settled(outcome, self.rule, scheme, members):
             return None
         return self.draws.part(count, self.rule.after(count))
 

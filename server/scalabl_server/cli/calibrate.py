@@ -94,7 +94,7 @@ def calibrate(
             outcome = run(
                 loaded.model,
                 loaded.encode(examples),
-                loaded.model.draws(num_samples, seed),
+                loaded.draws(num_samples, seed),
                 options,
                 name=rows.name,
                 sha256=rows.sha256,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scalabl.config import Quantization
-from scalabl.errors import DatasetError, ScalaBLError
+from scalabl.errors import AdapterError, DatasetError, ScalaBLError
 from scalabl_server.cli.options import LARGEST_SEED, MOST_SAMPLES
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scalabl.evaluation.dataset import Columns, Example
     from scalabl.evaluation.dataset.examples import Rows
     from scalabl.evaluation.encoded import EncodedSet
+    from scalabl.model.posterior import Draws
     from scalabl.model.scalabl_model import ScalaBLModel
     from scalabl.prompt import Prompter
 
@@ -54,6 +55,17 @@ class Loaded:
         from scalabl.evaluation.encoded import encode_examples
 
         return encode_examples(self.prompter, rows, self.max_tokens)
+
+    def draws(self, num_samples: int, seed: int) -> Draws:
+        """The posterior samples.
+
+        Raises:
+            AdapterError: the adapter cannot be sampled so often: it has more members, say.
+        """
+        try:
+            return self.model.draws(num_samples, seed)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
 
 
 def load(adapter: Path, model: str | None, device: str, quantization: Quantization | None) -> Loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -71,6 +72,12 @@ def _train(
     layers_to_transform: Annotated[
         str | None, typer.Option(help="Comma-separated indices of the layers to adapt (default: all).")
     ] = None,
+    members: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Members of a mixture: runs with the seeds --seed, --seed + 1, … in <output>/members, then combined."
+        ),
+    ] = 1,
     init_from: Annotated[
         Path | None,
         typer.Option(
@@ -97,6 +104,7 @@ def _train(
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
+        from scalabl.training.members import train_members
         from scalabl.training.run_folder import Origin, TrainingRun, find_run, recorded_chat_date
         from scalabl.training.trainer import StartingPoint, train_adapter
 
@@ -135,6 +143,9 @@ def _train(
         training_set, validation_set = (
             encode_examples(prompter, rows, max_tokens) for rows in (data.training, data.validation)
         )
+        if members > 1:
+            with usage_errors():
+                config = AdapterConfig.model_validate({**config.model_dump(), "members": members, "format_version": 2})
         origin = None if start is None else start.origin
         planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
         # Refuses another run's folder before the base model is loaded.
@@ -143,9 +154,8 @@ def _train(
         if head == "vocabulary":
             _show_tokens(prompter)
         pretrained = load_pretrained(model, device=device, dtype="float32")
-        trained = train_adapter(
-            pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite
-        )
+        run = partial(train_members, on_member=partial(_announce, members)) if members > 1 else train_adapter
+        trained = run(pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite)
         if trained.was_finished:
             typer.echo(f"{output} holds this run's finished adapter; nothing was done")
         else:
@@ -156,6 +166,10 @@ def _show_tokens(prompter: Prompter) -> None:
     """Print on standard error which token stands for each choice."""
     shown = zip(prompter.task.choices, prompter.token_texts, prompter.choice_tokens, strict=True)
     typer.echo("token of each choice: " + ", ".join(f"{c!r}: {text!r} ({token})" for c, text, token in shown), err=True)
+
+
+def _announce(members: int, member: int, folder: Path) -> None:
+    typer.echo(f"member {member + 1} of {members}: {folder}", err=True)
 
 
 train = command_for(TrainingConfig, _train)
