@@ -6,15 +6,16 @@ The file itself is read and written in `files.adapter_directory`.
 from __future__ import annotations
 
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest that can express it
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
+Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -168,18 +169,41 @@ class Calibration(BaseModel):
         return "0.9" if "0.9" in self.levels else next(iter(self.levels))
 
 
+class PosteriorFit(BaseModel):
+    """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
+
+    `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
+    `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of the
+    scalars the rows determine, rather than the prior.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: Literal["laplace"] = "laplace"
+    covariance: Covariance
+    data: str
+    rows: int = Field(ge=1)
+    total_rows: int = Field(ge=1)
+    prior_precision: float = Field(gt=0)
+    precision_from: Literal["evidence", "held_out", "given"]
+    log_evidence: float
+    determined_scalars: float = Field(ge=0)
+
+
 class AdapterConfig(BaseModel):
     """The contents of `adapter_config.json`, with PEFT's field names where PEFT has such a field.
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it.
+    It does not apply to the output head, which is adapted when `target_modules` names it. With the `covariance` full, q(s) has
+    a covariance across all adapted layers, whose factor is among the tensors. `posterior_fit` says how a posterior was fitted
+    that was not trained. Both need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     peft_type: Literal["SCALABL"] = "SCALABL"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     base_model_name_or_path: str
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
@@ -190,13 +214,28 @@ class AdapterConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
+    covariance: Covariance = "diagonal"
+    posterior_fit: PosteriorFit | None = None
 
     @field_validator("format_version")
     @classmethod
     def _version_is_known(cls, version: int) -> int:
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version {version} is not supported; this release reads version {FORMAT_VERSION}")
+        if version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
+            raise ValueError(f"format_version {version} is not supported; this release reads versions {known}")
         return version
+
+    @model_validator(mode="after")
+    def _version_has_the_fields(self) -> Self:
+        if self.format_version < 2 and (self.covariance == "full" or self.posterior_fit is not None):
+            raise ValueError("covariance and posterior_fit need format_version 2")
+        return self
+
+    def as_written(self) -> dict[str, Any]:
+        """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
+        unset = {"covariance"} if self.covariance == "diagonal" else set()
+        unset |= {"posterior_fit"} if self.posterior_fit is None else set()
+        return self.model_dump(mode="json", exclude=unset)
 
     @property
     def scaling(self) -> float:

@@ -84,8 +84,23 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Ten
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
             save_adapter(Path(scratch), config, weights)
             remove_adapter(folder)
-            for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder without its configuration is not read as an adapter
-                os.replace(Path(scratch) / name, folder / name)
+            _move_adapter(Path(scratch), folder)
+
+
+def replace_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
+    """Replace the adapter in a folder by another one, once that is complete. Everything else in the folder stays.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with write_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+        save_adapter(Path(scratch), config, weights)
+        _move_adapter(Path(scratch), folder)
+
+
+def _move_adapter(draft: Path, folder: Path) -> None:
+    for name in (WEIGHTS_FILE, CONFIG_FILE):  # the configuration last: without one a folder is not read as an adapter
+        os.replace(draft / name, folder / name)
 
 
 @contextmanager

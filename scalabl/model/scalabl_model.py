@@ -29,6 +29,7 @@ from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_dr
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
+FACTOR = "posterior.covariance_factor"  # its name among the adapter's tensors
 GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
 
 
@@ -102,6 +103,10 @@ class ScalaBLModel(nn.Module):
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
+        size = self.num_stochastic_parameters
+        self.covariance_factor: nn.Parameter | None = None  # [P, P], lower triangular
+        if config.covariance == "full":
+            self.covariance_factor = nn.Parameter(torch.empty(size, size, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
         self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
@@ -144,11 +149,12 @@ class ScalaBLModel(nn.Module):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
-        return {
+        parameters = {
             f"{name}.{kind}": getattr(layer, kind)
             for name, layer in self.adapted.items()
             for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
         }
+        return parameters if self.covariance_factor is None else {**parameters, FACTOR: self.covariance_factor}
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
         """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
@@ -173,9 +179,16 @@ class ScalaBLModel(nn.Module):
         return zero_draw(self.num_stochastic_parameters)
 
     def sample(self, epsilon: Tensor) -> Tensor:
-        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma."""
+        """s = mu + tau F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma. F is diag(sigma), or the full factor."""
         mean, log_std = self.posterior()
+        if self.covariance_factor is not None:
+            return mean + self.config.posterior_scale * epsilon.to(mean.device) @ self.covariance_factor.T
         return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
+
+    def factor(self) -> Tensor:
+        """tau F, so that s = mu + tau F epsilon: [P, P] with a full covariance, else its diagonal [P]."""
+        factor = self.posterior()[1].exp() if self.covariance_factor is None else self.covariance_factor
+        return self.config.posterior_scale * factor.detach()
 
     def warm_up(self) -> None:
         """Run the kernel at every launch shape that serving uses, so that no request waits for its compilation."""
@@ -294,39 +307,65 @@ class ScalaBLModel(nn.Module):
         spread = inputs if max(counts) > 1 else None
         return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
 
-    @torch.enable_grad()
     def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
         """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
 
-        There is a row, with scalars of its own, for each active choice of each input. One reverse pass of the sum of the
-        rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit memory.
-
         Args:
             active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-            max_tokens: rows x padded length in one graph; a single row may exceed it.
+            max_tokens: as of `derivatives`.
 
         Returns:
             ([B, C], [B, C, P]), zero where not active.
         """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
+        one_choice = nn.functional.one_hot(choices, active.shape[1])
+        logits, gradients = self.derivatives(batch, inputs, one_choice, max_tokens=max_tokens)
+        jacobian = gradients.new_zeros(*active.shape, gradients.shape[1])
+        jacobian[inputs, choices] = gradients
+        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
+        return logits[firsts], jacobian
+
+    @torch.enable_grad()
+    def derivatives(
+        self,
+        batch: TokenBatch,
+        inputs: Tensor,
+        weights: Tensor,
+        *,
+        states: Tensor | None = None,
+        max_tokens: int = GRADIENT_TOKENS,
+    ) -> tuple[Tensor, Tensor]:
+        """Derivatives of weighted sums of logits by the subspace scalars, at the posterior mean.
+
+        Each of the M sums is a row with scalars of its own, so that one reverse pass of the rows' total gives all M
+        derivatives. Rows are split into several graphs to limit memory.
+
+        Args:
+            inputs: [M], the input of each row, in ascending order.
+            weights: [M, C], the weight of each logit in the row's sum.
+            states: as of `ForwardPass`, of a batch that is right-padded.
+            max_tokens: rows x padded length in one graph; a single row may exceed it.
+
+        Returns:
+            ([M, C], the logits of each row; [M, P], the derivatives).
+        """
+        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
+        inputs, weights = inputs.to(self.device), weights.to(self.device)
         mean = self.posterior()[0].detach()
         logits: list[Tensor] = []
         gradients: list[Tensor] = []
         size = max(1, max_tokens // ids.shape[1])
-        for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
+        for inputs_m, weights_m in zip(torch.split(inputs, size), torch.split(weights, size), strict=True):
             rows = torch.arange(len(inputs_m), device=self.device)
             s = mean.expand(len(rows), -1).clone().requires_grad_()
-            first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
+            part = slice(int(inputs_m[0]), int(inputs_m[-1]) + 1)
+            samples = RowSamples(s, rows, inputs=inputs_m - part.start)
             z = self.run(
-                ForwardPass(ids[first:end], lengths[first:end], RowSamples(s, rows, inputs=inputs_m - first))
+                ForwardPass(ids[part], lengths[part], samples, states=None if states is None else states[part])
             )  # [m, C]
-            gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
+            gradients += torch.autograd.grad((weights_m * z).sum(), s)
             logits.append(z.detach())
-        jacobian = mean.new_zeros(*active.shape, len(mean))
-        jacobian[inputs, choices] = torch.cat(gradients)
-        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return torch.cat(logits)[firsts], jacobian
+        return torch.cat(logits), torch.cat(gradients)
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

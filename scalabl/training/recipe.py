@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from scalabl.config import Covariance
 from scalabl.model.posterior import KLDirection
 
 # Defaults of the authors' published code (BayesAdapt, conf/optim/vi.yaml) that differ from ours: KL(p||q), not divided by N,
@@ -88,3 +89,24 @@ class TrainingConfig(BaseModel):
         if isinstance(values, dict) and values.get("recipe") == "published":
             return {**PUBLISHED, **values}
         return values
+
+
+class FitConfig(BaseModel):
+    """How a posterior is fitted around a trained adapter. Each field is an option of `scalabl fit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_rows: int = Field(
+        default=1000, ge=1, description="Most training rows to use, chosen at random; they stand for all of them."
+    )
+    covariance: Covariance = Field(
+        default="full",
+        description="full: all scalars together, across layers. diagonal: each scalar by itself, for any number of them.",
+    )
+    prior_precision: float | None = Field(
+        default=None,
+        gt=0,
+        description="1 / variance of the prior of the scalars (default: the one of the highest evidence, or, with "
+        "--validation, of the lowest held-out NLL).",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of rows and of the random signs.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,13 +32,20 @@ class Linearization:
 
     Attributes:
         mean: [B, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
-        scaled_jacobian: [B, C, P], dz/ds times tau sigma: how much one standard deviation of a scalar changes each logit.
+        jacobian: [B, C, P], dz/ds.
+        factor: tau F: [P, P] with a full covariance, else its diagonal tau sigma, [P].
         layers: name of an adapted layer -> its columns of P.
     """
 
     mean: Tensor
-    scaled_jacobian: Tensor
+    jacobian: Tensor
+    factor: Tensor
     layers: dict[str, slice]
+
+    @cached_property
+    def scaled_jacobian(self) -> Tensor:
+        """[B, C, P], dz/ds tau F, the derivatives by epsilon: how much one standard deviation changes each logit."""
+        return self.jacobian @ self.factor if self.factor.dim() == 2 else self.jacobian * self.factor
 
     def logits_at(self, draws: Draws) -> Tensor:
         """[B, K, C]: the linearised logits of the same samples that `ScalaBLModel.logits` uses for these draws."""
@@ -45,14 +53,14 @@ class Linearization:
 
     def of_input(self, index: int) -> Linearization:
         """The linearisation of one input, with B = 1."""
-        return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
+        return replace(self, mean=self.mean[index : index + 1], jacobian=self.jacobian[index : index + 1])
 
     def of_choices(self, count: int) -> Linearization:
         """The linearisation of the first `count` choices only, for inputs that have no others."""
-        return replace(self, mean=self.mean[:, :count], scaled_jacobian=self.scaled_jacobian[:, :count])
+        return replace(self, mean=self.mean[:, :count], jacobian=self.jacobian[:, :count])
 
     def covariance(self) -> Tensor:
-        """Cov(z) = J diag(tau^2 sigma^2) J^T, [B, C, C]."""
+        """Cov(z) = tau^2 J F F^T J^T, [B, C, C]."""
         return self.scaled_jacobian @ self.scaled_jacobian.transpose(1, 2)
 
     def samples(self, num_samples: int = INTEGRATION_DRAWS) -> Tensor:
@@ -75,12 +83,18 @@ class Linearization:
     def layer_shares(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """The share of each adapted layer in the posterior variance of the probabilities, [B] each; they sum to 1.
 
-        It is the variance of softmax(z / T) to first order, summed over choices. The scalars are independent, so their
-        variances add up.
+        It is the variance of softmax(z / T) to first order, summed over choices. Independent scalars' variances add up. With
+        a full covariance a layer's share is the covariance of its part of p with the whole of p, over the variance of the
+        whole. These add up too, and can be below 0 for a layer whose part the others balance.
         """
         p = torch.softmax(self.mean / temperature, -1).unsqueeze(-1)  # [B, C, 1]
-        moved = p * (self.scaled_jacobian - (p * self.scaled_jacobian).sum(1, keepdim=True))  # [B, C, P], over T
-        variance = moved.square().sum(1)  # [B, P]
+
+        def of_probabilities(of_logits: Tensor) -> Tensor:  # the derivatives of p, over T
+            return p * (of_logits - (p * of_logits).sum(1, keepdim=True))
+
+        moved = of_probabilities(self.scaled_jacobian)
+        covaried = moved @ self.factor.T if self.factor.dim() == 2 else moved * self.factor
+        variance = (of_probabilities(self.jacobian) * covaried).sum(1)  # [B, P]
         total = variance.sum(1).clamp_min(1e-300)
         return {name: variance[:, columns].sum(1) / total for name, columns in self.layers.items()}
 
@@ -88,12 +102,24 @@ class Linearization:
 def linearize(
     model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
 ) -> Linearization:
-    """Linearise B inputs at the posterior mean: a forward and a reverse pass with a row for each choice of each input.
+    """Linearise B inputs at the posterior mean. The arguments are those of `slopes`."""
+    mean, jacobian = slopes(model, batch, num_choices=num_choices, negligible=negligible)
+    columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
+    return Linearization(mean, jacobian, model.factor().double().cpu(), columns)
+
+
+def slopes(
+    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """z(mu) [B, C] and dz/ds there [B, C, P], by a forward and a reverse pass with a row for each choice of each input.
 
     Args:
-        num_choices: [B], the number of choices of each input; None for all of the task's.
+        num_choices: [B], the number of choices of each input; None for all of the task's. Others have the logit `ABSENT`.
         negligible: choices with a lower probability at the mean are not linearised and cost no row, except for the two most
             probable. Finding them takes one more forward pass over B rows.
+
+    Returns:
+        Both float64, on the CPU.
     """
     present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
     if num_choices is not None:
@@ -104,11 +130,7 @@ def linearize(
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
         active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
     mean, jacobian = model.jacobian(batch, active)
-    _, log_std = model.posterior()
-    deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
-    columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    mean = mean.double().cpu().masked_fill(~present, ABSENT)
-    return Linearization(mean, jacobian.double().cpu() * deviation, columns)
+    return mean.double().cpu().masked_fill(~present, ABSENT), jacobian.double().cpu()
 
 
 def relative_spread(model: ScalaBLModel) -> float:

@@ -11,6 +11,7 @@ from scalabl_server.cli.calibrate import calibrate
 from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
+from scalabl_server.cli.fit import fit
 from scalabl_server.cli.info import info
 from scalabl_server.cli.serve import serve
 from scalabl_server.cli.train import train
@@ -24,6 +25,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")
 app.command("serve")(serve)
 app.command("train")(train)
+app.command("fit")(fit)
 app.command("evaluate")(evaluate)
 app.command("calibrate")(calibrate)
 app.command("info")(info)
