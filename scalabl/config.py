@@ -173,8 +173,8 @@ class PosteriorFit(BaseModel):
     """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
 
     `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
-    `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of the
-    scalars the rows determine, rather than the prior.
+    `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of
+    the scalars the rows determine, rather than the prior.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -195,9 +195,9 @@ class AdapterConfig(BaseModel):
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it. With the `covariance` full, q(s) has
-    a covariance across all adapted layers, whose factor is among the tensors. `posterior_fit` says how a posterior was fitted
-    that was not trained. Both need format version 2.
+    It does not apply to the output head, which is adapted when `target_modules` names it. With the `covariance` full, q(s)
+    has a covariance across all adapted layers, whose factor is among the tensors. `posterior_fit` says how a posterior was
+    fitted that was not trained. Both need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -21,6 +21,7 @@ from scalabl.files.atomic import SCRATCH, new_folder
 
 RUN_FILE = "training_run.json"
 CHECKPOINTS = "checkpoints"
+FIT_STATE = "posterior_fit.safetensors"  # in the checkpoints: what a fit of a posterior has computed so far
 LOGS = "runs"
 REMEDY = "choose another --output, or add --overwrite to start anew"
 
@@ -65,6 +66,7 @@ def remove_adapter(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             shutil.rmtree(checkpoint)
+        (folder / CHECKPOINTS / FIT_STATE).unlink(missing_ok=True)
         for log in (folder / LOGS).glob("events.out.tfevents.*"):
             log.unlink()
 

@@ -121,3 +121,8 @@ def kl_divergence(mean: Tensor, log_std: Tensor, prior_std: float, direction: KL
     else:
         raise ValueError(f"kl direction {direction!r} is unknown; use q_p or p_q")
     return terms.sum()
+
+
+def prior_penalty(mean: Tensor, prior_std: float) -> Tensor:
+    """-ln p(mu) for the prior N(0, prior_std^2) without its constant, in nats: the sum of mu^2 / (2 prior_std^2)."""
+    return (mean / prior_std).square().sum() / 2

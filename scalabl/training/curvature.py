@@ -143,9 +143,7 @@ def sum_curvature(
     return sums
 
 
-def _with_batch(
-    model: ScalaBLModel, encoded: EncodedSet, rows: list[int], sums: Sums, seed: int, exact: float
-) -> Sums:
+def _with_batch(model: ScalaBLModel, encoded: EncodedSet, rows: list[int], sums: Sums, seed: int, exact: float) -> Sums:
     """The sums with the rows of one batch added."""
     batch = TokenBatch.of([encoded.sequences[row] for row in rows])
     ids = batch.right_padded()[0].to(model.device)

@@ -1,4 +1,4 @@
-"""Fits q(s) around the mean of a trained adapter, without training: a Laplace approximation over all subspace scalars at once.
+"""Fits q(s) around the mean of a trained adapter, without training: Laplace's approximation over all scalars at once.
 
 The curvature of the rows is summed in `curvature`; the mathematics is in `uncertainty.laplace`.
 """
@@ -20,7 +20,7 @@ from scalabl.config import AdapterConfig, PosteriorFit
 from scalabl.errors import FitError, OutputError
 from scalabl.evaluation.calibration_fit import minimise
 from scalabl.evaluation.encoded import EncodedSet
-from scalabl.files.output_folder import CHECKPOINTS, check_unused, replace_adapter, write_adapter
+from scalabl.files.output_folder import CHECKPOINTS, FIT_STATE, check_unused, replace_adapter, write_adapter
 from scalabl.model.scalabl_model import FACTOR, ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.batches import batches
@@ -30,7 +30,6 @@ from scalabl.training.run_folder import Rows, fingerprint_of
 from scalabl.uncertainty.laplace import PRECISIONS, Curvature
 from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, slopes
 
-STATE_FILE = "posterior_fit.safetensors"  # in the output folder's checkpoints
 FULL_LIMIT = 4096  # scalars up to which the covariance may be full: 67 MB in the adapter, and minutes to factorise
 HELD_OUT_ROWS = 500
 HELD_OUT_BYTES = 2**30  # of derivatives of held-out rows
@@ -64,8 +63,11 @@ class FittedPosterior:
         return {**self.fit.model_dump(mode="json"), "scalars": mean.numel(), "median_sigma_over_mean": spread}
 
 
-def check_size(scalars: int, settings: FitConfig) -> None:
+def check_size(scalars: int, settings: FitConfig, option: str = "--covariance") -> None:
     """Check that a covariance of this form is affordable for so many scalars.
+
+    Args:
+        option: what sets the form, for the message.
 
     Raises:
         FitError: too many for a full covariance.
@@ -73,7 +75,7 @@ def check_size(scalars: int, settings: FitConfig) -> None:
     if settings.covariance == "full" and scalars > FULL_LIMIT:
         raise FitError(
             f"the adapter has {scalars} scalars, and a full covariance is supported up to {FULL_LIMIT}; "
-            "add --covariance diagonal"
+            f"add {option} diagonal"
         )
 
 
@@ -102,14 +104,13 @@ def fit_posterior(
         OutputError: `output` has the state of another fit, or cannot be written.
     """
     check_size(model.num_stochastic_parameters, settings)
+    model.eval()
     total = len(encoded.sequences)
     rows = chosen_rows(total, settings.max_rows, settings.seed)
     saved = SavedSums(_state_file(output), _made_from(model, encoded, settings))
     if overwrite:
         saved.remove()
-    sums = sum_curvature(
-        model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress
-    )
+    sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
     saved.write(len(rows), sums, at_once=True)
     whole = sums.scaled(total / len(rows))
     curvature, mean = Curvature.of(whole.matrix), model.posterior()[0].detach().double().cpu().unsqueeze(0)
@@ -144,7 +145,7 @@ def chosen_rows(total: int, most: int, seed: int) -> Tensor:
 
 
 def _state_file(output: Path) -> Path:
-    return output / CHECKPOINTS / STATE_FILE
+    return output / CHECKPOINTS / FIT_STATE
 
 
 def check_output(adapter: Path, output: Path | None, *, from_lora: bool, overwrite: bool) -> None:
@@ -168,6 +169,11 @@ def _holds_state_alone(output: Path) -> bool:
     return files == {_state_file(output)}
 
 
+def forget_state(output: Path) -> None:
+    """Remove the state of a fit in `output`."""
+    SavedSums(_state_file(output), {}).remove()
+
+
 def write_fit(output: Path, fitted: FittedPosterior, *, in_place: bool, overwrite: bool = False) -> None:
     """Write a fitted adapter, and remove the state of the computation.
 
@@ -177,7 +183,7 @@ def write_fit(output: Path, fitted: FittedPosterior, *, in_place: bool, overwrit
     Raises:
         OutputError: the folder cannot be written, or is not free.
     """
-    SavedSums(_state_file(output), {}).remove()
+    forget_state(output)
     if in_place:
         replace_adapter(output, fitted.config, fitted.weights)
     else:

@@ -2,8 +2,8 @@
 
 Pure mathematics; the curvature of a data set is computed in `training.posterior_fit`. The Hessian of the negative
 log-likelihood is approximated by the generalised Gauss-Newton matrix H = sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n, with
-J_n = dz/ds at the mean, which has no negative eigenvalue (Schraudolph 2002; Daxberger et al., "Laplace Redux", NeurIPS 2021).
-With the prior N(0, 1 / precision), q(s) = N(mu, (H + precision I)^-1).
+J_n = dz/ds at the mean, which has no negative eigenvalue (Schraudolph 2002; Daxberger et al., "Laplace Redux", NeurIPS
+2021). With the prior N(0, 1 / precision), q(s) = N(mu, (H + precision I)^-1).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _fit(
     """Fit a posterior around a trained adapter or LoRA from its training rows, without training.
 
     The means stay as they are. Their uncertainty comes from how sharply the rows determine them (a Laplace approximation).
-    A former posterior and calibration are replaced, so calibrate afterwards. An interrupted fit goes on with the same command.
+    A former posterior and calibration are replaced, so calibrate afterwards. The same command resumes an interrupted fit.
     """
     with errors_as_messages():
         from tqdm import tqdm
