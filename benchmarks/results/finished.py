@@ -57,7 +57,7 @@ def training_rows(study: Study, data: Path, rows: str) -> Path:
 
 
 def _tensors(peer: Lora, vocabulary: int) -> dict[str, Tensor]:
-    """The LoRA's tensors by the base model's own names; the head's B with a row for every token, zero but for the choices."""
+    """The LoRA's tensors by the base model's own names; the head's B has a row for every token, zero but for choices."""
     tensors = {}
     for name, tensor in get_peft_model_state_dict(peer.model).items():
         if ".lora_" not in name:

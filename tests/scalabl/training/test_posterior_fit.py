@@ -178,7 +178,7 @@ def test_held_out_rows_choose_a_precision_of_a_low_nll() -> None:
 
 
 def test_too_many_scalars_are_refused_with_the_remedy() -> None:
-    with pytest.raises(FitError, match="21504 scalars, .* supported up to 4096; add --covariance diagonal"):
+    with pytest.raises(FitError, match=r"21504 scalars, .* supported up to 4096; add --covariance diagonal"):
         check_size(21504, FitConfig())
     check_size(21504, FitConfig(covariance="diagonal"))
 
