@@ -195,9 +195,10 @@ class AdapterConfig(BaseModel):
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it. With the `covariance` full, q(s)
-    has a covariance across all adapted layers, whose factor is among the tensors. `posterior_fit` says how a posterior was
-    fitted that was not trained. Both need format version 2.
+    It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
+    of a mixture posterior. With the `covariance` full, q(s) has a covariance across all adapted layers, whose factor is
+    among the tensors. `posterior_fit` says how a posterior was fitted that was not trained. More than one member, a full
+    covariance and a fit need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -209,6 +210,7 @@ class AdapterConfig(BaseModel):
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    members: int = Field(default=1, ge=1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
@@ -227,15 +229,18 @@ class AdapterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _version_has_the_fields(self) -> Self:
-        if self.format_version < 2 and (self.covariance == "full" or self.posterior_fit is not None):
-            raise ValueError("covariance and posterior_fit need format_version 2")
+        later = {"members": self.members > 1, "covariance": self.covariance == "full"}
+        later["posterior_fit"] = self.posterior_fit is not None
+        named = [name for name, is_set in later.items() if is_set]
+        if self.format_version < 2 and named:
+            raise ValueError(f"{named[0]} is {getattr(self, named[0])}, which needs format_version 2")
         return self
 
     def as_written(self) -> dict[str, Any]:
         """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
-        unset = {"covariance"} if self.covariance == "diagonal" else set()
-        unset |= {"posterior_fit"} if self.posterior_fit is None else set()
-        return self.model_dump(mode="json", exclude=unset)
+        unset = {"members": self.members == 1, "covariance": self.covariance == "diagonal"}
+        unset["posterior_fit"] = self.posterior_fit is None
+        return self.model_dump(mode="json", exclude={name for name, is_unset in unset.items() if is_unset})
 
     @property
     def scaling(self) -> float:

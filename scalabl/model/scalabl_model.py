@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,12 +25,12 @@ from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme, draw_members, zero_draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
-FACTOR = "posterior.covariance_factor"  # its name among the adapter's tensors
-GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
+# Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
+SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
 
 def _layer_index(name: str) -> int | None:
@@ -99,17 +99,19 @@ class ScalaBLModel(nn.Module):
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
-            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r))
+            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), config.members)
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
-        size = self.num_stochastic_parameters
-        self.covariance_factor: nn.Parameter | None = None  # [P, P], lower triangular
+        self.covariance_factor: nn.Parameter | None = None  # [P, P], or [M, P, P] with more than one member
         if config.covariance == "full":
-            self.covariance_factor = nn.Parameter(torch.empty(size, size, device=self.device))
+            shape = [*([config.members] if config.members > 1 else []), *2 * [self.num_stochastic_parameters]]
+            self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
+        head = ChoiceHead(cut)
+        self.head_of_rows = head.of_rows  # for passes that another adapter runs
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
         if attach:
             self.attach()
 
@@ -123,8 +125,13 @@ class ScalaBLModel(nn.Module):
 
     @property
     def num_stochastic_parameters(self) -> int:
-        """P: the number of scalars that are drawn, R for each adapted layer."""
+        """P: the number of scalars that are drawn for a sample, R for each adapted layer."""
         return self.config.r * len(self.adapted)
+
+    @property
+    def members(self) -> int:
+        """M: the number of members of the posterior, each with scalars and matrices of its own."""
+        return self.config.members
 
     @property
     def num_choices(self) -> int:
@@ -162,33 +169,35 @@ class ScalaBLModel(nn.Module):
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
 
-    def posterior(self) -> tuple[Tensor, Tensor]:
-        """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
+    def posterior(self) -> Posterior:
+        """q(s) over all adapted layers; differentiable in mu and ln sigma."""
         layers, device = list(self.adapted.values()), self.device
-        return (
-            torch.cat([layer.s_mean.to(device) for layer in layers]),
-            torch.cat([layer.s_log_std.to(device) for layer in layers]),
-        )
+        mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
+        log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
+        shape, factor = (self.members, mean.shape[-1]), self.covariance_factor
+        if factor is not None:
+            factor = factor.to(device).view(*shape, -1)
+        return Posterior(mean.view(shape), log_std.view(shape), self.config.posterior_scale, factor)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
-        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of stochastic parameters)."""
-        return draw(seed, num_samples, self.num_stochastic_parameters, scheme)
+        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of scalars and of members).
+
+        Raises:
+            ValueError: as for `draw_members`.
+        """
+        return draw_members(seed, num_samples, self.num_stochastic_parameters, self.members, scheme)
 
     def mean_draw(self) -> Draws:
-        """One draw with every scalar at its posterior mean."""
-        return zero_draw(self.num_stochastic_parameters)
+        """One draw for each member, with every scalar at its mean in that member."""
+        return zero_draw(self.num_stochastic_parameters, self.members)
 
-    def sample(self, epsilon: Tensor) -> Tensor:
-        """s = mu + tau F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma. F is diag(sigma), or the full factor."""
-        mean, log_std = self.posterior()
-        if self.covariance_factor is not None:
-            return mean + self.config.posterior_scale * epsilon.to(mean.device) @ self.covariance_factor.T
-        return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
+    def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
+        """s = mu + F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
 
-    def factor(self) -> Tensor:
-        """tau F, so that s = mu + tau F epsilon: [P, P] with a full covariance, else its diagonal [P]."""
-        factor = self.posterior()[1].exp() if self.covariance_factor is None else self.covariance_factor
-        return self.config.posterior_scale * factor.detach()
+        Args:
+            member: [N] int64, the member of each row; needed if there are several.
+        """
+        return self.posterior().sample(epsilon, member)
 
     def warm_up(self) -> None:
         """Run the kernel at every launch shape that serving uses, so that no request waits for its compilation."""
@@ -245,7 +254,7 @@ class ScalaBLModel(nn.Module):
             ValueError: the base model computes no keys and values in one of its blocks.
         """
         ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
-        samples, _ = self._row_samples([draws])
+        samples, _ = self.row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
         assert cache is not None  # because `keeps` is set
         return cache.prefix(self.shared_blocks)
@@ -271,15 +280,27 @@ class ScalaBLModel(nn.Module):
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
         """
+        if len(draws) != batch.input_ids.shape[0]:
+            raise ValueError(f"{len(draws)} draws were given for {batch.input_ids.shape[0]} inputs")
+        return self.run_inputs(batch, lambda order: self.row_samples([draws[place] for place in order]), states, past)
+
+    @torch.inference_mode()
+    def run_inputs(
+        self, batch: TokenBatch, sample_rows: SampleRows, states: Tensor | None = None, past: Past | None = None
+    ) -> list[Tensor]:
+        """One forward pass over B inputs: the logits [K_b, C] of each.
+
+        Args:
+            sample_rows: makes the samples of the rows for the inputs in a given order.
+            states, past: as of `ForwardPass`, of a batch that is right-padded.
+        """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        if len(draws) != ids.shape[0]:
-            raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
         if not self.packs:
-            samples, counts = self._row_samples(draws)
+            samples, counts = sample_rows(range(len(ids)))
             return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
-        samples, counts = self._row_samples([draws[place] for place in places])
+        samples, counts = sample_rows(places)
         forward_pass = ForwardPass(
             ids[order],
             lengths[order],
@@ -291,7 +312,7 @@ class ScalaBLModel(nn.Module):
         logits = torch.split(self.run(forward_pass), counts)
         return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
-    def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
+    def row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
         """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""
         tables: dict[Hashable, tuple[int, Draws]] = {}  # key of the draws -> (its first row in s, draws)
         first = 0
@@ -299,73 +320,16 @@ class ScalaBLModel(nn.Module):
             if of_input.key not in tables:
                 tables[of_input.key] = (first, of_input)
                 first += of_input.num_samples
-        s = self.sample(torch.cat([table.epsilon for _, table in tables.values()]))
+        epsilon, member = torch.cat([table.epsilon for _, table in tables.values()]), None
+        if self.members > 1:
+            member = torch.cat([table.member for _, table in tables.values()]).to(self.device)
+        s = self.sample(epsilon, member)
         counts = [of_input.num_samples for of_input in draws]
         sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
         inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
-        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
-
-    def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
-        """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
-
-        Args:
-            active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-            max_tokens: as of `derivatives`.
-
-        Returns:
-            ([B, C], [B, C, P]), zero where not active.
-        """
-        inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
-        one_choice = nn.functional.one_hot(choices, active.shape[1])
-        logits, gradients = self.derivatives(batch, inputs, one_choice, max_tokens=max_tokens)
-        jacobian = gradients.new_zeros(*active.shape, gradients.shape[1])
-        jacobian[inputs, choices] = gradients
-        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return logits[firsts], jacobian
-
-    @torch.enable_grad()
-    def derivatives(
-        self,
-        batch: TokenBatch,
-        inputs: Tensor,
-        weights: Tensor,
-        *,
-        states: Tensor | None = None,
-        max_tokens: int = GRADIENT_TOKENS,
-    ) -> tuple[Tensor, Tensor]:
-        """Derivatives of weighted sums of logits by the subspace scalars, at the posterior mean.
-
-        Each of the M sums is a row with scalars of its own, so that one reverse pass of the rows' total gives all M
-        derivatives. Rows are split into several graphs to limit memory.
-
-        Args:
-            inputs: [M], the input of each row, in ascending order.
-            weights: [M, C], the weight of each logit in the row's sum.
-            states: as of `ForwardPass`, of a batch that is right-padded.
-            max_tokens: rows x padded length in one graph; a single row may exceed it.
-
-        Returns:
-            ([M, C], the logits of each row; [M, P], the derivatives).
-        """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        inputs, weights = inputs.to(self.device), weights.to(self.device)
-        mean = self.posterior()[0].detach()
-        logits: list[Tensor] = []
-        gradients: list[Tensor] = []
-        size = max(1, max_tokens // ids.shape[1])
-        for inputs_m, weights_m in zip(torch.split(inputs, size), torch.split(weights, size), strict=True):
-            rows = torch.arange(len(inputs_m), device=self.device)
-            s = mean.expand(len(rows), -1).clone().requires_grad_()
-            part = slice(int(inputs_m[0]), int(inputs_m[-1]) + 1)
-            samples = RowSamples(s, rows, inputs=inputs_m - part.start)
-            z = self.run(
-                ForwardPass(ids[part], lengths[part], samples, states=None if states is None else states[part])
-            )  # [m, C]
-            gradients += torch.autograd.grad((weights_m * z).sum(), s)
-            logits.append(z.detach())
-        return torch.cat(logits), torch.cat(gradients)
+        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables), member), counts
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

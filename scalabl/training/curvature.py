@@ -22,6 +22,7 @@ from scalabl.errors import OutputError
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.files.atomic import write_file
 from scalabl.files.output_folder import REMEDY, write_errors
+from scalabl.model.derivatives import derivatives
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.batches import batches
@@ -129,7 +130,7 @@ def sum_curvature(
     indices = rows.tolist()
     plan = list(batches([len(encoded.sequences[i]) for i in indices], 1, BATCH_TOKENS))
     size = model.num_stochastic_parameters
-    done, sums = 0, Sums(torch.zeros(1, size, *([size] if covariance == "full" else []), dtype=torch.float64))
+    done, sums = 0, Sums(torch.zeros(model.members, size, *([size] if covariance == "full" else []), dtype=torch.float64))
     if saved is not None and (previous := saved.read()) is not None:
         done, sums = previous
         if on_progress is not None:
@@ -152,15 +153,18 @@ def _with_batch(model: ScalaBLModel, encoded: EncodedSet, rows: list[int], sums:
     logits = without_absent(model.logits(batch, model.mean_draw(), states).cpu(), encoded.num_choices[rows]).double()
     answers = encoded.answers[rows].view(-1, 1, 1).expand(-1, logits.shape[1], 1)
     log_likelihood = float(torch.log_softmax(logits, -1).gather(-1, answers).sum())
-    inputs: list[int] = []
+    places: list[tuple[int, int]] = []  # (input, member) of each reverse pass
     roots: list[Tensor] = []
     for position, row in enumerate(rows):
-        root = softmax_root(logits[position, 0], np.random.default_rng((seed, row)), exact=exact)
-        inputs += [position] * len(root)
-        roots.append(root)
+        for member in range(model.members):
+            root = softmax_root(logits[position, member], np.random.default_rng((seed, row, member)), exact=exact)
+            places += [(position, member)] * len(root)
+            roots.append(root)
     matrix = sums.matrix.clone()
-    if inputs:
-        weights = torch.cat(roots).float()
-        slopes = model.derivatives(batch, torch.tensor(inputs), weights, states=states)[1].double().cpu()
-        matrix[0] += slopes.square().sum(0) if matrix.dim() == 2 else slopes.T @ slopes
-    return Sums(matrix, sums.log_likelihood + log_likelihood, sums.passes + len(inputs))
+    if places:
+        inputs, members = torch.tensor(places).unbind(1)
+        slopes = derivatives(model, batch, inputs, members, torch.cat(roots).float(), states=states)[1].double().cpu()
+        for member, of_member in enumerate(matrix):
+            own = slopes[members == member]
+            of_member += own.square().sum(0) if of_member.dim() == 1 else own.T @ own
+    return Sums(matrix, sums.log_likelihood + log_likelihood, sums.passes + len(places))

@@ -21,7 +21,8 @@ from scalabl.errors import FitError, OutputError
 from scalabl.evaluation.calibration_fit import minimise
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.files.output_folder import CHECKPOINTS, FIT_STATE, check_unused, replace_adapter, write_adapter
-from scalabl.model.scalabl_model import FACTOR, ScalaBLModel
+from scalabl.model.posterior import FACTOR, Posterior
+from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.batches import batches
 from scalabl.training.curvature import BATCH_TOKENS, SavedSums, sum_curvature
@@ -113,7 +114,7 @@ def fit_posterior(
     sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
     saved.write(len(rows), sums, at_once=True)
     whole = sums.scaled(total / len(rows))
-    curvature, mean = Curvature.of(whole.matrix), model.posterior()[0].detach().double().cpu().unsqueeze(0)
+    curvature, mean = Curvature.of(whole.matrix), model.posterior().mean.detach().double().cpu()
     if settings.prior_precision is not None:
         precision, origin = settings.prior_precision, "given"
     elif held_out is not None:
@@ -219,7 +220,7 @@ def _fitted(model: ScalaBLModel, fit: PosteriorFit, factor: Tensor, notes: list[
         weights[key] = sigma[:, index * size : (index + 1) * size].log().float().view(weights[key].shape)
     weights.pop(FACTOR, None)
     if full:
-        weights[FACTOR] = factor[0].float()
+        weights[FACTOR] = (factor if model.members > 1 else factor[0]).float()
     changes = {
         "format_version": 2,
         "covariance": fit.covariance,
@@ -244,14 +245,15 @@ def held_out_precision(model: ScalaBLModel, encoded: EncodedSet, curvature: Curv
         chosen = [rows[index] for index in batch]
         tokens = TokenBatch.of([encoded.sequences[row] for row in chosen])
         mean, jacobian = slopes(model, tokens, num_choices=encoded.num_choices[chosen], negligible=NEGLIGIBLE)
-        rotated = jacobian if curvature.vectors is None else jacobian @ curvature.vectors[0]
+        rotated = jacobian if curvature.vectors is None else jacobian @ curvature.vectors
         parts.append((mean, rotated, encoded.answers[chosen]))
 
     def nll(precision: float) -> float:
-        deviation = (curvature.values[0] + precision).rsqrt()
+        log_std = -(curvature.values + precision).log() / 2
+        spread = Posterior(torch.zeros_like(log_std), log_std)
         total = 0.0
         for mean, rotated, answers in parts:
-            linear = Linearization(mean, rotated, deviation, {})
+            linear = Linearization(mean, rotated, spread, {})
             p = torch.softmax(linear.samples(HELD_OUT_DRAWS), -1).mean(1)
             total -= float(p.gather(1, answers.unsqueeze(1)).clamp_min(1e-300).log().sum())
         return total / len(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scalabl.config import AdapterConfig
 from scalabl.evaluation.precision_change import QuantizationChange
-from scalabl.model.posterior import Draws, Scheme, draw
+from scalabl.model.posterior import Draws, Scheme, draw_members
 from scalabl.passes.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
 from scalabl_server.batching.jobs import Job, Result
@@ -26,6 +26,7 @@ class Served:
 
     Attributes:
         scheme: how the posterior samples are drawn.
+        stochastic_parameters: of all members together.
         draws: (num_samples, seed) -> the draws. They are cached; any thread may call it.
         relative_spread: median of scale * sigma / |mu|; if it is large, linearised answers are inaccurate.
         pads: whether a pass computes the padding of its inputs.
@@ -46,8 +47,11 @@ class Served:
 
     def __post_init__(self) -> None:
         # One cache per adapter, so that it is freed together with the adapter.
+        members = self.config.members
         self.draws = functools.lru_cache(maxsize=64)(
-            lambda num_samples, seed: draw(seed, num_samples, self.stochastic_parameters, self.scheme)
+            lambda num_samples, seed: draw_members(
+                seed, num_samples, self.stochastic_parameters // members, members, self.scheme
+            )
         )
 
 

@@ -24,7 +24,7 @@ from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 from scalabl.prompt import Prompter
-from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
+from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.faults import classify
 from scalabl_server.batching.jobs import Job, Result, SampledJob
@@ -92,9 +92,9 @@ class TransformersEngine(Engine):
             prompter=prompter,
             scheme=self.settings.draw_scheme,
             adapted_layers=len(model.adapted),
-            stochastic_parameters=model.num_stochastic_parameters,
+            stochastic_parameters=model.members * model.num_stochastic_parameters,
             additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
-            relative_spread=relative_spread(model),
+            relative_spread=model.posterior().relative_spread,
             model=model,
             opening=prompter.opening(),
         )

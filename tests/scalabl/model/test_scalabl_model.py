@@ -224,7 +224,7 @@ def test_posterior_scale_scales_sigma_and_zero_is_the_mean() -> None:
     scaled, unscaled = tiny.adapted(posterior_scale=2.0), tiny.adapted()
     epsilon = unscaled.draws(K).epsilon
     with torch.no_grad():
-        mean = unscaled.posterior()[0]
+        mean = unscaled.posterior().mean
         assert torch.allclose(scaled.sample(epsilon) - mean, 2 * (unscaled.sample(epsilon) - mean), atol=1e-6)
     batch, flat = TokenBatch.of(tiny.ragged()), tiny.adapted(posterior_scale=0.0)
     logits = flat.logits(batch, flat.draws(3))

@@ -29,14 +29,14 @@ def _rows(num_choices: int = 3) -> EncodedSet:
 
 
 def _slopes(model: ScalaBLModel, sequences: list[list[int]]) -> Tensor:
-    """dz/ds at the mean by differences of fourth order, [N, C, P]."""
-    size, step = model.num_stochastic_parameters, 0.04
+    """dz/ds at the mean by differences of sixth order, [N, C, P]."""
+    size, step = model.num_stochastic_parameters, 0.02
     sigma = torch.cat([layer.s_log_std.exp() for layer in model.adapted.values()]).double().detach()
     slopes = torch.zeros(len(sequences), model.num_choices, size, dtype=torch.float64)
-    for factor, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+    for factor, weight in ((-3, -1), (-2, 9), (-1, -45), (1, 45), (2, -9), (3, 1)):
         draws = Draws(0, "gaussian", factor * step * torch.diag(1 / sigma.float()))
         z = model.logits(TokenBatch.of(sequences), draws).double()  # [N, P, C]
-        slopes += weight * z.transpose(1, 2) / (12 * step)
+        slopes += weight * z.transpose(1, 2) / (60 * step)
     return slopes
 
 

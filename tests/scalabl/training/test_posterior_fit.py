@@ -128,8 +128,35 @@ def test_the_linearisation_of_a_head_alone_is_exact_with_a_full_covariance(tmp_p
     z = model.logits(batch, draws)
     assert (linear.logits_at(draws) - z).abs().max() <= 1e-4
     sampled = torch.stack([torch.cov(of_input.double().T) for of_input in z])
-    assert (sampled - linear.covariance()).abs().max() <= 0.03 * linear.covariance().abs().max()
+    covariance = linear.covariance()[:, 0]
+    assert (sampled - covariance).abs().max() <= 0.03 * covariance.abs().max()
     assert torch.softmax(z.double(), -1).mean(1).sub(linear.predictive().probabilities).abs().max() <= 2e-3
+
+
+def test_a_mixture_is_fitted_member_by_member(tmp_path: Path) -> None:
+    mixture = tiny.adapted(members=2)
+    write_fit(tmp_path / "fitted", _fit(tmp_path, mixture, prior_precision=1.0), in_place=False)
+    model = load_adapter(tiny.base_model(), tmp_path / "fitted")
+    factor = read_weights(tmp_path / "fitted")[FACTOR]
+    size = model.num_stochastic_parameters
+    assert list(factor.shape) == [2, size, size]
+    batch, draws = TokenBatch.of(tiny.ragged()), model.draws(6)
+    z = model.logits(batch, draws)
+    for member in range(2):
+        alone = tiny.adapted()
+        with torch.no_grad():
+            for name, parameter in alone.adapter_parameters().items():
+                parameter.copy_(mixture.adapter_parameters()[name][member])
+        own = _fit(tmp_path / f"{member}", alone, prior_precision=1.0)
+        assert torch.allclose(factor[member], own.weights[FACTOR], rtol=1e-2, atol=1e-3)
+        write_fit(tmp_path / f"alone-{member}", own, in_place=False)
+        single = load_adapter(tiny.base_model(), tmp_path / f"alone-{member}")
+        expected = single.logits(batch, draws.of_member(member))
+        assert torch.allclose(z[:, draws.member == member], expected, atol=2e-3)
+    linear = linearize(model, batch)
+    assert list(linear.covariance().shape) == [4, 2, 3, 3]
+    shares = torch.stack(list(linear.layer_shares().values()))
+    assert torch.allclose(shares.sum(0), torch.ones(4, dtype=torch.float64))
 
 
 def test_layer_shares_add_up_with_a_full_covariance(tmp_path: Path) -> None:
@@ -141,8 +168,7 @@ def test_layer_shares_add_up_with_a_full_covariance(tmp_path: Path) -> None:
     # the covariance of a layer's part with the whole, from samples of the scalars
     draws, factor = model.draws(8192), read_weights(tmp_path / "fitted")[FACTOR].double()
     deviations = draws.epsilon.double() @ factor.T
-    slopes = linear.scaled_jacobian @ torch.linalg.inv(factor)
-    p = torch.softmax(linear.mean, -1)
+    slopes, p = linear.jacobian[:, 0], torch.softmax(linear.mean[:, 0], -1)
     for name, columns in linear.layers.items():
         parts = [deviations[:, index] @ slopes[..., index].mT for index in (columns, slice(None))]
         moved = [p.unsqueeze(1) * (part - (p.unsqueeze(1) * part).sum(-1, keepdim=True)) for part in parts]
@@ -209,5 +235,5 @@ def test_folders_that_hold_something_are_refused(tmp_path: Path) -> None:
 
 def test_version_1_has_no_covariance() -> None:
     fields = tiny.config_for().model_dump() | {"covariance": "full"}
-    with pytest.raises(ValueError, match="covariance and posterior_fit need format_version 2"):
+    with pytest.raises(ValueError, match="covariance is full, which needs format_version 2"):
         AdapterConfig.model_validate(fields)

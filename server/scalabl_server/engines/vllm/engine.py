@@ -23,7 +23,6 @@ from scalabl.files.adapter_directory import read_config
 from scalabl.files.sample_loras import SampleLoras
 from scalabl.model.posterior import Draws
 from scalabl.prompt import Prompter
-from scalabl.uncertainty.linearized import spread_of
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Engine, Served
 from scalabl_server.engines.rounds import sample_in_rounds
@@ -94,19 +93,15 @@ class VllmEngine(Engine):
         samples = loras.loras
         prompter = Prompter(samples.config.task, self.tokenizer)
         prompter.check_tokenizer(samples.config.base_model_name_or_path)
-        mean, log_std = (
-            torch.cat([samples.weights[f"{module}.{kind}"] for module in samples.modules])
-            for kind in ("s_mean", "s_log_std")
-        )
         served = RemoteAdapter(
             name=name,
             config=samples.config,
             prompter=prompter,
             scheme=self.settings.draw_scheme,
             adapted_layers=len(samples.modules),
-            stochastic_parameters=samples.draws.epsilon.shape[1],
+            stochastic_parameters=samples.posterior.mean.numel(),
             additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
-            relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
+            relative_spread=samples.posterior.relative_spread,
             examined=Examined(loras),
             lora_of={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
         )
