@@ -134,7 +134,7 @@ def test_the_linearisation_of_a_head_alone_is_exact_with_a_full_covariance(tmp_p
 
 
 def test_a_mixture_is_fitted_member_by_member(tmp_path: Path) -> None:
-    mixture = tiny.adapted(members=2)
+    mixture = tiny.mixture(members=2)
     write_fit(tmp_path / "fitted", _fit(tmp_path, mixture, prior_precision=1.0), in_place=False)
     model = load_adapter(tiny.base_model(), tmp_path / "fitted")
     factor = read_weights(tmp_path / "fitted")[FACTOR]
