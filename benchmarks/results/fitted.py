@@ -172,8 +172,9 @@ def section() -> str:
     """The part of the page about this."""
     lines = [
         "## Posteriors of finished LoRAs\n",
-        "The study's plain LoRAs as PEFT saves them, given a posterior by `scalabl fit` with its defaults (full covariance, prior precision by",
-        "the evidence, at most 1,000 training rows), without training. T is fitted on the same 250 validation rows for each line.\n",
+        "The study's plain LoRAs as PEFT saves them, given a posterior by `scalabl fit` with its defaults (full covariance,",
+        "prior precision by the evidence, at most 1,000 training rows), without training. T is fitted on the same 250 validation",
+        "rows for each line.\n",
         "| rows | method | seeds | T | ACC | NLL | ECE | OOD by entropy | OOD by MI |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

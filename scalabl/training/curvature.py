@@ -141,6 +141,8 @@ def sum_curvature(
             saved.write(count, sums)
         if on_progress is not None:
             on_progress(len(batch))
+    if saved is not None:
+        saved.write(len(plan), sums, at_once=True)
     return sums
 
 

@@ -112,7 +112,6 @@ def fit_posterior(
     if overwrite:
         saved.remove()
     sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
-    saved.write(len(rows), sums, at_once=True)
     whole = sums.scaled(total / len(rows))
     curvature, mean = Curvature.of(whole.matrix), model.posterior().mean.detach().double().cpu()
     if settings.prior_precision is not None:
@@ -132,6 +131,8 @@ def fit_posterior(
         determined_scalars=curvature.determined(precision),
     )
     notes = []
+    if model.config.calibration is not None:
+        notes.append("the calibration was made for the former posterior and is gone; run scalabl calibrate again")
     if origin != "given" and min(abs(math.log(precision / bound)) for bound in (*PRECISIONS, GRID[0], GRID[-1])) < 0.1:
         notes.append(
             f"the search for the prior precision ended at its bound, {precision:.3g}: the rows hardly tell. "
@@ -149,20 +150,19 @@ def _state_file(output: Path) -> Path:
     return output / CHECKPOINTS / FIT_STATE
 
 
-def check_output(adapter: Path, output: Path | None, *, from_lora: bool, overwrite: bool) -> None:
+def check_output(adapter: Path, output: Path, *, from_lora: bool, overwrite: bool) -> None:
     """Check that a fit may be written to a folder: it is the adapter itself, or free, or has an interrupted fit alone.
 
     Args:
-        output: None for the folder of the adapter.
         from_lora: the adapter is a LoRA of PEFT, which is never replaced.
 
     Raises:
         OutputError: it may not.
     """
-    if from_lora and (output is None or output.resolve() == adapter.resolve()):
+    in_place = output.resolve() == adapter.resolve()
+    if from_lora and in_place:
         raise OutputError(f"{adapter} is a LoRA, which stays as it is; name another folder with --output")
-    if output is None or overwrite or not _holds_state_alone(output):
-        check_unused(output or adapter, overwrite=output is None or overwrite)
+    check_unused(output, overwrite=overwrite or in_place or _holds_state_alone(output))
 
 
 def _holds_state_alone(output: Path) -> bool:
@@ -175,20 +175,20 @@ def forget_state(output: Path) -> None:
     SavedSums(_state_file(output), {}).remove()
 
 
-def write_fit(output: Path, fitted: FittedPosterior, *, in_place: bool, overwrite: bool = False) -> None:
+def write_fit(adapter: Path, output: Path, fitted: FittedPosterior, *, overwrite: bool = False) -> None:
     """Write a fitted adapter, and remove the state of the computation.
 
-    Args:
-        in_place: replace the adapter there and leave everything else.
+    If `output` is the folder of `adapter`, its two files are replaced and everything else stays.
 
     Raises:
         OutputError: the folder cannot be written, or is not free.
     """
-    forget_state(output)
-    if in_place:
+    if output.resolve() == adapter.resolve():
         replace_adapter(output, fitted.config, fitted.weights)
     else:
+        overwrite = overwrite or _holds_state_alone(output)
         write_adapter(output, fitted.config, fitted.weights, overwrite=overwrite)
+    forget_state(output)
 
 
 def _made_from(model: ScalaBLModel, encoded: EncodedSet, settings: FitConfig) -> dict[str, str]:

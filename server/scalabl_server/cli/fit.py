@@ -84,7 +84,8 @@ def _fit(
         held_out = None if validation is None else read_examples(validation)
         options = LoraOptions(kind, template, chat, choice_prefix, base_model_name)
         from_lora = is_peft(adapter)
-        check_output(adapter, output, from_lora=from_lora, overwrite=overwrite)
+        target = output or adapter
+        check_output(adapter, target, from_lora=from_lora, overwrite=overwrite)
         base, config, weights = (_lora if from_lora else _adapter)(adapter, model, options, rows)
         check_size(sum(t.numel() for name, t in weights.items() if name.endswith(".s_mean")), settings)
         pretrained = load_pretrained(base, device=device, dtype="float32")
@@ -96,12 +97,12 @@ def _fit(
                 adapter_from(pretrained.model, config, weights),
                 training_set,
                 settings,
-                output or adapter,
+                target,
                 held_out=validation_set,
                 overwrite=overwrite,
                 on_progress=bar.update,
             )
-        write_fit(output or adapter, fitted, in_place=output is None, overwrite=overwrite)
+        write_fit(adapter, target, fitted, overwrite=overwrite)
         for note in fitted.notes:
             typer.echo(f"note: {note}", err=True)
         typer.echo(json.dumps(fitted.report, indent=2))

@@ -30,6 +30,7 @@ from scalabl.uncertainty.linearized import linearize
 from tests import tiny
 
 FACTOR = "posterior.covariance_factor"
+NOWHERE = Path("nowhere")  # the adapter before the fit
 
 
 def _rows(count: int = 40, seed: int = 0) -> EncodedSet:
@@ -45,7 +46,7 @@ def _fit(output: Path, model: ScalaBLModel | None = None, **settings: object) ->
 
 def _written(output: Path, **settings: object) -> Path:
     fitted = _fit(output, **settings)
-    write_fit(output, fitted, in_place=False)
+    write_fit(NOWHERE, output, fitted)
     return output
 
 
@@ -103,12 +104,12 @@ def test_a_diagonal_fit_has_no_factor(tmp_path: Path) -> None:
 def test_a_factor_that_is_diagonal_answers_as_independent_scalars_do(tmp_path: Path) -> None:
     fitted = _fit(tmp_path, covariance="diagonal", prior_precision=1.0)
     plain = tmp_path / "plain"
-    write_fit(plain, fitted, in_place=False)
+    write_fit(NOWHERE, plain, fitted)
     model = load_adapter(tiny.base_model(), plain)
     sigma = torch.cat([layer.s_log_std.exp() for layer in model.adapted.values()])
     weights = {**fitted.weights, FACTOR: torch.diag(sigma)}
     full = FittedPosterior(fitted.config.model_copy(update={"covariance": "full"}), weights, fitted.fit, [])
-    write_fit(tmp_path / "full", full, in_place=False)
+    write_fit(NOWHERE, tmp_path / "full", full)
     other = load_adapter(tiny.base_model(), tmp_path / "full")
     batch = TokenBatch.of(tiny.ragged())
     assert torch.allclose(model.logits(batch, model.draws(6)), other.logits(batch, other.draws(6)), atol=1e-5)
@@ -121,7 +122,7 @@ def test_a_factor_that_is_diagonal_answers_as_independent_scalars_do(tmp_path: P
 def test_the_linearisation_of_a_head_alone_is_exact_with_a_full_covariance(tmp_path: Path) -> None:
     """There the logits are linear in s, so they are Gaussian with the covariance J Sigma J^T."""
     adapter = tiny.adapted(target_modules=("lm_head",))
-    write_fit(tmp_path / "fitted", _fit(tmp_path, adapter, prior_precision=1.0), in_place=False)
+    write_fit(NOWHERE, tmp_path / "fitted", _fit(tmp_path, adapter, prior_precision=1.0))
     model = load_adapter(tiny.base_model(), tmp_path / "fitted")
     batch = TokenBatch.of(tiny.ragged())
     linear, draws = linearize(model, batch), model.draws(4096)
@@ -135,7 +136,7 @@ def test_the_linearisation_of_a_head_alone_is_exact_with_a_full_covariance(tmp_p
 
 def test_a_mixture_is_fitted_member_by_member(tmp_path: Path) -> None:
     mixture = tiny.mixture(members=2)
-    write_fit(tmp_path / "fitted", _fit(tmp_path, mixture, prior_precision=1.0), in_place=False)
+    write_fit(NOWHERE, tmp_path / "fitted", _fit(tmp_path, mixture, prior_precision=1.0))
     model = load_adapter(tiny.base_model(), tmp_path / "fitted")
     factor = read_weights(tmp_path / "fitted")[FACTOR]
     size = model.num_stochastic_parameters
@@ -149,7 +150,7 @@ def test_a_mixture_is_fitted_member_by_member(tmp_path: Path) -> None:
                 parameter.copy_(mixture.adapter_parameters()[name][member])
         own = _fit(tmp_path / f"{member}", alone, prior_precision=1.0)
         assert torch.allclose(factor[member], own.weights[FACTOR], rtol=1e-2, atol=1e-3)
-        write_fit(tmp_path / f"alone-{member}", own, in_place=False)
+        write_fit(NOWHERE, tmp_path / f"alone-{member}", own)
         single = load_adapter(tiny.base_model(), tmp_path / f"alone-{member}")
         expected = single.logits(batch, draws.of_member(member))
         assert torch.allclose(z[:, draws.member == member], expected, atol=2e-3)
@@ -223,14 +224,13 @@ def test_folders_that_hold_something_are_refused(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (full / "notes.txt").write_text("mine")
     (state / "checkpoints" / "posterior_fit.safetensors").write_text("of a fit that was cut short")
-    for output in (None, lora):
-        with pytest.raises(OutputError, match="is a LoRA, which stays as it is; name another folder with --output"):
-            check_output(lora, output, from_lora=True, overwrite=True)
+    with pytest.raises(OutputError, match="is a LoRA, which stays as it is; name another folder with --output"):
+        check_output(lora, lora, from_lora=True, overwrite=True)
     with pytest.raises(OutputError, match="is not empty; choose another --output, or add --overwrite"):
         check_output(lora, full, from_lora=True, overwrite=False)
     check_output(lora, full, from_lora=True, overwrite=True)
     check_output(lora, state, from_lora=True, overwrite=False)
-    check_output(full, None, from_lora=False, overwrite=False)
+    check_output(full, full, from_lora=False, overwrite=False)
 
 
 def test_version_1_has_no_covariance() -> None:
