@@ -87,7 +87,7 @@ def _fit(
         target = output or adapter
         check_output(adapter, target, from_lora=from_lora, overwrite=overwrite)
         base, config, weights = (_lora if from_lora else _adapter)(adapter, model, options, rows)
-        check_size(sum(t.numel() for name, t in weights.items() if name.endswith(".s_mean")), settings)
+        check_size(sum(t.shape[-1] for name, t in weights.items() if name.endswith(".s_mean")), settings)
         pretrained = load_pretrained(base, device=device, dtype="float32")
         prompter = Prompter(config.task, pretrained.tokenizer)
         training_set = encode_examples(prompter, rows, pretrained.max_tokens)
