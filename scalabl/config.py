@@ -16,6 +16,7 @@ TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
 Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
+PrecisionOrigin = Literal["evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -185,7 +186,7 @@ class PosteriorFit(BaseModel):
     rows: int = Field(ge=1)
     total_rows: int = Field(ge=1)
     prior_precision: float = Field(gt=0)
-    precision_from: Literal["evidence", "held_out", "given"]
+    precision_from: PrecisionOrigin
     log_evidence: float
     determined_scalars: float = Field(ge=0)
 

@@ -66,7 +66,7 @@ def derivatives(
     mean = model.posterior().mean.detach()
     logits: list[Tensor] = []
     gradients: list[Tensor] = []
-    for rows in torch.arange(len(inputs)).split(max(1, max_tokens // ids.shape[1])):
+    for rows in torch.split(torch.arange(len(inputs)), max(1, max_tokens // ids.shape[1])):
         s = mean[members[rows]].requires_grad_()
         part = slice(int(inputs[rows[0]]), int(inputs[rows[-1]]) + 1)
         member = members[rows] if model.members > 1 else None

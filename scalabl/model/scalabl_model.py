@@ -174,9 +174,9 @@ class ScalaBLModel(nn.Module):
         layers, device = list(self.adapted.values()), self.device
         mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
         log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
-        shape, factor = (self.members, mean.shape[-1]), self.covariance_factor
-        if factor is not None:
-            factor = factor.to(device).view(*shape, -1)
+        shape, factor = (self.members, mean.shape[-1]), None
+        if self.covariance_factor is not None:
+            factor = self.covariance_factor.to(device).view(*shape, -1)
         return Posterior(mean.view(shape), log_std.view(shape), self.config.posterior_scale, factor)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalabl.config import AdapterConfig, PosteriorFit
+from scalabl.config import AdapterConfig, PosteriorFit, PrecisionOrigin
 from scalabl.errors import FitError, OutputError
 from scalabl.evaluation.calibration_fit import minimise
 from scalabl.evaluation.encoded import EncodedSet
@@ -114,6 +114,7 @@ def fit_posterior(
     sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
     whole = sums.scaled(total / len(rows))
     curvature, mean = Curvature.of(whole.matrix), model.posterior().mean.detach().double().cpu()
+    origin: PrecisionOrigin
     if settings.prior_precision is not None:
         precision, origin = settings.prior_precision, "given"
     elif held_out is not None:

@@ -123,7 +123,7 @@ class TrainingConfig(BaseModel):
     @classmethod
     def _defaults_of_the_recipe(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**DEFAULTS.get(values.get("recipe"), {}), **values}
+            return {**DEFAULTS.get(str(values.get("recipe")), {}), **values}
         return values
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -207,6 +208,15 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.module.model, read_weights(Path(resume_from_checkpoint)))
 
+    def finish_training(self, checkpoint: str | None) -> None:
+        """Train on from a checkpoint, or from the start, and end with the weights of the best validation."""
+        state = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state is None or state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+        else:  # transformers would take one more step
+            self.state = state
+            self._load_best_model()
+
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -338,7 +348,7 @@ def train_adapter(
     trainer = VariationalTrainer(
         module, validation, trunks[1], args=arguments, train_dataset=_rows(train), callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    trainer.finish_training(_last_whole_checkpoint(checkpoints))
     if recipe.posterior == "laplace":
         fitted = fit_posterior(model, train, recipe.fit, output)
         model = module.model = adapter_from(base, fitted.config, fitted.weights)

@@ -126,4 +126,5 @@ class Curvature:
         precisions = (self.vectors * (self.values + precision).unsqueeze(-2)) @ self.vectors.mT
         lower = torch.linalg.cholesky(precisions.flip(-2, -1)).flip(-2, -1).mT  # L
         identity = torch.eye(lower.shape[-1], dtype=torch.float64)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return factor

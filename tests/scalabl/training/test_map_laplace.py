@@ -34,6 +34,8 @@ def _train(output: Path, recipe: TrainingConfig = RECIPE) -> dict[str, float]:
 
 def test_the_loss_is_that_of_the_mean_with_a_weight_decay() -> None:
     model = tiny.adapted(prior_std=2.0)
+    for layer in model.adapted.values():
+        layer.requires_grad_()
     module = VariationalModule(model, RECIPE, 100)
     ids, lengths = TokenBatch.of(tiny.ragged()).right_padded()
     labels, counts = torch.tensor([0, 1, 2, 0]), torch.full((4,), 3)
