@@ -91,9 +91,7 @@ def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
     parameters = model.adapter_parameters()
     unknown = sorted(weights.keys() - parameters.keys())
     if FACTOR in unknown:
-        raise AdapterError(
-            f"tensor {FACTOR!r} belongs to a full covariance, and the covariance in {CONFIG_FILE} is diagonal"
-        )
+        raise AdapterError(f"tensor {FACTOR!r} needs the covariance 'full', and {CONFIG_FILE} has 'diagonal'")
     if unknown:
         module = unknown[0].rpartition(".")[0]
         raise AdapterError(

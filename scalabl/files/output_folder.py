@@ -23,6 +23,7 @@ RUN_FILE = "training_run.json"
 CHECKPOINTS = "checkpoints"
 FIT_STATE = "posterior_fit.safetensors"  # in the checkpoints: what a fit of a posterior has computed so far
 LOGS = "runs"
+MEMBERS = "members"  # of a mixture: a folder for each training run
 REMEDY = "choose another --output, or add --overwrite to start anew"
 
 
@@ -54,7 +55,7 @@ def holds_adapter_or_checkpoints(folder: Path) -> bool:
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove adapter, checkpoints, logs and record of a training run. Other files stay.
+    """Remove adapter, checkpoints, logs and record of a training run, and the runs of its members. Other files stay.
 
     The record goes first: if the process is killed half way, what is left belongs to no run and is never resumed.
 
@@ -69,6 +70,8 @@ def remove_adapter(folder: Path) -> None:
         (folder / CHECKPOINTS / FIT_STATE).unlink(missing_ok=True)
         for log in (folder / LOGS).glob("events.out.tfevents.*"):
             log.unlink()
+        for record in (folder / MEMBERS).glob(f"*/{RUN_FILE}"):
+            shutil.rmtree(record.parent)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], *, overwrite: bool = False) -> None:

@@ -109,7 +109,7 @@ class ScalaBLModel(nn.Module):
             self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        head = ChoiceHead(cut)
+        head, self.head_name = ChoiceHead(cut), host.head_name
         self.head_of_rows = head.of_rows  # for passes that another adapter runs
         self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
         if attach:

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from scalabl import __version__
+from scalabl_server.cli.adapter_folders import combine, info
 from scalabl_server.cli.calibrate import calibrate
 from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
 from scalabl_server.cli.fit import fit
-from scalabl_server.cli.info import info
 from scalabl_server.cli.serve import serve
 from scalabl_server.cli.train import train
 
@@ -28,6 +28,7 @@ app.command("train")(train)
 app.command("fit")(fit)
 app.command("evaluate")(evaluate)
 app.command("calibrate")(calibrate)
+app.command("combine")(combine)
 app.command("info")(info)
 
 

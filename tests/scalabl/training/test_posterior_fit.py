@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from scalabl.config import AdapterConfig
-from scalabl.errors import FitError, OutputError
+from scalabl.errors import AdapterError, FitError, OutputError
 from scalabl.evaluation.encoded import EncodedSet
-from scalabl.files.adapter_directory import load_adapter, read_config, read_weights
+from scalabl.files.adapter_directory import load_adapter, read_config, read_weights, save_adapter
+from scalabl.files.combination import combine
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.training import posterior_fit
@@ -154,10 +159,54 @@ def test_a_mixture_is_fitted_member_by_member(tmp_path: Path) -> None:
         single = load_adapter(tiny.base_model(), tmp_path / f"alone-{member}")
         expected = single.logits(batch, draws.of_member(member))
         assert torch.allclose(z[:, draws.member == member], expected, atol=2e-3)
+    combine([tmp_path / f"alone-{member}" for member in range(2)], tmp_path / "combined")
+    assert read_config(tmp_path / "combined").covariance == "full"
+    combined = load_adapter(tiny.base_model(), tmp_path / "combined")
+    assert torch.allclose(combined.logits(batch, draws), z, atol=2e-3)
     linear = linearize(model, batch)
     assert list(linear.covariance().shape) == [4, 2, 3, 3]
     shares = torch.stack(list(linear.layer_shares().values()))
     assert torch.allclose(shares.sum(0), torch.ones(4, dtype=torch.float64))
+
+
+def test_posteriors_of_different_form_do_not_combine(tmp_path: Path) -> None:
+    full, diagonal = _written(tmp_path / "full"), _written(tmp_path / "diagonal", covariance="diagonal")
+    with pytest.raises(AdapterError, match='its covariance is "diagonal" and that of the other is "full"'):
+        combine([full, diagonal], tmp_path / "combined")
+
+
+def broken(folder: Path, change: Callable[[Tensor], Tensor | None]) -> Path:
+    """The adapter with another factor, or none."""
+    weights = read_weights(folder)
+    factor = change(weights.pop(FACTOR))
+    save_adapter(folder, read_config(folder), weights if factor is None else {**weights, FACTOR: factor})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: None, "is missing from adapter_model.safetensors"),
+        (lambda f: f[:-1], "has shape [19, 20]; the base model and adapter_config.json require [20, 20]"),
+        (lambda f: f * math.nan, "has values that are not finite"),
+        (lambda f: f + f.T, "has values above its diagonal; it must be lower triangular"),
+        (lambda f: f - 2 * torch.diag(f.diagonal()), "has a diagonal that is not above 0"),
+        (lambda f: 2 * f, "has other standard deviations than the s_log_std of the modules"),
+    ],
+)
+def test_a_factor_that_is_none_is_refused_by_name(
+    tmp_path: Path, change: Callable[[Tensor], Tensor | None], message: str
+) -> None:
+    folder = broken(_written(tmp_path / "fitted"), change)
+    with pytest.raises(AdapterError, match=re.escape(f"tensor '{FACTOR}' {message}")):
+        load_adapter(tiny.base_model(), folder)
+
+
+def test_a_factor_beside_a_diagonal_covariance_is_refused(tmp_path: Path) -> None:
+    folder = _written(tmp_path / "fitted")
+    save_adapter(folder, read_config(folder).model_copy(update={"covariance": "diagonal"}), read_weights(folder))
+    with pytest.raises(AdapterError, match="needs the covariance 'full', and adapter_config.json has 'diagonal'"):
+        load_adapter(tiny.base_model(), folder)
 
 
 def test_layer_shares_add_up_with_a_full_covariance(tmp_path: Path) -> None:

@@ -66,10 +66,17 @@ def _both(model: ScalaBLModel, batch: TokenBatch, num_samples: int) -> tuple[tor
     return with_kernel, without
 
 
-@pytest.mark.parametrize("num_samples", [1, 5])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_a_tiny_model_gives_the_plain_logits(name: str, num_samples: int, tmp_path: Path) -> None:
-    model = load_adapter(tiny.base_model(name), tiny.write_adapter(tmp_path / "adapter", name))
+@pytest.mark.parametrize(
+    ("name", "num_samples", "changes"),
+    [
+        *((name, num_samples, {}) for name in ("llama", "gpt2", "phi3") for num_samples in (1, 5)),
+        ("llama", 4, tiny.MIXTURE),
+        ("gpt2", 3, tiny.MIXTURE),
+    ],
+    ids=str,
+)
+def test_a_tiny_model_gives_the_plain_logits(name: str, num_samples: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = load_adapter(tiny.base_model(name), tiny.write_adapter(tmp_path / "adapter", name, **changes))
     with_kernel, without = _both(model, TokenBatch.of(tiny.ragged((3, 9, 1, 14))), num_samples)
     assert (with_kernel - without).abs().max() <= 1e-5
 
