@@ -205,7 +205,7 @@ def test_a_factor_that_is_none_is_refused_by_name(
 def test_a_factor_beside_a_diagonal_covariance_is_refused(tmp_path: Path) -> None:
     folder = _written(tmp_path / "fitted")
     save_adapter(folder, read_config(folder).model_copy(update={"covariance": "diagonal"}), read_weights(folder))
-    with pytest.raises(AdapterError, match="needs the covariance 'full', and adapter_config.json has 'diagonal'"):
+    with pytest.raises(AdapterError, match=r"needs the covariance 'full', and adapter_config.json has 'diagonal'"):
         load_adapter(tiny.base_model(), folder)
 
 
