@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_the_mean_with_a_weight_decay() -> None:
     nll = torch.nn.functional.cross_entropy(z, labels)
     mean = torch.cat([layer.s_mean for layer in model.adapted.values()])
     expected = nll + (mean.detach() / 2).square().sum() / 2 / 100
-    assert float(first["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert first["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     first["loss"].backward()
     for layer in model.adapted.values():
         assert layer.s_mean.grad is not None
