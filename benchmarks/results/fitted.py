@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.results.execute import sampled
 from benchmarks.results.finished import SETS, own_logits, train, training_rows
 from benchmarks.results.plan import SEEDS, Run, peer_runs
 from benchmarks.results.saved import read_logits, save_logits, save_scores, scores_of
 from benchmarks.results.scores import best_temperature, score
-from benchmarks.results.study import NUM_SAMPLES, TEMPLATE, Study
-from scalabl.evaluation.inference import logits_of
+from benchmarks.results.study import NUM_SAMPLES, TEMPLATE, Study, subset
 from scalabl.evaluation.scoring import calibration_error, resamples, weighted_mean
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -72,12 +72,12 @@ def _fit(study: Study, lora: Path, rows: Path, output: Path) -> None:
 
 
 def _logits(study: Study, model: ScalaBLModel) -> dict[str, Tensor]:
-    """Logits [N, K, C] of each set by samples, and by samples of the linearised model."""
+    """Logits [N, K, C] of each set by samples, and by samples of the linearised model; of the validation rows those to fit."""
     logits = {}
-    draws = model.draws(NUM_SAMPLES)
     for name in SETS:
-        sequences = study.sets[name].sequences
-        logits[f"monte_carlo {name}"] = logits_of(model, sequences, draws, states=study.caches[name].of)
+        rows = study.fit_rows if name == "validation" else torch.arange(len(study.sets[name].answers))
+        logits[f"monte_carlo {name}"] = sampled(study, model, name, rows=rows)
+        sequences = subset(study.sets[name], rows).sequences
         linear = torch.empty(len(sequences), LINEARIZED_SAMPLES, model.num_choices)
         for batch in batches([len(ids) for ids in sequences], model.num_choices, 4096):
             tokens = TokenBatch.of([sequences[i] for i in batch])
@@ -94,7 +94,7 @@ def _scores(study: Study, run: Run, logits: dict[str, Tensor]) -> dict[str, Any]
     scores: dict[str, Any] = {"lora": score(study, lora["test"], lora["ood"], own, ("test", "ood")) | {"temperature": own}}
     for method in METHODS:
         validation, test, ood = (logits[f"{method} {name}"] for name in SETS)
-        temperature = best_temperature(validation[study.fit_rows], answers)
+        temperature = best_temperature(validation, answers)
         scores[method] = {
             "plain": score(study, test, ood, 1.0, ("test", "ood")),
             "tempered": score(study, test, ood, temperature, ("test", "ood")) | {"temperature": temperature},
