@@ -72,7 +72,7 @@ def _fit(study: Study, lora: Path, rows: Path, output: Path) -> None:
 
 
 def _logits(study: Study, model: ScalaBLModel) -> dict[str, Tensor]:
-    """Logits [N, K, C] of each set by samples, and by samples of the linearised model; of the validation rows those to fit."""
+    """Logits [N, K, C] by samples, and by samples of the linearised model; of the validation rows only those to fit."""
     logits = {}
     for name in SETS:
         rows = study.fit_rows if name == "validation" else torch.arange(len(study.sets[name].answers))
