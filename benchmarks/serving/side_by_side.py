@@ -207,7 +207,6 @@ def traffic(options: argparse.Namespace, line: Line, folder: Path) -> dict[str, 
     return result
 
 
-@torch.inference_mode()
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.side_by_side", description=__doc__.splitlines()[0])

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+from scalabl_kernels import runs_fused
+from scalabl_kernels.launch import WARM_UP_ROWS
 from torch import Tensor
 
 from scalabl.base.int8 import unrounded
@@ -69,6 +71,15 @@ class SideBySide:
 
         logits = self.models[0].run_inputs(batch, sample_rows, states)
         return [of_input[:, : self.models[adapter].num_choices] for of_input, adapter in zip(logits, adapters, strict=True)]
+
+    def warm_up(self) -> None:
+        """Run the kernel for several adapters at every launch shape, so that no request waits for its compilation."""
+        if not runs_fused(self.models[0].device):
+            return
+        for rows in WARM_UP_ROWS:
+            adapters = [number % len(self.models) for number in range(max(rows, len(self.models)))]
+            draws = [self.models[adapter].mean_draw() for adapter in adapters]
+            self.logits_each(TokenBatch.of([[0]] * len(adapters)), draws, adapters)
 
     def _row_samples(self, draws: Sequence[Draws], adapters: Sequence[int]) -> tuple[RowSamples, list[int]]:
         """As `ScalaBLModel.row_samples`, for inputs with these adapters."""

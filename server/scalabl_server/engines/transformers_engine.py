@@ -132,13 +132,13 @@ class TransformersEngine(Engine):
             raise
 
     def _shape_of(self, local: LocalAdapter) -> Hashable:
-        """The shape of a new adapter: that of a loaded one with which it can share passes, as a test pass shows.
-
-        The test also compiles the kernel for passes with several adapters.
-        """
+        """The shape of a new adapter: that of a loaded one with which it can share passes, as a test pass shows."""
         shape = pass_shape(local.model)
         other = next((adapter for adapter in self.adapters.values() if adapter.shape == shape), None)
-        if other is None or agree_side_by_side(_local(other).model, local.model):
+        if other is None:
+            return shape
+        if agree_side_by_side(_local(other).model, local.model):
+            self.combinations.of((_local(other).model, local.model)).warm_up()
             return shape
         logger.info("adapter %s: its inputs cannot share passes with those of other adapters", local.name)
         return object()

@@ -18,6 +18,8 @@ import scalabl.model.layer
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
+from scalabl.passes.side_by_side import SideBySide
 from tests import tiny
 from tests.published import load_published
 from tests.server.conftest import serving, settings_for
@@ -79,6 +81,24 @@ def test_a_tiny_model_gives_the_plain_logits(name: str, num_samples: int, change
     model = load_adapter(tiny.base_model(name), tiny.write_adapter(tmp_path / "adapter", name, **changes))
     with_kernel, without = _both(model, TokenBatch.of(tiny.ragged((3, 9, 1, 14))), num_samples)
     assert (with_kernel - without).abs().max() <= 1e-5
+
+
+def test_adapters_side_by_side_give_the_plain_logits() -> None:
+    base = tiny.base_model()
+    models = [tiny.random_adapter(base, tiny.config_for(**changes), seed) for seed, changes in enumerate(({}, tiny.MIXTURE))]
+    for model in models:
+        find_shared_work(model)
+    sequences, adapters = tiny.ragged((3, 9, 1)), [0, 1, 0]
+    draws = [models[adapter].draws(4) for adapter in adapters]
+    with _counted(fused, "subspace_projection_fused") as launches:
+        with_kernel = SideBySide(models).logits_each(TokenBatch.of(sequences), draws, adapters)
+        assert len(launches) == len(models[0].adapted) + 1, "once for a layer of the blocks, and once for each head"
+    with _plain():
+        without = SideBySide(models).logits_each(TokenBatch.of(sequences), draws, adapters)
+        for ids, own, adapter, logits in zip(sequences, draws, adapters, with_kernel, strict=True):
+            alone = models[adapter].logits(TokenBatch.of([ids]), own)[0]
+            assert (logits - alone).abs().max() <= 1e-5
+    assert all((one - other).abs().max() <= 1e-5 for one, other in zip(with_kernel, without, strict=True))
 
 
 def test_the_authors_checkpoint_gives_the_plain_logits_and_theirs(shared: Path, tmp_path: Path) -> None:
