@@ -199,12 +199,10 @@ def _made_from(model: ScalaBLModel, encoded: EncodedSet, settings: FitConfig) ->
         if not name.endswith((".s_log_std", ".covariance_factor")):
             digest.update(f"{name} {list(parameter.shape)} {model.config.scaling}\n".encode())
             digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    model.detach()  # the base model's own modules
-    base = fingerprint_of(model.base)
     rows = Rows.of(encoded)
     return {
         "adapter": digest.hexdigest(),
-        "base model": base,
+        "base model": fingerprint_of(model.base),
         "rows": f"{rows.tokens_sha256} {rows.answers_sha256}",
         "options": f"{settings.covariance} {settings.max_rows} {settings.seed}",
     }
