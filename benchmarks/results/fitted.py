@@ -81,7 +81,9 @@ def _logits(study: Study, model: ScalaBLModel) -> dict[str, Tensor]:
         linear = torch.empty(len(sequences), LINEARIZED_SAMPLES, model.num_choices)
         for batch in batches([len(ids) for ids in sequences], model.num_choices, 4096):
             tokens = TokenBatch.of([sequences[i] for i in batch])
-            linear[batch] = linearize(model, tokens, negligible=NEGLIGIBLE).samples(LINEARIZED_SAMPLES).float()
+            states = study.caches[name].of(rows[batch], tokens.input_ids.shape[1])
+            linearization = linearize(model, tokens, negligible=NEGLIGIBLE, states=states)
+            linear[batch] = linearization.samples(LINEARIZED_SAMPLES).float()
         logits[f"linearized {name}"] = linear
     return logits
 

@@ -13,13 +13,18 @@ GRADIENT_TOKENS = 2048  # rows x padded length in one graph
 
 
 def jacobian(
-    model: ScalaBLModel, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS
+    model: ScalaBLModel,
+    batch: TokenBatch,
+    active: Tensor,
+    *,
+    states: Tensor | None = None,
+    max_tokens: int = GRADIENT_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Logits of B inputs at each member's mean, and their derivatives by the subspace scalars there.
 
     Args:
         active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-        max_tokens: as of `derivatives`.
+        states, max_tokens: as of `derivatives`.
 
     Returns:
         ([B, M, C], [B, M, C, P]), zero where not active.
@@ -27,7 +32,7 @@ def jacobian(
     shape = (len(active), model.members, model.num_choices)
     inputs, members, choices = active.to(model.device).unsqueeze(1).expand(shape).nonzero(as_tuple=True)  # [rows]
     one_choice = nn.functional.one_hot(choices, model.num_choices)
-    logits, gradients = derivatives(model, batch, inputs, members, one_choice, max_tokens=max_tokens)
+    logits, gradients = derivatives(model, batch, inputs, members, one_choice, states=states, max_tokens=max_tokens)
     slopes = gradients.new_zeros(*shape, gradients.shape[1])
     slopes[inputs, members, choices] = gradients
     starts = torch.arange(shape[0] * shape[1], device=model.device)

@@ -110,16 +110,26 @@ class Linearization:
 
 
 def linearize(
-    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+    model: ScalaBLModel,
+    batch: TokenBatch,
+    *,
+    num_choices: Tensor | None = None,
+    negligible: float = 0.0,
+    states: Tensor | None = None,
 ) -> Linearization:
     """Linearise B inputs around the mean of each member. The arguments are those of `slopes`."""
-    mean, derivatives = slopes(model, batch, num_choices=num_choices, negligible=negligible)
+    mean, derivatives = slopes(model, batch, num_choices=num_choices, negligible=negligible, states=states)
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     return Linearization(mean, derivatives, model.posterior().detached(), columns)
 
 
 def slopes(
-    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+    model: ScalaBLModel,
+    batch: TokenBatch,
+    *,
+    num_choices: Tensor | None = None,
+    negligible: float = 0.0,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z(mu) [B, M, C] and dz/ds there [B, M, C, P]: a row of the passes for each member and choice of each input.
 
@@ -127,6 +137,7 @@ def slopes(
         num_choices: [B], the number of choices of each input; None for all of the task's. Others have the logit `ABSENT`.
         negligible: choices with a lower probability at every member's mean are not linearised and cost no row, except for
             each member's two most probable. Finding them takes one more forward pass over B * M rows.
+        states: as of `ForwardPass`, of a batch that is right-padded.
 
     Returns:
         Both float64, on the CPU.
@@ -136,10 +147,10 @@ def slopes(
         present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
     active = present
     if negligible > 0:
-        z = model.logits(batch, model.mean_draw()).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]
+        z = model.logits(batch, model.mean_draw(), states).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
         active = likely.scatter(2, z.topk(2, dim=-1).indices, True).any(1) & present
-    mean, derivatives = jacobian(model, batch, active)
+    mean, derivatives = jacobian(model, batch, active, states=states)
     return mean.double().cpu().masked_fill(~present.unsqueeze(1), ABSENT), derivatives.double().cpu()
 
 
