@@ -32,7 +32,7 @@ def _side_by_side(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Tensor, sample: Tensor, scaling: float, adapter: Tensor, *, inplace: bool
 ) -> Tensor:
     """All adapters as one of rank L * R, in which the scalars of a row are zero outside its own adapter's R columns."""
-    own = torch.nn.functional.one_hot(adapter, a.shape[0]).to(s.dtype)  # [S, L]
+    own = adapter.unsqueeze(1) == torch.arange(a.shape[0], device=adapter.device)  # [S, L]
     wide = (own.unsqueeze(2) * s.unsqueeze(1)).flatten(1)  # [S, L * R]
     return _one_adapter(y, x, a.flatten(0, 1), b.transpose(0, 1).flatten(1), wide, sample, scaling, inplace=inplace)
 

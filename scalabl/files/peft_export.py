@@ -114,6 +114,11 @@ class LoraSamples:
         """q(s) of the adapter."""
         return _posterior(self.config, self.weights, self.modules)
 
+    def has_effect(self, module: str) -> bool:
+        """Whether the first sample changes a module: its B is not zero."""
+        up = self.weights[f"{module}.lora_B"]
+        return bool((up if self.config.members == 1 else up[0]).any())
+
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of one sample's LoRA: A_k = diag(s_k) A and B, where the head's B has a row for every token."""
         tensors = {}

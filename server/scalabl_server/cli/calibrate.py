@@ -82,7 +82,7 @@ def calibrate(
             outcome = run(
                 loaded.model,
                 loaded.encode(rows),
-                loaded.model.draws(num_samples, seed),
+                loaded.draws(num_samples, seed),
                 options,
                 name=data_name(data),
                 sha256=hashlib.sha256(data.read_bytes()).hexdigest(),

@@ -97,10 +97,12 @@ def _counted_calls(model: ScalaBLModel) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-@pytest.mark.parametrize("num_samples", [1, 8, 32])
+@pytest.mark.parametrize(("num_samples", "changes"), [(1, {}), (8, {}), (32, {}), (8, tiny.MIXTURE)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(name: str, num_samples: int) -> None:
-    model = tiny.adapted(name)
+def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(
+    name: str, num_samples: int, changes: dict[str, Any]
+) -> None:
+    model = tiny.adapted(name, **changes)
     linear = [n for n, m in model.base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     with _counted_calls(model) as calls:
         model.logits(TokenBatch.of(tiny.ragged()), model.draws(num_samples))
