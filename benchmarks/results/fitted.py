@@ -18,20 +18,19 @@ from torch import Tensor
 from benchmarks.machine import describe
 from benchmarks.results.execute import sampled
 from benchmarks.results.finished import SETS, own_logits, train, training_rows
+from benchmarks.results.paired import paired_differences
 from benchmarks.results.plan import SEEDS, Run, peer_runs
 from benchmarks.results.saved import read_logits, save_logits, save_scores, scores_of
 from benchmarks.results.scores import best_temperature, score
 from benchmarks.results.study import NUM_SAMPLES, TEMPLATE, Study, subset
-from scalabl.evaluation.scoring import calibration_error, resamples, weighted_mean
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.batches import batches
 from scalabl.uncertainty.linearized import NEGLIGIBLE, linearize
-from scalabl.uncertainty.predictive import Predictive, predictive
+from scalabl.uncertainty.predictive import predictive
 
 LINEARIZED_SAMPLES = 512
-REPEATS = 10_000
 METHODS = {"monte_carlo": f"fitted, {NUM_SAMPLES} samples", "linearized": "fitted, linearised"}
 
 
@@ -124,41 +123,8 @@ def compare(study: Study, rows: str) -> None:
                     predictive(logits[f"{method} test"], after["tempered"]["temperature"]),
                 )
             )
-        differences[method] = _differences(pairs, answers)
+        differences[method] = paired_differences(pairs, answers)
     save_scores(name, {"differences": differences}, made_from)
-
-
-def _differences(pairs: list[tuple[Predictive, Predictive]], answers: Tensor) -> dict[str, dict[str, float]]:
-    """Mean over the pairs of the second's NLL and ECE minus the first's, with the 95% interval of a paired bootstrap.
-
-    A resample takes the same queries for both of a pair, and for all pairs.
-    """
-    ones = torch.ones(1, len(answers), dtype=torch.float64)
-
-    def difference(weights: Tensor) -> dict[str, Tensor]:
-        first, second = ([_nll_and_ece(pair[i], answers, weights) for pair in pairs] for i in (0, 1))
-        return {
-            name: torch.stack([b[name] - a[name] for a, b in zip(first, second, strict=True)]).mean(0)
-            for name in ("nll", "ece")
-        }
-
-    value = difference(ones)
-    blocks = [difference(weights) for weights in resamples(len(answers), REPEATS, 0, 1000)]
-    result = {}
-    for name in value:
-        resampled = torch.cat([block[name] for block in blocks])
-        low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        result[name] = {"difference": float(value[name]), "low": low, "high": high}
-    return result
-
-
-def _nll_and_ece(outcome: Predictive, answers: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    confidence, index = outcome.probabilities.max(-1)
-    of_answer = outcome.probabilities.gather(1, answers.unsqueeze(1))[:, 0].clamp_min(1e-300)
-    return {
-        "nll": weighted_mean(weights, -of_answer.log()),
-        "ece": calibration_error(weights, confidence, index == answers),
-    }
 
 
 def measure_all(study: Study, data: Path, seeds: list[int] | None = None) -> None:
