@@ -18,6 +18,8 @@ SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
 SpecialTokensInText = Literal["text", "control"]
 HeadKind = Literal["vocabulary", "own"]
+Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
+PrecisionOrigin = Literal["evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -189,13 +191,36 @@ class Calibration(BaseModel):
         return "0.9" if "0.9" in self.levels else next(iter(self.levels))
 
 
+class PosteriorFit(BaseModel):
+    """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
+
+    `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
+    `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of
+    the scalars the rows determine, rather than the prior.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: Literal["laplace"] = "laplace"
+    covariance: Covariance
+    data: str
+    rows: int = Field(ge=1)
+    total_rows: int = Field(ge=1)
+    prior_precision: float = Field(gt=0)
+    precision_from: PrecisionOrigin
+    log_evidence: float
+    determined_scalars: float = Field(ge=0)
+
+
 class AdapterConfig(BaseModel):
     """The contents of `adapter_config.json`, with PEFT's field names where PEFT has such a field.
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
     It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
-    of a mixture posterior; an adapter with more than one has format version 2.
+    of a mixture posterior. With the `covariance` full, q(s) has a covariance across all adapted layers, whose factor is
+    among the tensors. `posterior_fit` says how a posterior was fitted that was not trained. More than one member, a full
+    covariance and a fit need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -213,6 +238,8 @@ class AdapterConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
+    covariance: Covariance = Field(default="diagonal", exclude_if=lambda covariance: covariance == "diagonal")
+    posterior_fit: PosteriorFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
 
     @field_validator("format_version")
     @classmethod
@@ -224,8 +251,11 @@ class AdapterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _version_has_the_fields(self) -> Self:
-        if self.format_version < 2 and self.members > 1:
-            raise ValueError(f"members is {self.members}, which needs format_version 2")
+        later = {"members": self.members > 1, "covariance": self.covariance == "full"}
+        later["posterior_fit"] = self.posterior_fit is not None
+        named = [name for name, is_set in later.items() if is_set]
+        if self.format_version < 2 and named:
+            raise ValueError(f"{named[0]} is {getattr(self, named[0])}, which needs format_version 2")
         if self.members > 1 and self.task.head == "own":
             raise ValueError("a mixture of several members cannot have a head of its own; set members to 1, or task.head")
         return self
@@ -233,7 +263,8 @@ class AdapterConfig(BaseModel):
     @property
     def lowest_format_version(self) -> int:
         """The lowest format version that has all fields of this adapter; at least `format_version`."""
-        return max(self.format_version, 2 if self.task.needs_version_2 or self.members > 1 else 1)
+        has_later = self.members > 1 or self.covariance == "full" or self.posterior_fit is not None
+        return max(self.format_version, 2 if self.task.needs_version_2 or has_later else 1)
 
     @property
     def scaling(self) -> float:

@@ -85,6 +85,15 @@ class Lora:
         return digest.hexdigest()
 
 
+def is_peft(folder: Path) -> bool:
+    """Whether a folder says that it is a PEFT adapter of some kind, and not one of this project."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # reading it as an adapter says what is wrong
+    return isinstance(config, dict) and config.get("peft_type", "SCALABL") != "SCALABL"
+
+
 def read_peft(folder: Path) -> Lora:
     """Read a LoRA directory saved by PEFT. Ranks and alphas may differ between modules and may be rank-stabilised.
 
@@ -296,6 +305,13 @@ def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:
     return (share * torch.where(mean > 0, mean, smallest)).log()
 
 
+def with_relative_sigma(tensors: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The tensors of `adapter_of` with a sigma for each mean: a share of it."""
+    means = {name: tensor for name, tensor in tensors.items() if name.endswith(".s_mean")}
+    sigmas = {name.replace(".s_mean", ".s_log_std"): relative_log_std(mean, share) for name, mean in means.items()}
+    return {**tensors, **sigmas}
+
+
 def convert_peft(
     folder: Path,
     output: Path,
@@ -320,8 +336,5 @@ def convert_peft(
         raise OutputError(f"{output} is the LoRA that is read; choose another --output")
     check_unused(output, overwrite=overwrite)
     config, weights = adapter_of(read_peft(folder), skeleton, task, base_model_name_or_path=base_model)
-    means = {name: tensor for name, tensor in weights.items() if name.endswith(".s_mean")}
-    for name, mean in means.items():
-        weights[name.replace(".s_mean", ".s_log_std")] = relative_log_std(mean, relative_std)
-    write_adapter(output, config, weights, overwrite=overwrite)
+    write_adapter(output, config, with_relative_sigma(weights, relative_std), overwrite=overwrite)
     return config

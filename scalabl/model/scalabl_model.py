@@ -25,13 +25,11 @@ from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Posterior, Scheme, draw_members, zero_draw
+from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme, draw_members, zero_draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
 HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
-GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
-
 # Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
 SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
@@ -121,6 +119,10 @@ class ScalaBLModel(nn.Module):
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
+        self.covariance_factor: nn.Parameter | None = None  # [P, P], or [M, P, P] with more than one member
+        if config.covariance == "full":
+            shape = [*([config.members] if config.members > 1 else []), *2 * [self.num_stochastic_parameters]]
+            self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
         self.head, self.head_name = ChoiceHead(cut), host.head_name
@@ -174,6 +176,8 @@ class ScalaBLModel(nn.Module):
             parameters[HEAD_WEIGHT] = self.own_head.weight  # type: ignore[assignment]  # a parameter
         for name, layer in self.adapted.items():
             parameters |= {f"{name}.{kind}": getattr(layer, kind) for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")}
+        if self.covariance_factor is not None:
+            parameters[FACTOR] = self.covariance_factor
         return parameters
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
@@ -194,7 +198,10 @@ class ScalaBLModel(nn.Module):
         layers, device = list(self.adapted.values()), self.device
         mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
         log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
-        return Posterior(mean.view(self.members, -1), log_std.view(self.members, -1), self.config.posterior_scale)
+        shape, factor = (self.members, mean.shape[-1]), None
+        if self.covariance_factor is not None:
+            factor = self.covariance_factor.to(device).view(*shape, -1)
+        return Posterior(mean.view(shape), log_std.view(shape), self.config.posterior_scale, factor)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
         """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of scalars and of members).
@@ -209,7 +216,7 @@ class ScalaBLModel(nn.Module):
         return zero_draw(self.num_stochastic_parameters, self.members)
 
     def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
-        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
+        """s = mu + F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
 
         Args:
             member: [N] int64, the member of each row; needed if there are several.
@@ -350,44 +357,6 @@ class ScalaBLModel(nn.Module):
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
         return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables), member), counts
-
-    @torch.enable_grad()
-    def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
-        """Logits of B inputs at each member's mean, and their derivatives by the subspace scalars there.
-
-        There is a row, with scalars of its own, for each member and active choice of each input. One reverse pass of the sum
-        of the rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit
-        memory.
-
-        Args:
-            active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-            max_tokens: rows x padded length in one graph; a single row may exceed it.
-
-        Returns:
-            ([B, M, C], [B, M, C, P]), zero where not active.
-        """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        shape = (len(active), self.members, self.num_choices)
-        of_rows = active.to(self.device).unsqueeze(1).expand(shape).nonzero()  # [rows, 3]: input, member, choice
-        mean = self.posterior().mean.detach()
-        logits: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for rows_m in torch.split(of_rows, max(1, max_tokens // ids.shape[1])):
-            inputs_m, members_m, choices_m = rows_m.unbind(1)
-            rows = torch.arange(len(rows_m), device=self.device)
-            s = mean[members_m].requires_grad_()
-            first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
-            member = members_m if self.members > 1 else None
-            samples = RowSamples(s, rows, inputs=inputs_m - first, member=member)
-            z = self.run(ForwardPass(ids[first:end], lengths[first:end], samples))  # [rows, C]
-            gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
-            logits.append(z.detach())
-        inputs, members, choices = of_rows.unbind(1)
-        jacobian = mean.new_zeros(*shape, mean.shape[1])
-        jacobian[inputs, members, choices] = torch.cat(gradients)
-        starts = torch.arange(shape[0] * shape[1], device=self.device)
-        firsts = torch.searchsorted(inputs * self.members + members, starts)
-        return torch.cat(logits)[firsts].view(shape), jacobian
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

@@ -1,14 +1,15 @@
-"""The settings of a training run, which are the options of `scalabl train`. The training itself is in `trainer`.
+"""The settings of a training run and of a fit, which are the options of `scalabl train` and `scalabl fit`.
 
-They are apart from the trainer so that the command line can show them without importing it.
+They are apart from `trainer` and `posterior_fit` so that the command line can show them without importing these.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from scalabl.config import Covariance
 from scalabl.model.posterior import KLDirection
 
 MOST = 2**31 - 1  # the largest of the counts below: what the libraries hold in an integer
@@ -22,14 +23,50 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
+# MAP training, then a Laplace fit: the means are learned without samples, and with no term for sigma.
+MAP_LAPLACE: dict[str, Any] = {"posterior": "laplace"}
+DEFAULTS = {"published": PUBLISHED, "map-laplace": MAP_LAPLACE}
+
+
+class FitConfig(BaseModel):
+    """How a posterior is fitted around a trained adapter. Each field is an option of `scalabl fit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_rows: int = Field(
+        default=1000, ge=1, description="Most training rows to use, chosen at random; they stand for all of them."
+    )
+    covariance: Covariance = Field(
+        default="full",
+        description="full: all scalars together, across layers. diagonal: each scalar by itself, for any number of them.",
+    )
+    prior_precision: float | None = Field(
+        default=None,
+        gt=0,
+        description="1 / variance of the prior of the scalars (default: the one of the highest evidence, or, with "
+        "--validation, of the lowest held-out NLL).",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of rows and of the random signs.")
+
+
 class TrainingConfig(BaseModel):
     """How an adapter is trained. Each field is an option of `scalabl train`, and its description is the option's help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: Literal["elbo", "published"] = Field(
+    recipe: Literal["elbo", "published", "map-laplace"] = Field(
         default="elbo",
-        description="Defaults of the options below: elbo, the evidence lower bound; published, as in the authors' code.",
+        description="Defaults of the options below: elbo, the evidence lower bound; published, as in the authors' code; "
+        "map-laplace, training without samples and a posterior fitted afterwards.",
+    )
+    posterior: Literal["variational", "laplace"] = Field(
+        default="variational",
+        description="variational: mu and sigma are trained together. laplace: mu is trained without samples, with the prior "
+        "as a weight decay of mu (MAP); then a fit to the training rows gives sigma, as `scalabl fit` does.",
+    )
+    fit_rows: int = Field(default=1000, ge=1, description="With --posterior laplace: most training rows for the fit.")
+    fit_covariance: Covariance = Field(
+        default="full", description="With --posterior laplace: full, across all layers; diagonal, of independent scalars."
     )
     max_steps: int = Field(default=900, ge=1, le=MOST, description="Optimiser steps.")
     batch_size: int = Field(default=16, ge=1, le=MOST, description="Examples per step and device.")
@@ -95,6 +132,20 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_recipe(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("recipe") == "published":
-            return {**PUBLISHED, **values}
+        if isinstance(values, dict):
+            return {**DEFAULTS.get(str(values.get("recipe")), {}), **values}
         return values
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.posterior == "laplace" and (self.kl_optimizer, self.kl_direction, self.train_samples) != ("joint", "q_p", 1):
+            raise ValueError(
+                "posterior laplace trains without samples and without sigma; leave out kl_optimizer, kl_direction and "
+                "train_samples"
+            )
+        return self
+
+    @property
+    def fit(self) -> FitConfig:
+        """The settings of the fit with `posterior` laplace."""
+        return FitConfig(max_rows=self.fit_rows, covariance=self.fit_covariance, seed=self.seed)

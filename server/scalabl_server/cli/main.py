@@ -16,6 +16,7 @@ from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
 from scalabl_server.cli.failures import Commands
+from scalabl_server.cli.fit import fit
 from scalabl_server.cli.serve import serve
 from scalabl_server.cli.train import train
 
@@ -29,6 +30,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")
 app.command("serve")(serve)
 app.command("train")(train)
+app.command("fit")(fit)
 app.command("evaluate")(evaluate)
 app.command("calibrate")(calibrate)
 app.command("combine")(combine)
