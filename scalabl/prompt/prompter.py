@@ -109,16 +109,7 @@ class Prompter:
 
     def render(self, text: str, choices: Sequence[str] | None = None) -> str:
         """The prompt's text. `choices` are the texts to label with letters, for multiple choice only."""
-        if self.task.kind == "multiple_choice":
-            if choices is None:
-                raise PromptError("this adapter's task is multiple_choice; send the choices with each input", "choices")
-            if not 2 <= len(choices) <= len(self.task.choices):
-                raise PromptError(f"the number of choices is {len(choices)}; send 2 to {len(self.task.choices)}", "choices")
-            if len(set(choices)) != len(choices):
-                repeated = next(c for i, c in enumerate(choices) if c in choices[:i])
-                raise PromptError(f"{repeated!r} appears twice; choices must be distinct", "choices")
-        elif choices is not None:
-            raise PromptError("this adapter's task is classification with fixed choices; leave the field out", "choices")
+        self._check_choices(choices)
         return self._render(text, choices)
 
     def encode(
@@ -162,9 +153,22 @@ class Prompter:
         return prompts[0][: sum(takewhile(bool, alike))]
 
     def _encode(self, text: str, choices: Sequence[str] | None) -> list[int]:
+        self._check_choices(choices)
         mark = self._encoder.mark
-        rendered = self.render(mark(text), None if choices is None else [mark(choice) for choice in choices])
+        rendered = self._render(mark(text), None if choices is None else [mark(choice) for choice in choices])
         return self._encoder.prompt_ids(rendered) + self._suffix
+
+    def _check_choices(self, choices: Sequence[str] | None) -> None:
+        if self.task.kind == "multiple_choice":
+            if choices is None:
+                raise PromptError("this adapter's task is multiple_choice; send the choices with each input", "choices")
+            if not 2 <= len(choices) <= len(self.task.choices):
+                raise PromptError(f"the number of choices is {len(choices)}; send 2 to {len(self.task.choices)}", "choices")
+            if len(set(choices)) != len(choices):
+                repeated = next(c for i, c in enumerate(choices) if c in choices[:i])
+                raise PromptError(f"{repeated!r} appears twice; choices must be distinct", "choices")
+        elif choices is not None:
+            raise PromptError("this adapter's task is classification with fixed choices; leave the field out", "choices")
 
     def _render(self, text: str, choices: Sequence[str] | None) -> str:
         lettered = zip(self.task.choices, choices or (), strict=False)

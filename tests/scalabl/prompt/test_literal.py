@@ -48,6 +48,12 @@ def test_in_a_chat_and_in_the_choices() -> None:
     assert ids == [1, *plain_bytes("why<eos>\nChoices:\nA) <pad>\nB) a <bos>\nAnswer:"), 2]
 
 
+def test_a_message_shows_a_choice_as_it_was_sent() -> None:
+    task = tiny.MULTIPLE_CHOICE.model_copy(update={"special_tokens_in_text": "text"})
+    with pytest.raises(PromptError, match="choices: 'a <eos>' appears twice"):
+        Prompter(task, tiny.tokenizer()).encode("why", ["a <eos>", "a <eos>"])
+
+
 def test_a_choice_of_the_adapter_that_has_a_special_tokens_name() -> None:
     prompter = Prompter(COLOURS.model_copy(update={"choices": ("<eos>", "<bos>", "none")}), tiny.tokenizer())
     assert prompter.token_texts == ["e", "b", "n"]
