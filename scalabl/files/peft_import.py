@@ -22,6 +22,7 @@ from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError, OutputError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from scalabl.files.output_folder import check_unused, write_adapter
+from scalabl.files.peft_head import class_names, is_of_head, read_head, settings_of
 from scalabl.model.scalabl_model import HEAD_WEIGHT, ScalaBLModel
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
@@ -47,9 +48,6 @@ UNSUPPORTED = {
     # Other initialisations (pissa, olora, corda, loftq, …) change the base model's weights, so the LoRA needs those weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-# PEFT names both for sequence classification, whatever the base model's class calls its head; of a decoder it is `score`.
-HEADS = ("classifier", "score")
-HEAD = re.compile(r"^base_model\.model\.(?P<name>classifier|score)\.(?P<kind>.+)$")
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,11 @@ def read_peft(folder: Path) -> Lora:
             raise AdapterError(
                 f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted; only plain LoRA can"
             )
-    head = _head(folder, config, tensors)
+    head = read_head(folder, config, tensors)
     sides: dict[str, dict[str, Tensor]] = {}
     copies = {}
     for key, tensor in tensors.items():
-        if head is not None and HEAD.match(key):
+        if head is not None and is_of_head(key):
             continue
         match = KEY.match(key)
         if match is None:
@@ -146,58 +144,8 @@ def read_peft(folder: Path) -> Lora:
         modules[module] = (pair["A"], scaling * pair["B"])
     if not modules:
         raise AdapterError(f"{folder / WEIGHTS_FILE} has no lora_A and lora_B tensors")
-    labels = None if head is None else class_names(_json_or_nothing(folder / "config.json"), len(head))
+    labels = None if head is None else class_names(settings_of(folder), len(head))
     return Lora(config.get("base_model_name_or_path"), modules, copies, head, labels)
-
-
-def _head(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The rows of the head that was trained with a LoRA for sequence classification; None for another LoRA.
-
-    Raises:
-        AdapterError: other modules were trained too, or the head is missing, or not one matrix for a decoder's classes.
-    """
-    saved = config.get("modules_to_save") or []
-    is_classifier = config.get("task_type") == "SEQ_CLS"
-    parts = {match["name"] + "." + match["kind"]: tensor for key, tensor in tensors.items() if (match := HEAD.match(key))}
-    if any(name not in HEADS for name in saved) or (saved and not parts and not is_classifier):
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: modules_to_save is {saved!r}, which cannot be converted; beside a LoRA only the head "
-            "'score' of sequence classification can"
-        )
-    if not parts and not is_classifier:
-        return None
-    if parts.keys() != {"score.weight"} or parts["score.weight"].dim() != 2:
-        has = ", ".join(sorted(parts)) or "none"
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: the head must be one tensor score.weight, as a decoder's for sequence classification "
-            f"(found: {has}); train with task_type SEQ_CLS and modules_to_save ['score']"
-        )
-    rows = parts["score.weight"].float()
-    if not bool(torch.isfinite(rows).all()):
-        raise AdapterError(f"{folder / WEIGHTS_FILE}: 'score' has values that are not finite")
-    settings = _json_or_nothing(folder / "config.json")
-    if len(rows) < 2 or settings.get("problem_type") in ("regression", "multi_label_classification"):
-        raise AdapterError(
-            f"{folder}: the head has {len(rows)} rows for {settings.get('problem_type', 'one number')}; only a head that "
-            "tells two or more classes apart can be converted"
-        )
-    return rows
-
-
-def class_names(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
-    """The names of `count` classes in `id2label` of a model's configuration; None if it has none but LABEL_0 and so on."""
-    id2label = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
-    names = tuple(id2label.get(index, "") for index in range(count))
-    generic = all(name == f"LABEL_{index}" for index, name in enumerate(names))
-    return None if generic or len(id2label) != count or not all(names) or len(set(names)) < count else names
-
-
-def _json_or_nothing(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:

@@ -31,7 +31,8 @@ def empty_classes(name: str, choices: Sequence[str], examples: Sequence[Example]
     empty = [choice for index, choice in enumerate(choices) if index not in counts]
     if not empty:
         return None
-    return f"{len(empty)} of {len(choices)} choices have no row in {name}: {_some(map(shown, empty))}"
+    verb = "has" if len(empty) == 1 else "have"
+    return f"{len(empty)} of {len(choices)} choices {verb} no row in {name}: {_some(map(shown, empty))}"
 
 
 def imbalance(name: str, choices: Sequence[str], examples: Sequence[Example]) -> str | None:
@@ -57,7 +58,8 @@ def shared_texts(name: str, examples: Sequence[Example], other_name: str, others
         return None
     contrary = sum(_answer(example) != answers[_key(example)] for example in shared)
     note = f", {contrary} of them with another label" if contrary else ""
-    return f"{_rows(len(shared))} of the {len(examples)} of {name} have a text that is also in {other_name}{note}"
+    verb = "has" if len(shared) == 1 else "have"
+    return f"{_rows(len(shared))} of the {len(examples)} of {name} {verb} a text that is also in {other_name}{note}"
 
 
 def repeated_texts(name: str, examples: Sequence[Example]) -> str | None:
@@ -66,7 +68,10 @@ def repeated_texts(name: str, examples: Sequence[Example]) -> str | None:
     repeats = sum(counts.values()) - len(counts)
     if not repeats:
         return None
-    return f"{_rows(repeats)} of the {len(examples)} of {name} repeat the text of an earlier row; remove them"
+    verb = "repeats" if repeats == 1 else "repeat"
+    return (
+        f"{_rows(repeats)} of the {len(examples)} of {name} {verb} the text of an earlier row; each text must be there once"
+    )
 
 
 def _key(example: Example) -> tuple[object, ...]:

@@ -107,7 +107,8 @@ def convert_peft_command(
     """
     with errors_as_messages():
         from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.peft_import import class_names, convert_peft, read_peft
+        from scalabl.files.peft_head import class_names
+        from scalabl.files.peft_import import convert_peft, read_peft
         from scalabl.prompt import Prompter
 
         lora = read_peft(peft)

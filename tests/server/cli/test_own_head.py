@@ -90,7 +90,7 @@ def _train(work: Path, output: Path, *arguments: object) -> Result:
 
 
 def test_fresh_rows_are_trained_with_the_adapter(work: Path, tmp_path: Path) -> None:
-    result = _train(work, tmp_path / "new", "--head", "fresh", "--max-steps", 60, "--learning-rate", 2e-2,
+    result = _train(work, tmp_path / "new", "--head", "fresh", "--max-steps", 30, "--learning-rate", 2e-2,
                     "--head-learning-rate", 5e-2)  # fmt: skip
     assert result.exit_code == 0, result.output
     task = read_config(tmp_path / "new").task

@@ -61,7 +61,7 @@ def test_labels_are_given_in_order_by_a_file_or_one_by_one(work: Path, tmp_path:
     assert result.exit_code == 0, result.output
     assert read_config(tmp_path / "file").task.choices == (*COLOURS, "x, y")
     for name in ("train", "test"):
-        assert f"warning: 1 of 4 choices have no row in {work.name}/{name}.csv: 'x, y'\n" in result.stderr
+        assert f"warning: 1 of 4 choices has no row in {work.name}/{name}.csv: 'x, y'\n" in result.stderr
     named = train(work, tmp_path / "named", *(part for name in [*COLOURS, "x, y"] for part in ("--label", name)))
     assert named.exit_code == 0, named.output
     assert read_config(tmp_path / "named").task.choices == (*COLOURS, "x, y")
@@ -111,8 +111,11 @@ def test_calibration_says_which_rows_are_repeated(work: Path, tmp_path: Path) ->
                  "--num-samples", 2, "--no-abstain", "--levels", "0.8")  # fmt: skip
     assert result.exit_code == 0, result.output
     name = f"{tmp_path.name}/held-out.csv"
-    assert f"warning: 20 rows of the 40 of {name} repeat the text of an earlier row; remove them\n" in result.stderr
-    assert f"warning: 1 of 3 choices have no row in {name}: {COLOURS[2]!r}\n" in result.stderr
+    assert (
+        f"warning: 20 rows of the 40 of {name} repeat the text of an earlier row; each text must be there once\n"
+        in result.stderr
+    )
+    assert f"warning: 1 of 3 choices has no row in {name}: {COLOURS[2]!r}\n" in result.stderr
     assert read_config(work / "adapter").calibration is not None
 
 

@@ -42,7 +42,7 @@ def test_texts_in_two_sets_are_counted_with_contrary_labels() -> None:
     train = _examples(0, 1, 2, texts=["a", "b", "c"])
     assert review.shared_texts("v", _examples(0, texts=["d"]), "t", train) is None
     assert review.shared_texts("v", _examples(0, 1, texts=["d", "a"]), "t", train) == (
-        "1 row of the 2 of v have a text that is also in t, 1 of them with another label"
+        "1 row of the 2 of v has a text that is also in t, 1 of them with another label"
     )
     assert review.shared_texts("v", _examples(0, 1, texts=["a", "b"]), "t", train) == (
         "2 rows of the 2 of v have a text that is also in t"
@@ -57,4 +57,4 @@ def test_a_question_with_other_choices_is_another_one() -> None:
 def test_repeats_within_a_set_are_counted() -> None:
     assert review.repeated_texts("a", _examples(0, 1)) is None
     sentence = review.repeated_texts("a", _examples(0, 1, 1, texts=["x", "x", "x"]))
-    assert sentence == "2 rows of the 3 of a repeat the text of an earlier row; remove them"
+    assert sentence == "2 rows of the 3 of a repeat the text of an earlier row; each text must be there once"

@@ -17,7 +17,8 @@ from scalabl.config import Task
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import load_adapter, read_config, read_weights, save_adapter
 from scalabl.files.peft_export import export_peft
-from scalabl.files.peft_import import class_names, convert_peft, read_peft
+from scalabl.files.peft_head import class_names
+from scalabl.files.peft_import import convert_peft, read_peft
 from scalabl.files.sample_loras import SampleLoras
 from scalabl.model.scalabl_model import HEAD_WEIGHT
 from scalabl.model.token_batch import TokenBatch
