@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scalabl.config import AdapterConfig, Task
+from scalabl.config import AdapterConfig
 from scalabl.errors import OutputError
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -125,10 +125,14 @@ class TrainingRun(Record):
     @property
     def settings(self) -> dict[str, Any]:
         """The options that decide what is learnt, by name."""
-        adapter = self.adapter.model_dump(mode="json", exclude={*NOT_TRAINED, "task"})
-        defaults = {name: field.default for name, field in Task.model_fields.items()}  # of fields that a dump leaves out
-        task = defaults | self.adapter.task.model_dump(mode="json")
-        return self.recipe.model_dump(mode="json", exclude=NOT_COMPARED) | task | adapter
+        adapter = _all_fields(self.adapter, exclude={*NOT_TRAINED, "task"})
+        return self.recipe.model_dump(mode="json", exclude=NOT_COMPARED) | _all_fields(self.adapter.task) | adapter
+
+
+def _all_fields(model: BaseModel, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+    """A model's fields as JSON values, also those that a dump leaves out because they have their default."""
+    defaults = {name: field.default for name, field in type(model).model_fields.items() if name not in exclude}
+    return defaults | model.model_dump(mode="json", exclude=set(exclude))
 
 
 def fingerprint_of(base: PreTrainedModel) -> str:
