@@ -145,7 +145,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(work: Path, tmp_path: Path) ->
     said = f"error: {tmp_path} is a folder without dataset_dict.json"
     failed(evaluate(work, data=tmp_path), 1, said)
     failed(_train(work, tmp_path / "new", "--train", tmp_path), 1, said)
-    common = ("--base-model", "b", "--lora-alpha", 4, "--choices", "A,B", "--choice-tokens", "5,6")
+    common = ("--base-model", "b", "--lora-alpha", 4, "--label", "A", "--label", "B", "--choice-tokens", "5,6")
     made = run("convert", "bayesadapt", "--checkpoint", tmp_path, "--output", tmp_path / "out", *common)
     failed(made, 1, f"error: {tmp_path} cannot be used: Is a directory")
     (tmp_path / "adapter_config.json").mkdir()
