@@ -124,7 +124,6 @@ def check_effect(model: ScalaBLModel) -> None:
     """
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     probe = [(7 * i + 3) % vocabulary for i in range(8)]
-    # Antithetic draws work for any number of scalars; Sobol draws do not.
     adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
     if not bool(torch.isfinite(adapted).all()):
         raise AdapterError(

@@ -91,7 +91,7 @@ class LoraSamples:
         """Read an adapter for a base model or a skeleton of it, which is modified in place.
 
         Raises:
-            AdapterError: the adapter is malformed or does not fit, or has more scalars than the draw scheme supports.
+            AdapterError: the adapter is malformed or does not fit, or the seed or number of samples is out of range.
         """
         head_name, vocabulary = output_head(base)
         transposed = any(isinstance(module, Conv1D) for module in base.modules())

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scalabl.base.pretrained import output_head
+from scalabl.base.targets import short_names
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError, OutputError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from scalabl.files.output_folder import check_unused, write_adapter
+from scalabl.files.peft_modules import located, renamed
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.exactness import check_shapes
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # PEFT saves copies of the base model's embeddings and head with a LoRA of the head.
@@ -47,6 +49,11 @@ UNSUPPORTED = {
     "megatron_config": (None,),
     # Other initialisations (pissa, olora, corda, loftq, …) change the base model's weights, so the LoRA needs those weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Why, for those that are often used.
+REASONS = {
+    "target_parameters": ", because it is a LoRA of routed experts, of which each token uses others",
+    "modules_to_save": ", because it stands for trained copies of whole modules",
 }
 
 
@@ -98,7 +105,8 @@ def read_peft(folder: Path) -> Lora:
     for field, harmless in UNSUPPORTED.items():
         if config.get(field, harmless[0]) not in harmless:
             raise AdapterError(
-                f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted; only plain LoRA can"
+                f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted{REASONS.get(field, '')}; "
+                "only plain LoRA can"
             )
     sides: dict[str, dict[str, Tensor]] = {}
     copies = {}
@@ -173,11 +181,12 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
         fields: further fields of `AdapterConfig`.
 
     Raises:
-        AdapterError: the LoRA does not fit the base model, or has no effect.
+        AdapterError: the LoRA does not fit the base model, adapts a module that cannot be served, or has no effect.
     """
     head_name, vocabulary = output_head(skeleton)
+    of_base = dict(skeleton.named_modules())
     for name, rows_saved in lora.copies.items():
-        module = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
+        module = of_base.get(renamed(name, skeleton) or "")
         weight = getattr(module, "weight", None)
         if weight is None or weight.shape[0] != rows_saved:
             raise AdapterError(
@@ -185,14 +194,20 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
                 "use the base model on which it was trained"
             )
     # lora_alpha = r makes the scaling 1: PEFT's scaling, which may differ between modules, is already in B.
+    places = located(lora.modules, skeleton)
     config = AdapterConfig(
-        r=lora.rank, lora_alpha=float(lora.rank), target_modules=_targets(lora.modules, skeleton), task=task, **fields
+        r=lora.rank,
+        lora_alpha=float(lora.rank),
+        target_modules=short_names(list(places.values()), skeleton),
+        task=task,
+        **fields,
     )
+    check_shapes(skeleton, config)
     model = ScalaBLModel(skeleton, config)
     assert task.choice_tokens is not None
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in lora.modules.items():
-        layer = model.adapted[name]
+    for name_in_lora, name in places.items():
+        (down, up), layer = lora.modules[name_in_lora], model.adapted[name]
         if name == head_name and up.shape[0] == vocabulary:
             up = up[torch.tensor(task.choice_tokens)]
         if (up.shape[0], down.shape[1]) != (layer.d_out, layer.d_in):
@@ -205,16 +220,6 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".s_mean")):
         raise AdapterError("the LoRA has no effect: every product B A is zero; was it saved before training?")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _targets(modules: Mapping[str, object], skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """`target_modules` for these modules: the last parts of their names if no other module ends in one, else full names."""
-    absent = [name for name in modules if name not in dict(skeleton.named_modules())]
-    if absent:
-        raise AdapterError(f"the LoRA adapts {absent[0]!r}, which the base model {type(skeleton).__name__} does not have")
-    short = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    matched = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] in short}
-    return short if matched == set(modules) else tuple(modules)
 
 
 def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:

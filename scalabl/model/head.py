@@ -37,6 +37,16 @@ class ChoiceHead(nn.Module):
         logits: Tensor = self.inner(picked.to(self._device))
         return logits.unsqueeze(1)
 
+    @property
+    def weight(self) -> Tensor:
+        """The reduced head's weight, whose dtype some architectures read."""
+        return self.inner.weight  # type: ignore[return-value]  # a linear layer, adapted or not
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The reduced head's bias."""
+        return self.inner.bias  # type: ignore[return-value]  # as above
+
 
 def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:
     """The rows of a language model's head that belong to the choice tokens, as a linear layer [D] -> [C].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalabl.base.placement import device_of, weights_of
+from scalabl.base.positions import unscaled_length
+from scalabl.base.targets import select
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head
-from scalabl.model.layer import SubspaceLinear, is_adaptable
+from scalabl.model.layer import SubspaceLinear
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
@@ -30,35 +32,6 @@ from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
 GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
-
-
-def _layer_index(name: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
-    """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
-    layers = config.layers_to_transform
-    chosen, matched, seen_layers = [], set(), set()
-    for name, module in host.modules.items():
-        targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
-        if not targets or not is_adaptable(module):
-            continue
-        index = _layer_index(name)
-        if name != host.head_name and layers is not None:
-            if index not in layers:
-                continue
-            seen_layers.add(index)
-        matched.update(targets)
-        chosen.append(name)
-    missing = [t for t in config.target_modules if t not in matched]
-    if missing:
-        raise AdapterError(f"target module {missing[0]!r} matches no linear layer of the base model {architecture}")
-    absent = [i for i in layers or () if i not in seen_layers]
-    if absent and chosen != [host.head_name]:
-        raise AdapterError(f"layers_to_transform names layer {absent[0]}, in which the base model has no target module")
-    return chosen
 
 
 class ScalaBLModel(nn.Module):
@@ -89,7 +62,7 @@ class ScalaBLModel(nn.Module):
         host = Host.of(base)
         if host.head is None or host.head_name is None:
             raise AdapterError(f"{type(base).__name__} has no output head; a causal language model is needed")
-        names = _select(host, config, type(base).__name__)
+        names = select(host.modules, host.head_name, config, type(base).__name__)
         try:
             with weights_of(host.head):
                 cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
@@ -103,6 +76,9 @@ class ScalaBLModel(nn.Module):
             if name == host.head_name:
                 cut = layer
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
+        self.masks = False  # whether padded passes need an attention mask, as of encoders; set by `passes.exactness`
+        # Prompts of more tokens than this are not in one pass with others: their length would change the others' positions.
+        self._unscaled = unscaled_length(base)
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
         self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
         if attach:
@@ -190,7 +166,11 @@ class ScalaBLModel(nn.Module):
         Raises:
             RuntimeError: another pass is running on this thread.
         """
-        return self._run(forward_pass)[0]
+        parts = forward_pass.divided(self._unscaled)
+        if len(parts) == 1:
+            return self._run(parts[0][1])[0]
+        logits = [self._run(part)[0] for _, part in parts]
+        return torch.cat(logits)[torch.cat([rows for rows, _ in parts]).argsort()]
 
     def _run(self, wanted: ForwardPass) -> tuple[Tensor, PassCache | None]:
         self.attach()
@@ -198,7 +178,9 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
+            output = self.base(
+                input_ids=forward_pass.token_ids, **_cache_arguments(cache), **self._mask(forward_pass) | places
+            )
         logits: Tensor = output.logits[:, 0].float()
         return logits.to(self.device), cache
 
@@ -211,18 +193,33 @@ class ScalaBLModel(nn.Module):
         ids, lengths = wanted.input_ids[inputs], wanted.lengths[inputs]
         return replace(wanted, input_ids=ids, lengths=lengths, samples=replace(samples, inputs=None))
 
+    def _mask(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """The argument that tells the base model which tokens are padding, if it needs that."""
+        return {"attention_mask": forward_pass.token_mask} if self.masks else {}
+
     def _cache(self, forward_pass: ForwardPass) -> PassCache | None:
         return PassCache(forward_pass, self.num_blocks) if forward_pass.past is not None or forward_pass.keeps else None
 
     @torch.inference_mode()
-    def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """The input of the first adapted block, [B, T] -> [B, T, D]; needs `trunk.has_states`."""
+    def trunk_states(self, input_ids: Tensor, lengths: Tensor, past: Past | None = None) -> Tensor:
+        """The input of the first adapted block, [B, T] right-padded with lengths [B] -> [B, T, D].
+
+        Needs `trunk.has_states`. States of padding have no meaning.
+        """
         self.attach()
-        lengths = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
-        forward_pass = ForwardPass(input_ids, lengths, past=past)
-        cache = self._cache(forward_pass)
-        with enter(forward_pass):
-            return self.trunk.states(lambda: self.base(input_ids=input_ids, **_cache_arguments(cache)))
+        whole = ForwardPass(input_ids, lengths, past=past)
+        states: list[tuple[Tensor, Tensor]] = []
+        for rows, part in whole.divided(self._unscaled):
+            arguments = _cache_arguments(self._cache(part)) | self._mask(part)
+            with enter(part):
+                run = functools.partial(self.base, input_ids=part.input_ids, **arguments)
+                states.append((rows, self.trunk.states(run)))
+        if len(states) == 1:
+            return states[0][1]
+        joined = states[0][1].new_zeros(*input_ids.shape, states[0][1].shape[-1])
+        for rows, part_states in states:
+            joined[rows, : part_states.shape[1]] = part_states
+        return joined
 
     @torch.inference_mode()
     def prefix(self, tokens: Sequence[int], draws: Draws, past: Past | None = None) -> Prefix:
