@@ -169,7 +169,7 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
 def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest number of tokens that the base model and its tokenizer support."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    return min(int(limit) for limit in limits if limit)
+    return min(int(limit) for limit in limits if limit and limit > 0)  # XLNet says -1 for no limit
 
 
 def output_head(model: PreTrainedModel) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from scalabl.base.targets import text_modules
@@ -58,7 +59,7 @@ def located(names: Iterable[str], base: PreTrainedModel) -> dict[str, str]:
 
 def renamed(name: str, base: PreTrainedModel) -> str | None:
     """The name in the base model of a module that has this name in a class of its architecture; None if there is none."""
-    modules = dict(base.named_modules())
+    modules: dict[str, nn.Module] = dict(base.named_modules())
     if name in modules:
         return name
     end = WRAPPERS.sub("", name)

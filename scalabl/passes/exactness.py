@@ -32,24 +32,22 @@ PROBE_ERRORS = (
     IndexError,
     KeyError,
     AttributeError,
-    AssertionError,
 )  # that an architecture's code may raise when a pass does not fit it
 SHAPES = ((2, 5), (3, 4), (3, 6))  # inputs and tokens of the passes in which layers' inputs are looked at
 LENGTHS = (2, 5, 9)  # of the inputs that are compared with themselves alone, padded to `PADDED`
 PADDED = 12
+LOOSENED = 5.0
 
 
-def are_alike(
-    base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor], *, other_shapes: bool = False
-) -> bool:
+def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor], *, loosened: float = 1.0) -> bool:
     """Whether two ways to compute the same logits agree up to rounding.
 
     Args:
-        other_shapes: whether they were computed by matrix products of quite different shapes, which round differently.
+        loosened: how much more than usual they may differ.
     """
     # With 8-bit activations, a difference in the last bit can change which of the 256 values an activation is rounded to.
     exact = base.dtype == torch.float32 and not rounds_activations(base)
-    tolerance = (1e-4 if exact else 2e-2) * (5 if other_shapes else 1)
+    tolerance = (1e-4 if exact else 2e-2) * loosened
     return all(
         one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
         for one, other in zip(logits, expected, strict=True)
@@ -149,7 +147,7 @@ def check_layers(model: ScalaBLModel, shapes: Sequence[tuple[int, int]] = SHAPES
             ids = _random_ids(model, inputs, tokens)
             forward_pass = ForwardPass(ids, torch.full((inputs,), tokens, device=ids.device))
             model.run(forward_pass)
-    except PROBE_ERRORS as error:
+    except (*PROBE_ERRORS, AssertionError) as error:
         raise _cannot_run(model.base, error) from error
     finally:
         for hook in hooks:
@@ -188,7 +186,8 @@ def _check_neighbours(model: ScalaBLModel) -> None:
     Raises:
         BaseModelError: the logits differ with a mask too, or the base model cannot be run on token ids alone.
     """
-    width = min(PADDED, getattr(model.base.config.get_text_config(decoder=True), "max_position_embeddings", None) or PADDED)
+    longest = getattr(model.base.config.get_text_config(decoder=True), "max_position_embeddings", None) or PADDED
+    width = min(PADDED, longest) if longest > 0 else PADDED  # XLNet says -1 for no limit
     lengths = torch.tensor([min(length, width) for length in LENGTHS], device=model.device)
     ids, others = _random_ids(model, len(LENGTHS), width), _random_ids(model, len(LENGTHS) + 1, width)[1:]
     padding = torch.arange(width, device=model.device) >= lengths.unsqueeze(1)
@@ -217,8 +216,10 @@ def _check_neighbours(model: ScalaBLModel) -> None:
             first, second = padded(ids), padded(torch.where(padding, others, ids))
         except PROBE_ERRORS:
             continue
-        # Passes of one shape round alike, so what is in the padding shows also in low precision.
-        if are_alike(model.base, [second], [first]) and are_alike(model.base, [first], [expected], other_shapes=True):
+        # Looser than for a shortcut, which is only left out: a base model must not be refused for its rounding. Most of the
+        # shortest row is padding, so a base model that sees padding differs by far more.
+        in_padding = are_alike(model.base, [second], [first], loosened=LOOSENED)
+        if in_padding and are_alike(model.base, [first], [expected], loosened=LOOSENED):
             return
     model.masks = False
     raise BaseModelError(

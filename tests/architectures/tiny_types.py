@@ -35,15 +35,19 @@ SIZES: tuple[tuple[int, str], ...] = (
         16,
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank "
         "expert_ffn_hidden_size hidden_size_per_layer_input index_head_dim attention_hidden_size mamba_d_head mamba_headdim "
-        "mamba_head_dim ssm_state_size",
+        "mamba_head_dim ssm_state_size index_n_heads",
     ),
     (
         8,
         "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim state_size mamba_d_state linear_key_head_dim "
         "linear_value_head_dim time_step_rank mamba_dt_rank mamba_chunk_size chunk_size attention_chunk_size sliding_window "
-        "window_size attention_window_size global_head_dim d_kv rotary_dim",
+        "window_size attention_window_size global_head_dim d_kv rotary_dim linear_head_dim index_topk",
     ),
-    (1, "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace"),
+    (
+        1,
+        "n_group num_expert_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts "
+        "first_k_dense_replace",
+    ),
     (128, "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length"),
 )
 TINY = {name: value for value, names in SIZES for name in names.split()}
