@@ -29,7 +29,8 @@ SIZES: tuple[tuple[int, str], ...] = (
     ),
     (
         64,
-        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff ffn_hidden_size dim_ff d_inner",
+        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff ffn_hidden_size dim_ff d_inner "
+        "intermediate_size_mlp",
     ),
     (
         16,
@@ -55,15 +56,20 @@ TINY = {name: value for value, names in SIZES for name in names.split()}
 
 # Types whose sizes must agree in ways that the names do not tell.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
+}  # fmt: skip
 AGREEING: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [2, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"adapter_in_dim": 32, "audio_config": {"adapter_in_dim": 32}},
     "dots3_note_text": {"shared_experts_intermediate_size": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -71,6 +77,8 @@ AGREEING: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
     "reformer": {
         "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8,
         "feed_forward_size": 64, "local_attn_chunk_length": 8,
@@ -88,10 +96,10 @@ AGREEING: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The configuration of a type with tiny sizes; nested configurations are made tiny too."""
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_values(kind()) | AGREEING.get(model_type, {}))
+    return kind(**_values(kind(), AGREEING.get(model_type, {})))
 
 
-def _values(default: PreTrainedConfig) -> dict[str, Any]:
+def _values(default: PreTrainedConfig, agreeing: dict[str, Any]) -> dict[str, Any]:
     own = default.to_dict()
     values = {name: TINY[name] for name in own if name in TINY and isinstance(own[name], int)}
     heads = own.get("num_attention_heads")
@@ -102,8 +110,8 @@ def _values(default: PreTrainedConfig) -> dict[str, Any]:
     values |= _layers(own)
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            values[name] = type(value)(**_values(value))
-    return values
+            values[name] = type(value)(**_values(value, agreeing.get(name, {})))
+    return values | {name: value for name, value in agreeing.items() if not isinstance(values.get(name), PreTrainedConfig)}
 
 
 def _layers(own: dict[str, Any]) -> dict[str, Any]:
