@@ -119,6 +119,11 @@ class ForwardPass:
                 return x.reshape(self.num_rows, -1, x.shape[-1])
         raise UnknownRowsError(f"a layer gets {entries} entries in a pass with {tokens} tokens of {self.num_rows} rows")
 
+    @property
+    def width(self) -> int:
+        """P + T: the tokens of the longest input, with those of the past."""
+        return int(self.input_ids.shape[1]) + (0 if self.past is None else self.past.length)
+
     @cached_property
     def token_mask(self) -> Tensor:
         """[B, P + T] int64, 1 where there is a token; P tokens of the past."""
@@ -128,10 +133,7 @@ class ForwardPass:
 
     def divided(self, longest: int) -> list[tuple[Tensor, ForwardPass]]:
         """This pass as one pass for the inputs of at most `longest` tokens and one for the others: (rows, pass) of each."""
-        before = 0 if self.past is None else self.past.length
-        if before + self.input_ids.shape[1] <= longest:
-            return [(torch.arange(self.num_rows, device=self.lengths.device), self)]
-        short = self.lengths + before <= longest
+        short = self.lengths + (0 if self.past is None else self.past.length) <= longest
         return [(rows, part) for which in (short, ~short) for rows, part in self._only(which)]
 
     def _only(self, chosen: Tensor) -> list[tuple[Tensor, ForwardPass]]:

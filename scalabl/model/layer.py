@@ -87,7 +87,7 @@ class SubspaceLinear(nn.Module):
             y = self.base(x).repeat_interleave(samples.fan_out, dim=0)
         else:
             y = self.base(x)
-        return self._project(y, x, samples.s, samples.sample).view(*shape, self.d_out)
+        return self._project(y, x, samples.s, samples.sample).reshape(*shape, self.d_out)
 
     @property
     def weight(self) -> Tensor:

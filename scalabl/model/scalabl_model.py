@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -166,9 +165,9 @@ class ScalaBLModel(nn.Module):
         Raises:
             RuntimeError: another pass is running on this thread.
         """
+        if forward_pass.width <= self._unscaled:
+            return self._run(forward_pass)[0]
         parts = forward_pass.divided(self._unscaled)
-        if len(parts) == 1:
-            return self._run(parts[0][1])[0]
         logits = [self._run(part)[0] for _, part in parts]
         return torch.cat(logits)[torch.cat([rows for rows, _ in parts]).argsort()]
 
@@ -208,18 +207,18 @@ class ScalaBLModel(nn.Module):
         """
         self.attach()
         whole = ForwardPass(input_ids, lengths, past=past)
-        states: list[tuple[Tensor, Tensor]] = []
-        for rows, part in whole.divided(self._unscaled):
-            arguments = _cache_arguments(self._cache(part)) | self._mask(part)
-            with enter(part):
-                run = functools.partial(self.base, input_ids=part.input_ids, **arguments)
-                states.append((rows, self.trunk.states(run)))
-        if len(states) == 1:
-            return states[0][1]
-        joined = states[0][1].new_zeros(*input_ids.shape, states[0][1].shape[-1])
-        for rows, part_states in states:
-            joined[rows, : part_states.shape[1]] = part_states
+        if whole.width <= self._unscaled:
+            return self._trunk_states(whole)
+        parts = [(inputs, self._trunk_states(part)) for inputs, part in whole.divided(self._unscaled)]
+        joined = parts[0][1].new_zeros(*input_ids.shape, parts[0][1].shape[-1])
+        for inputs, states in parts:
+            joined[inputs, : states.shape[1]] = states
         return joined
+
+    def _trunk_states(self, forward_pass: ForwardPass) -> Tensor:
+        arguments = _cache_arguments(self._cache(forward_pass)) | self._mask(forward_pass)
+        with enter(forward_pass):
+            return self.trunk.states(lambda: self.base(input_ids=forward_pass.input_ids, **arguments))
 
     @torch.inference_mode()
     def prefix(self, tokens: Sequence[int], draws: Draws, past: Past | None = None) -> Prefix:

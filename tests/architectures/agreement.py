@@ -82,7 +82,8 @@ def _adapted(base: PreTrainedModel) -> tuple[ScalaBLModel, dict[str, str]]:
     head = base.get_output_embeddings()
     names = dict(base.named_modules())
     head_name = [name for name, module in names.items() if module is head]
-    targets = [*(n for n in names if _is_target(n, targets_of(base, ALL_LINEAR))), *head_name]
+    linear = targets_of(base, ALL_LINEAR)
+    targets = [*(name for name in names if _is_target(name, linear)), *head_name]
     left_out: dict[str, str] = {}
     while True:
         config = AdapterConfig(base_model_name_or_path="tiny", r=2, lora_alpha=4.0, target_modules=tuple(targets), task=TASK)

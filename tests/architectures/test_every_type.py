@@ -11,21 +11,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from scalabl.errors import ScalaBLError
 from tests.architectures.agreement import TOLERANCE, agreement_of
 from tests.architectures.tiny_types import TYPES, tiny_config, tiny_model
 
-# Encoders, flattened tokens, routed experts, states instead of keys and values, relative positions, a language tower.
-FEW = ("bert", "bloom", "deepseek_v3", "gemma3", "mamba", "opt", "qwen2_moe", "qwen3_next")
+# An encoder, relative positions, latent attention with routed experts, a language tower, states instead of keys and values,
+# and layers that get the tokens of all inputs in one dimension.
+FEW = ("bert", "bloom", "deepseek_v3", "gemma3", "mamba", "opt", "qwen2_moe")
 
 # Types that generic tiny values do not make, on the versions that are tested; each with the reason that shows.
-CANNOT_BE_MADE: dict[str, str] = {}
+CANNOT_BE_MADE: dict[str, str] = {
+    "blt": "shapes cannot be multiplied",
+    "dbrx": "has no attribute 'rope_theta'",
+    "dots3_note": "Class validation error",
+    "gemma3n": "requires the timm library",
+    "gemma4_assistant": "Class validation error",
+    "gemma4_unified_assistant": "The set of layer types producing a cache is different",
+    "musicgen": "'MusicgenConfig' object has no attribute",
+    "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute",
+}
 
 # Types whose base model is refused; each with a part of the message.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "cpmant": "the base model CpmAntForCausalLM answers an input differently when longer inputs are beside it",  # pads left
+    "prophetnet": "the base model ProphetNetForCausalLM cannot be run on token ids alone",  # its head gets several streams
+    "xlnet": "the base model XLNetLMHeadModel answers an input differently when longer inputs are beside it",
+}
 
-FEWEST_EXACT = 150  # of all types; if an upgrade of transformers brings others, they may be refused, but not lost
+FEWEST_EXACT = 170  # of all types; if an upgrade of transformers brings others, they may be refused, but not lost
 
 
 @dataclass(frozen=True)
@@ -41,10 +56,11 @@ class Row:
 
 
 def _examined(kind: str) -> Row:
-    """Make a type's tiny model and compare it with its merged copies; any other error than a refusal is raised."""
+    """Make a type's tiny model, and compare an adapter on it with merged copies; other errors than refusals are raised."""
     try:
         base = tiny_model(tiny_config(kind))
-    except Exception as error:  # of a configuration that does not fit or a package that is missing
+        base(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
+    except Exception as error:  # of a configuration that does not fit, a package that is missing, or the architecture itself
         return Row(kind, "cannot be made", f"{type(error).__name__}: {_first_line(error)}")
     try:
         agreement = agreement_of(base)
@@ -83,11 +99,6 @@ def test_every_type_is_exact_or_refused_by_name(capsys: pytest.CaptureFixture[st
         counts = Counter(row.result for row in rows)
         print(f"{len(rows)} types: " + ", ".join(f"{count} {result}" for result, count in counts.most_common()))
     assert [str(row) for row in rows if row.result == "WRONG"] == []
-    unexpected = [
-        str(row)
-        for row in rows
-        for known in [(CANNOT_BE_MADE if row.result == "cannot be made" else REFUSED).get(row.kind)]
-        if row.result != "exact" and (known is None or known not in row.reason)
-    ]
-    assert unexpected == []
+    expected = {"cannot be made": CANNOT_BE_MADE, "refused": REFUSED, "exact": dict.fromkeys(TYPES, "")}
+    assert [str(row) for row in rows if expected[row.result].get(row.kind, "another result") not in row.reason] == []
     assert counts["exact"] >= FEWEST_EXACT

@@ -51,6 +51,7 @@ SIZES: tuple[tuple[int, str], ...] = (
     ),
     (128, "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length"),
 )
+MOST_LAYERS = 4
 TINY = {name: value for value, names in SIZES for name in names.split()}
 
 
@@ -115,13 +116,13 @@ def _values(default: PreTrainedConfig, agreeing: dict[str, Any]) -> dict[str, An
 
 
 def _layers(own: dict[str, Any]) -> dict[str, Any]:
-    """One layer of each kind, at least two, for a configuration with lists that have an entry for each layer."""
+    """One layer of each kind, two to `MOST_LAYERS`, for a configuration with lists that have an entry for each layer."""
     count = own.get("num_hidden_layers")
     lists = {name: value for name, value in own.items() if isinstance(value, list | tuple) and len(value) == count}
     if not lists or not count:
         return {}
     kinds = [tuple(map(str, kinds)) for kinds in zip(*lists.values(), strict=True)]
-    chosen = sorted({kinds.index(kind) for kind in kinds})
+    chosen = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS]
     chosen = chosen if len(chosen) > 1 else [0, 1]
     return {name: [value[layer] for layer in chosen] for name, value in lists.items()} | {"num_hidden_layers": len(chosen)}
 

@@ -75,6 +75,15 @@ def test_an_encoder_is_served_exactly_with_attention_masks(layers: tuple[int, ..
     _check_alone(model, _sequences(3, 9, 5, 14))
 
 
+def test_a_decoder_that_its_configuration_makes_bidirectional_is_served_exactly_too() -> None:
+    config = tiny_config("gemma3_text")
+    config.use_bidirectional_attention = True
+    model = _adapted(tiny_model(config), "q_proj", "down_proj", "lm_head")
+    find_shared_work(model)
+    assert model.masks
+    _check_alone(model, _sequences(3, 9, 5, 14))
+
+
 def test_a_causal_model_gets_no_mask() -> None:
     model = tiny.adapted()
     find_shared_work(model)
