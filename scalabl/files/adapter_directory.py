@@ -144,7 +144,6 @@ def check_effect(model: ScalaBLModel) -> None:
     """
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     probe = [(7 * i + 3) % vocabulary for i in range(8)]
-    # Antithetic draws work for any number of scalars; Sobol draws do not.
     draws = model.draws(2 * model.members, scheme="antithetic")
     adapted = model.logits(TokenBatch.of([probe]), draws)[0]
     if not bool(torch.isfinite(adapted).all()):

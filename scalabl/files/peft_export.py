@@ -93,7 +93,7 @@ class LoraSamples:
         """Read an adapter for a base model or a skeleton of it, which is modified in place.
 
         Raises:
-            AdapterError: the adapter is malformed or does not fit, or has more scalars than the draw scheme supports.
+            AdapterError: the adapter is malformed or does not fit, or the seed or number of samples is out of range.
         """
         config = read_config(adapter)
         if config.task.head == "own":

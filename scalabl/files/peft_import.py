@@ -18,12 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scalabl.base.pretrained import output_head
+from scalabl.base.targets import short_names
 from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError, OutputError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from scalabl.files.output_folder import check_unused, write_adapter
 from scalabl.files.peft_head import class_names, is_of_head, read_head, settings_of
+from scalabl.files.peft_modules import located, renamed
 from scalabl.model.scalabl_model import HEAD_WEIGHT, ScalaBLModel
+from scalabl.passes.exactness import check_shapes
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # PEFT saves copies of the base model's embeddings and head with a LoRA of the head.
@@ -47,6 +50,11 @@ UNSUPPORTED = {
     "megatron_config": (None,),
     # Other initialisations (pissa, olora, corda, loftq, …) change the base model's weights, so the LoRA needs those weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Why, for those that are often used.
+REASONS = {
+    "target_parameters": ", because it is a LoRA of routed experts, of which each token uses others",
+    "modules_to_save": ", because it stands for trained copies of whole modules",
 }
 
 
@@ -111,7 +119,8 @@ def read_peft(folder: Path) -> Lora:
     for field, harmless in UNSUPPORTED.items():
         if config.get(field, harmless[0]) not in harmless:
             raise AdapterError(
-                f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted; only plain LoRA can"
+                f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted{REASONS.get(field, '')}; "
+                "only plain LoRA can"
             )
     head = read_head(folder, config, tensors)
     sides: dict[str, dict[str, Tensor]] = {}
@@ -191,15 +200,16 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
         fields: further fields of `AdapterConfig`.
 
     Raises:
-        AdapterError: the LoRA does not fit the base model, or has no effect.
+        AdapterError: the LoRA does not fit the base model, adapts a module that cannot be served, or has no effect.
     """
     if lora.head is not None and task.head != "own":
         raise AdapterError(
             "the LoRA was trained with a head for sequence classification; start with --head fresh to keep it"
         )
     head_name, vocabulary = output_head(skeleton)
+    of_base = dict(skeleton.named_modules())
     for name, rows_saved in lora.copies.items():
-        module = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
+        module = of_base.get(renamed(name, skeleton) or "")
         weight = getattr(module, "weight", None)
         if weight is None or weight.shape[0] != rows_saved:
             raise AdapterError(
@@ -207,9 +217,15 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
                 "use the base model on which it was trained"
             )
     # lora_alpha = r makes the scaling 1: PEFT's scaling, which may differ between modules, is already in B.
+    places = located(lora.modules, skeleton)
     config = AdapterConfig(
-        r=lora.rank, lora_alpha=float(lora.rank), target_modules=_targets(lora.modules, skeleton), task=task, **fields
+        r=lora.rank,
+        lora_alpha=float(lora.rank),
+        target_modules=short_names(list(places.values()), skeleton),
+        task=task,
+        **fields,
     )
+    check_shapes(skeleton, config)
     model = ScalaBLModel(skeleton, config)
     tensors: dict[str, Tensor] = {}
     if lora.head is not None:
@@ -220,8 +236,8 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
                 f"need {list(model.own_head.weight.shape)}: name each class with --label, in the order of the rows"
             )
         tensors[HEAD_WEIGHT] = lora.head
-    for name, (down, up) in lora.modules.items():
-        layer = model.adapted[name]
+    for name_in_lora, name in places.items():
+        (down, up), layer = lora.modules[name_in_lora], model.adapted[name]
         if name == head_name and up.shape[0] == vocabulary and task.choice_tokens is not None:
             up = up[torch.tensor(task.choice_tokens)]
         if (up.shape[0], down.shape[1]) != (layer.d_out, layer.d_in):
@@ -234,16 +250,6 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".s_mean")):
         raise AdapterError("the LoRA has no effect: every product B A is zero; was it saved before training?")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _targets(modules: Mapping[str, object], skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """`target_modules` for these modules: the last parts of their names if no other module ends in one, else full names."""
-    absent = [name for name in modules if name not in dict(skeleton.named_modules())]
-    if absent:
-        raise AdapterError(f"the LoRA adapts {absent[0]!r}, which the base model {type(skeleton).__name__} does not have")
-    short = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    matched = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2] in short}
-    return short if matched == set(modules) else tuple(modules)
 
 
 def relative_log_std(mean: Tensor, share: Tensor | float) -> Tensor:

@@ -9,13 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from scalabl.model.packing import Packing
 from scalabl.model.past import Past
+
+
+class UnknownRowsError(RuntimeError):
+    """An adapted layer gets entries of which it is not known to which rows of the pass they belong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +111,80 @@ class ForwardPass:
         if self.packing is not None:
             return (self.packing.rows if spread else self.packing.inputs).last
         return (self.lengths[self.inputs] if spread else self.lengths) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return self.num_inputs if self.samples is None else len(self.samples.sample)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """An adapted layer's input with the pass's rows as its first dimension; of a packed pass, [N, D].
+
+        Some layers get the tokens of all rows in one dimension (the experts' side of a mixture of experts, OPT's MLP).
+
+        Args:
+            x: [M, ..., D], or [M * T, D] in the order of the rows; in a packed pass [1, N, D], [N, D] or one entry for each
+                row.
+
+        Raises:
+            UnknownRowsError: x has neither all tokens nor one entry for each row.
+        """
+        entries = x.shape[:-1].numel()
+        if self.packing is not None:
+            tokens = self.packing.rows.tokens
+            if entries in (tokens, self.num_rows):
+                return x.flatten(0, -2)
+        else:
+            tokens = self.num_rows * self.input_ids.shape[1]
+            if x.shape[0] == self.num_rows:
+                return x
+            if entries == tokens:
+                return x.reshape(self.num_rows, -1, x.shape[-1])
+        raise UnknownRowsError(f"a layer gets {entries} entries in a pass with {tokens} tokens of {self.num_rows} rows")
+
+    @property
+    def width(self) -> int:
+        """P + T: the tokens of the longest input, with those of the past."""
+        return int(self.input_ids.shape[1]) + (0 if self.past is None else self.past.length)
+
+    @cached_property
+    def token_mask(self) -> Tensor:
+        """[B, P + T] int64, 1 where there is a token; P tokens of the past."""
+        places = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        mask = (places < self.lengths.unsqueeze(1)).long()
+        return mask if self.past is None else torch.cat([mask.new_ones(len(mask), self.past.length), mask], dim=1)
+
+    def divided(self, longest: int) -> list[tuple[Tensor, ForwardPass]]:
+        """This pass as one pass for the inputs of at most `longest` tokens and one for the others: (rows, pass) of each."""
+        short = self.lengths + (0 if self.past is None else self.past.length) <= longest
+        return [(rows, part) for which in (short, ~short) for rows, part in self._only(which)]
+
+    def _only(self, chosen: Tensor) -> list[tuple[Tensor, ForwardPass]]:
+        """The pass over the chosen inputs [B] bool, with its rows in this pass; empty if no input is chosen."""
+        inputs = chosen.nonzero().squeeze(1)
+        if not len(inputs):
+            return []
+        of_row = torch.arange(self.num_rows, device=chosen.device) if self.inputs is None else self.inputs
+        rows = chosen[of_row].nonzero().squeeze(1)
+        lengths = self.lengths[inputs]
+        width = int(lengths.max())
+        samples = self.samples
+        if samples is not None:
+            places = chosen.cumsum(0) - 1
+            spread = None if samples.inputs is None else places[samples.inputs[rows]]
+            samples = replace(samples, sample=samples.sample[rows], inputs=spread)
+        packing = self.packing
+        if packing is not None:
+            packing = Packing.of(lengths, torch.bincount(of_row, minlength=len(chosen))[inputs].tolist())
+        part = replace(
+            self,
+            input_ids=self.input_ids[inputs, :width],
+            lengths=lengths,
+            samples=samples,
+            packing=packing,
+            states=None if self.states is None else self.states[inputs, :width],
+        )
+        return [(rows, part)]
 
     @cached_property
     def token_ids(self) -> Tensor:

@@ -50,6 +50,16 @@ class ChoiceHead(nn.Module):
         )
         return logits
 
+    @property
+    def weight(self) -> Tensor:
+        """The reduced head's weight, whose dtype some architectures read."""
+        return self.inner.weight  # type: ignore[return-value]  # a linear layer, adapted or not
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The reduced head's bias."""
+        return self.inner.bias  # type: ignore[return-value]  # as above
+
 
 def _of_shares(picked: Tensor, shares: Sequence[Share]) -> Tensor:
     """[M, D] -> [M, C], C the most choices of any adapter; zero for choices that a row's own adapter does not have."""

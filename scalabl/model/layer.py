@@ -7,24 +7,11 @@ import math
 import torch
 from scalabl_kernels import subspace_projection
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from scalabl.base.placement import device_of
-from scalabl.model.forward_pass import RowSamples, running
+from scalabl.base.targets import features_of
+from scalabl.model.forward_pass import RowSamples, UnknownRowsError, running
 from scalabl.model.packing import Packing
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether `SubspaceLinear` can wrap a module: `nn.Linear`, quantised linear layers and GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear | Conv1D) or (
-        isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
-    )
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return int(module.nx), int(module.nf)
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # checked by is_adaptable
 
 
 class SubspaceLinear(nn.Module):
@@ -42,6 +29,8 @@ class SubspaceLinear(nn.Module):
 
     Attributes:
         shared_input: whether x is the same for all samples of an input, because no stochastic layer comes before this one.
+        unused: whether no pass at the start used this layer, so that its inputs are unknown; `passes.exactness` sets it.
+        weight_was_read: whether the architecture's code has read the weight from outside, for its dtype or to multiply.
 
     Parameters (float32 at first): lora_A [R, d_in], lora_B [d_out, R], s_mean [R], s_log_std [R], each with a leading [M] if
     there are several members.
@@ -50,10 +39,10 @@ class SubspaceLinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scaling: float, columns: slice, members: int = 1) -> None:
         super().__init__()
         self.base = base
-        self.d_in, self.d_out = _features(base)
+        self.d_in, self.d_out = features_of(base)
         self.rank, self.scaling, self.members = rank, scaling, members
         self._columns = columns
-        self.shared_input = False
+        self.shared_input, self.unused, self.weight_was_read = False, False, False
         device = device_of(base)
         stack = () if members == 1 else (members,)
         self.lora_A = nn.Parameter(torch.empty(*stack, rank, self.d_in, device=device))
@@ -87,28 +76,45 @@ class SubspaceLinear(nn.Module):
         s_log_std.copy_(torch.log(std_init * (math.sqrt(0.5) + (1 - math.sqrt(0.5)) * spread)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, ..., d_in] -> [M, ..., d_out], each row with its posterior sample in the running pass.
+        """[M, ..., d_in] -> [M, ..., d_out], each row with its posterior sample in the running pass; or [M * T, d_in].
 
         Outside of a pass, and in a pass without samples, only the base layer is applied.
+
+        Raises:
+            UnknownRowsError: it is not known to which rows the entries of x belong.
         """
         forward_pass = running()
         if forward_pass is None or forward_pass.samples is None:
             plain: Tensor = self.base(x)
             return plain
-        samples = forward_pass.samples
+        if self.unused:
+            raise UnknownRowsError("a layer is used now that the passes at the start did not use")
+        samples, shape = forward_pass.samples, x.shape[:-1]
+        x = forward_pass.by_row(x)
         if forward_pass.packing is not None:
-            return self._packed(x.flatten(0, -2), samples, forward_pass.packing).view(*x.shape[:-1], self.d_out)
+            return self._packed(x, samples, forward_pass.packing).view(*shape, self.d_out)
         if self.shared_input and samples.fan_out > 1:
             # The same x for every sample of an input: multiply it once, by the base layer and by A.
             x = x[:: samples.fan_out].contiguous()
             y = self.base(x).repeat_interleave(samples.fan_out, dim=0)
         else:
             y = self.base(x)
-        return self._project(y, x, samples, samples.sample)
+        return self._project(y, x, samples, samples.sample).reshape(*shape, self.d_out)
 
     def of_rows(self, x: Tensor, samples: RowSamples) -> Tensor:
         """[M, d_in] -> [M, d_out] for rows with these samples, whatever the running pass has."""
         return self._project(self.base(x), x, samples, samples.sample)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, whose dtype some architectures read."""
+        self.weight_was_read = True
+        return self.base.weight  # type: ignore[return-value]  # a tensor in every linear layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]  # a tensor or None in every linear layer
 
     def _packed(self, x: Tensor, samples: RowSamples, packing: Packing) -> Tensor:
         """[N, d_in] -> [N, d_out] for the N tokens of all rows, or for each row's last token if only that is computed."""

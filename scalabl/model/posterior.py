@@ -5,9 +5,10 @@ The adapter's parameters are in `layer`. A posterior is a mixture of M members w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from typing import Literal, get_args
 
@@ -19,6 +20,9 @@ Scheme = Literal["gaussian", "antithetic", "sobol"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 FACTOR = "posterior.covariance_factor"  # the factor's name among an adapter's tensors
 DEFAULT_SCHEME: Scheme = "sobol"  # benchmarks/draws.py: the smallest error at K = 16
+SOBOL_SCALARS = torch.quasirandom.SobolEngine.MAXDIM  # that torch has direction numbers for
+
+logger = logging.getLogger("scalabl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,8 @@ def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_S
 
     * `gaussian`: independent.
     * `antithetic`: draws 2i and 2i + 1 are +e and -e, which cancels every odd term of the integrand.
-    * `sobol`: a scrambled Sobol sequence through the inverse normal CDF.
+    * `sobol`: a scrambled Sobol sequence through the inverse normal CDF. The scalars after the first `SOBOL_SCALARS`, if
+      there are so many, are independent Gaussians.
 
     The bits come from Philox 4x64, whose stream numpy guarantees across versions and machines; Sobol from torch.
 
@@ -92,7 +97,7 @@ def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_S
         dimension: P >= 1.
 
     Raises:
-        ValueError: an argument out of range, an unknown scheme, or more dimensions than torch's Sobol tables hold.
+        ValueError: an argument out of range or an unknown scheme.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
@@ -104,16 +109,32 @@ def draw(seed: int, num_samples: int, dimension: int, scheme: Scheme = DEFAULT_S
         half = _normals(seed, (num_samples + 1) // 2, dimension)
         epsilon = torch.stack([half, -half], dim=1).flatten(0, 1)[:num_samples]
     elif scheme == "sobol":
-        largest = torch.quasirandom.SobolEngine.MAXDIM
-        if dimension > largest:
-            raise ValueError(f"sobol draws support {largest} dimensions and this adapter has {dimension}; use antithetic")
-        engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch
-        # A scrambled point can be exactly 0, where the inverse normal CDF is infinite: stay half a step away from 0 and 1.
-        uniform = engine.draw(num_samples, dtype=torch.float64).clamp(2.0**-31, 1 - 2.0**-31)
-        epsilon = torch.special.ndtri(uniform)
+        epsilon = _sobol(seed, num_samples, dimension)
     else:
         raise ValueError(f"draw scheme {scheme!r} is unknown; use one of {', '.join(SCHEMES)}")
     return Draws(seed, scheme, epsilon.float().contiguous(), start=0)
+
+
+def _sobol(seed: int, num_samples: int, dimension: int) -> Tensor:
+    leading = min(dimension, SOBOL_SCALARS)
+    engine = torch.quasirandom.SobolEngine(leading, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch
+    # A scrambled point can be exactly 0, where the inverse normal CDF is infinite: stay half a step away from 0 and 1.
+    uniform = engine.draw(num_samples, dtype=torch.float64).clamp(2.0**-31, 1 - 2.0**-31)
+    normal: Tensor = torch.special.ndtri(uniform)
+    if dimension == leading:
+        return normal
+    _say_mixed(dimension)
+    return torch.cat([normal, _normals(seed, num_samples, dimension - leading)], dim=1)
+
+
+@cache
+def _say_mixed(dimension: int) -> None:
+    """Say once for each size of adapter that not all of its scalars have Sobol draws."""
+    logger.warning(
+        "the adapter has %d stochastic scalars: the first %d get Sobol draws and the others independent Gaussian draws",
+        dimension,
+        SOBOL_SCALARS,
+    )
 
 
 def _normals(seed: int, count: int, dimension: int) -> Tensor:

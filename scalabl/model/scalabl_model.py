@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalabl.base.placement import device_of, weights_of
+from scalabl.base.positions import UNLIMITED, unscaled_length
+from scalabl.base.targets import select
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head, own_head
-from scalabl.model.layer import SubspaceLinear, is_adaptable
+from scalabl.model.layer import SubspaceLinear
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
@@ -32,46 +33,6 @@ from scalabl.model.trunk import Trunk
 HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
 # Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
 SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
-
-
-def _layer_index(name: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _check_layers(host: Host, layers: Sequence[int] | None) -> None:
-    """Raise AdapterError for an index that is not that of a layer of the base model."""
-    indices = {index for name in host.modules if (index := _layer_index(name)) is not None}
-    absent = [index for index in layers or () if index not in indices]
-    if absent and indices:
-        raise AdapterError(
-            f"layers_to_transform names layer {absent[0]}, but the base model's layers are {min(indices)} to {max(indices)}"
-        )
-
-
-def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
-    """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
-    layers = config.layers_to_transform
-    _check_layers(host, layers)
-    chosen, matched, seen_layers = [], set(), set()
-    for name, module in host.modules.items():
-        targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
-        if not targets or not is_adaptable(module):
-            continue
-        index = _layer_index(name)
-        if name != host.head_name and layers is not None:
-            if index not in layers:
-                continue
-            seen_layers.add(index)
-        matched.update(targets)
-        chosen.append(name)
-    missing = [t for t in config.target_modules if t not in matched]
-    if missing:
-        raise AdapterError(f"target module {missing[0]!r} matches no linear layer of the base model {architecture}")
-    absent = [i for i in layers or () if i not in seen_layers]
-    if absent and chosen != [host.head_name]:
-        raise AdapterError(f"layers_to_transform names layer {absent[0]}, in which the base model has no target module")
-    return chosen
 
 
 class ScalaBLModel(nn.Module):
@@ -103,7 +64,7 @@ class ScalaBLModel(nn.Module):
         host = Host.of(base)
         if host.head is None or host.head_name is None:
             raise AdapterError(f"{type(base).__name__} has no output head; a causal language model is needed")
-        names = _select(host, config, type(base).__name__)
+        names = select(host.modules, host.head_name, config, type(base).__name__)
         try:
             with weights_of(host.head):
                 rows = own_head(host.head, len(config.task.choices)) if tokens is None else cut_head(host.head, tokens)
@@ -124,6 +85,9 @@ class ScalaBLModel(nn.Module):
             shape = [*([config.members] if config.members > 1 else []), *2 * [self.num_stochastic_parameters]]
             self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
+        self.masks = False  # whether padded passes need an attention mask, as of encoders; set by `passes.exactness`
+        # Prompts of more tokens than this are not in one pass with others: their length would change the others' positions.
+        self._unscaled = unscaled_length(base)
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
         self.head, self.head_name = ChoiceHead(cut), host.head_name
         self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
@@ -161,6 +125,11 @@ class ScalaBLModel(nn.Module):
     def num_blocks(self) -> int:
         """The number of decoder blocks of the base model."""
         return int(self.base.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def positions_depend_on_pass(self) -> bool:
+        """Whether a long prompt would change the positions of others in its pass, so that passes are divided by length."""
+        return self._unscaled < UNLIMITED
 
     @property
     def shared_blocks(self) -> int:
@@ -236,7 +205,11 @@ class ScalaBLModel(nn.Module):
         Raises:
             RuntimeError: another pass is running on this thread.
         """
-        return self._run(forward_pass)[0]
+        if forward_pass.width <= self._unscaled:
+            return self._run(forward_pass)[0]
+        parts = forward_pass.divided(self._unscaled)
+        logits = [self._run(part)[0] for _, part in parts]
+        return torch.cat(logits)[torch.cat([rows for rows, _ in parts]).argsort()]
 
     def _run(self, wanted: ForwardPass) -> tuple[Tensor, PassCache | None]:
         self.attach()
@@ -244,7 +217,7 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **places}
+            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **self._mask(forward_pass)} | places
             if self._backbone is None:
                 logits: Tensor = self.base(**arguments).logits
             else:  # what some architectures do to the logits of their vocabulary (scales, caps) is not for other heads
@@ -260,18 +233,33 @@ class ScalaBLModel(nn.Module):
         ids, lengths = wanted.input_ids[inputs], wanted.lengths[inputs]
         return replace(wanted, input_ids=ids, lengths=lengths, samples=replace(samples, inputs=None))
 
+    def _mask(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """The argument that tells the base model which tokens are padding, if it needs that."""
+        return {"attention_mask": forward_pass.token_mask} if self.masks else {}
+
     def _cache(self, forward_pass: ForwardPass) -> PassCache | None:
         return PassCache(forward_pass, self.num_blocks) if forward_pass.past is not None or forward_pass.keeps else None
 
     @torch.inference_mode()
-    def trunk_states(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """The input of the first adapted block, [B, T] -> [B, T, D]; needs `trunk.has_states`."""
+    def trunk_states(self, input_ids: Tensor, lengths: Tensor, past: Past | None = None) -> Tensor:
+        """The input of the first adapted block, [B, T] right-padded with lengths [B] -> [B, T, D].
+
+        Needs `trunk.has_states`. States of padding have no meaning.
+        """
         self.attach()
-        lengths = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
-        forward_pass = ForwardPass(input_ids, lengths, past=past)
-        cache = self._cache(forward_pass)
+        whole = ForwardPass(input_ids, lengths, past=past)
+        if whole.width <= self._unscaled:
+            return self._trunk_states(whole)
+        parts = [(inputs, self._trunk_states(part)) for inputs, part in whole.divided(self._unscaled)]
+        joined = parts[0][1].new_zeros(*input_ids.shape, parts[0][1].shape[-1])
+        for inputs, states in parts:
+            joined[inputs, : states.shape[1]] = states
+        return joined
+
+    def _trunk_states(self, forward_pass: ForwardPass) -> Tensor:
+        arguments = _cache_arguments(self._cache(forward_pass)) | self._mask(forward_pass)
         with enter(forward_pass):
-            return self.trunk.states(lambda: self.base(input_ids=input_ids, **_cache_arguments(cache)))
+            return self.trunk.states(lambda: self.base(input_ids=forward_pass.input_ids, **arguments))
 
     @torch.inference_mode()
     def prefix(self, tokens: Sequence[int], draws: Draws, past: Past | None = None) -> Prefix:

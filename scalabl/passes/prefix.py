@@ -9,15 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from scalabl.base.int8 import unrounded
+from scalabl.base.positions import UNLIMITED, unscaled_length
 from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.passes.probes import PROBE_ERRORS, are_alike
+from scalabl.passes.exactness import PROBE_ERRORS, are_alike
 
 SHORT = 12  # tokens of a probe
 LONGEST_WINDOW = 64  # the longest attention window for which a probe has more tokens than the window
-UNLIMITED = 2**62
 
 
 @torch.inference_mode()
@@ -30,7 +30,7 @@ def longest_exact(model: ScalaBLModel) -> int:
     window = _window(model.base)
     length = window + SHORT if window <= LONGEST_WINDOW else SHORT
     longest = window if length <= window < UNLIMITED else UNLIMITED
-    return min(longest, _unscaled(model.base)) if _is_exact(model, length) else 0
+    return min(longest, unscaled_length(model.base)) if _is_exact(model, length) else 0
 
 
 @unrounded()
@@ -75,15 +75,3 @@ def _window(base: PreTrainedModel) -> int:
     config = base.config.get_text_config(decoder=True)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((int(window) for window in windows if window), default=UNLIMITED)
-
-
-def _unscaled(base: PreTrainedModel) -> int:
-    """The most tokens of a prompt up to which no rotary embedding scales positions by the prompt's length."""
-    config = base.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    ropes = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    scaled = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
-    return min(
-        (int(rope.get("original_max_position_embeddings") or config.max_position_embeddings) for rope in scaled),
-        default=UNLIMITED,
-    )

@@ -1,49 +1,31 @@
 """Start-up probes: each shortcut of a pass is compared with the plain computation, and disabled if the results differ.
 
+The plain computation is checked first, in `exactness`: an input alone must have the same logits.
+
 Shortcuts are tested by what they compute, not by the architecture's name, so this works for any base model. The prefix cache
 is tested in `prefix`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from scalabl.base.int8 import rounds_activations, unrounded
+from scalabl.base.int8 import unrounded
 from scalabl.model.forward_pass import ForwardPass
 from scalabl.model.packed_attention import may_pack
 from scalabl.model.packing import Packing
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
-
-PROBE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-)  # that an architecture's code may raise when a shortcut does not fit it
-
-
-def are_alike(base: PreTrainedModel, logits: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether two ways to compute the same logits agree up to rounding."""
-    # With 8-bit activations, a difference in the last bit can change which of the 256 values an activation is rounded to.
-    exact = base.dtype == torch.float32 and not rounds_activations(base)
-    tolerance = 1e-4 if exact else 2e-2
-    return all(
-        one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
-        for one, other in zip(logits, expected, strict=True)
-    )
+from scalabl.passes.exactness import PROBE_ERRORS, are_alike, check_exactness, with_effect
 
 
 @unrounded()
 @torch.no_grad()
 def find_shared_work(model: ScalaBLModel) -> None:
-    """Test each shortcut with this base model and adapter, and turn on those that change no logit beyond rounding.
+    """Check that passes are exact, test each shortcut, and turn on those that change no logit beyond rounding.
 
     * The trunk (`model.trunk`): rows fan out to samples only after the blocks that are the same for all samples; and the
       last block's MLP computes only the position whose logits are read.
@@ -51,7 +33,16 @@ def find_shared_work(model: ScalaBLModel) -> None:
       less than padding.
     * Adapted layers whose input is the same for all samples multiply it once for each input: the first layer of a pass, and
       layers that get the same tensor (q, k and v of one attention).
+
+    Raises:
+        AdapterError, BaseModelError: as of `exactness.check_exactness`.
     """
+    with with_effect(model):
+        check_exactness(model)
+        _find_shared_work(model)
+
+
+def _find_shared_work(model: ScalaBLModel) -> None:
     trunk = model.trunk
     if trunk.blocks:
         trunk.learn(lambda count: model.run(ForwardPass(*_inputs(model, count))))

@@ -96,5 +96,5 @@ class Rounds:
         return TokenBatch.of([self._sequences[index][part.start :] for index in indices])
 
     def _trunk(self, part: _Part, past: Past | None) -> Tensor:
-        ids, _ = self._rest(part, part.indices).right_padded()
-        return self._model.trunk_states(ids.to(self._model.device), past)
+        ids, lengths = (tensor.to(self._model.device) for tensor in self._rest(part, part.indices).right_padded())
+        return self._model.trunk_states(ids, lengths, past)

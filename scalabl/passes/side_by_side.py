@@ -21,8 +21,8 @@ from scalabl.model.forward_pass import RowSamples, Share
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.exactness import PROBE_ERRORS, are_alike
 from scalabl.passes.prefix_cache import PrefixCache
-from scalabl.passes.probes import PROBE_ERRORS, are_alike
 from scalabl.passes.rounds import Rounds
 
 KEPT = 4  # combinations of adapters whose matrices are kept from pass to pass
@@ -30,9 +30,10 @@ KEPT = 4  # combinations of adapters whose matrices are kept from pass to pass
 
 def pass_shape(model: ScalaBLModel) -> Hashable:
     """Adapters of one base model can share a pass if this is equal; known after `probes.find_shared_work`."""
-    shortcuts = model.trunk.verified, model.trunk.trims, model.packs
-    has_own_head = model.own_head is not None
-    return tuple(model.adapted), model.config.r, model.config.scaling, model.base.dtype, has_own_head, *shortcuts
+    if model.positions_depend_on_pass:
+        return id(model)  # such passes may be divided, and then rows are not where the other adapters look for them
+    form = model.own_head is not None, model.masks, model.trunk.verified, model.trunk.trims, model.packs
+    return tuple(model.adapted), model.config.r, model.config.scaling, model.base.dtype, *form
 
 
 class SideBySide:
@@ -211,8 +212,8 @@ class SharedRounds:
         batch, states = self._batch(indices), None
         if self._keeps_trunk:
             if self._states is None:
-                ids, _ = self._batch(self._shared).right_padded()
-                self._states = models[0].trunk_states(ids.to(models[0].device))
+                ids, lengths = (tensor.to(models[0].device) for tensor in self._batch(self._shared).right_padded())
+                self._states = models[0].trunk_states(ids, lengths)
             places = [self._shared.index(index) for index in indices]
             states = self._states[places, : batch.input_ids.shape[1]]
         if len(models) == 1:  # in a later round

@@ -30,7 +30,7 @@ class TrunkCache:
         self._states: dict[int, Tensor] = {}
         for batch in batches([len(ids) for ids in sequences], 1, BATCH_TOKENS):
             ids, lengths = TokenBatch.of([sequences[i] for i in batch]).right_padded()
-            states = model.trunk_states(ids.to(self._device)).cpu()
+            states = model.trunk_states(ids.to(self._device), lengths.to(self._device)).cpu()
             # Copies, since views would keep the padded batch in memory.
             self._states |= {i: states[row, : lengths[row]].clone() for row, i in enumerate(batch)}
 

@@ -149,9 +149,9 @@ def sum_curvature(
 def _with_batch(model: ScalaBLModel, encoded: EncodedSet, rows: list[int], sums: Sums, seed: int, exact: float) -> Sums:
     """The sums with the rows of one batch added."""
     batch = TokenBatch.of([encoded.sequences[row] for row in rows])
-    ids = batch.right_padded()[0].to(model.device)
+    ids, lengths = (tensor.to(model.device) for tensor in batch.right_padded())
     # A copy, since autograd refuses tensors of the inference mode.
-    states = model.trunk_states(ids).clone() if model.trunk.has_states else None
+    states = model.trunk_states(ids, lengths).clone() if model.trunk.has_states else None
     logits = without_absent(model.logits(batch, model.mean_draw(), states).cpu(), encoded.num_choices[rows]).double()
     answers = encoded.answers[rows].view(-1, 1, 1).expand(-1, logits.shape[1], 1)
     log_likelihood = float(torch.log_softmax(logits, -1).gather(-1, answers).sum())

@@ -67,7 +67,11 @@ def _train(
     ] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha: the scaling is alpha / r.  \\[default: 16]")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated names of the modules to adapt.  \\[default: q_proj,v_proj,lm_head]")
+        str | None,
+        typer.Option(
+            help="Comma-separated names of the modules to adapt; all-linear for every linear layer but the head; or a "
+            "regular expression for whole names, as in PEFT.  \\[default: q_proj,v_proj,lm_head]"
+        ),
     ] = None,
     layers_to_transform: Annotated[
         str | None, typer.Option(help="Comma-separated indices of the layers to adapt (default: all).")
@@ -98,8 +102,10 @@ def _train(
     ):
         if init_from is not None and value is not None:
             raise typer.BadParameter("the LoRA of --init-from sets this value; leave the option out", param_hint=option)
+    targets = target_modules or "q_proj,v_proj,lm_head"
     with errors_as_messages():
         from scalabl.base.pretrained import load_pretrained, load_skeleton, longest_prompt
+        from scalabl.base.targets import is_pattern, targets_of
         from scalabl.config import AdapterConfig
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
@@ -108,6 +114,11 @@ def _train(
         from scalabl.training.run_folder import Origin, TrainingRun, find_run, recorded_chat_date
         from scalabl.training.trainer import StartingPoint, train_adapter
 
+        if layers_to_transform is not None and is_pattern(targets):
+            raise typer.BadParameter(
+                f"--target-modules {targets} chooses the layers itself; leave this option out",
+                param_hint="--layers-to-transform",
+            )
         lora = read_peft(init_from) if init_from is not None else None
         columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
         if lora is not None and lora.head is not None:
@@ -128,14 +139,16 @@ def _train(
                 base_model_name_or_path=base_model_name or model,
                 r=8 if r is None else r,
                 lora_alpha=16.0 if lora_alpha is None else lora_alpha,
-                target_modules=split(target_modules or "q_proj,v_proj,lm_head"),
+                target_modules=(targets,) if is_pattern(targets) else split(targets),
                 layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
                 prior_std=prior_std,
                 task=task,
             )
         skeleton, tokenizer = load_skeleton(model)
         prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
-        config, start = config.model_copy(update={"task": prompter.resolved_task}), None
+        modules = targets_of(skeleton, targets if is_pattern(targets) else config.target_modules) if lora is None else ()
+        resolved = {"task": prompter.resolved_task, "target_modules": modules}
+        config, start = config.model_copy(update=resolved), None
         if lora is not None:
             recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
             config, tensors = adapter_of(lora, skeleton, config.task, **recorded)

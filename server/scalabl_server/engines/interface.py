@@ -102,7 +102,7 @@ class Engine(ABC):
         """Check an adapter and make it ready for its first request.
 
         Raises:
-            AdapterError: it changes no logit, or has more stochastic parameters than the draw scheme supports.
+            AdapterError: it changes no logit, or the base model cannot run it exactly (transformers); the message says why.
         """
 
     @abstractmethod

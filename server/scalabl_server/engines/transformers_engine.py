@@ -14,7 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from scalabl.base.pretrained import Pretrained, load_pretrained
-from scalabl.errors import AdapterError, ScalaBLError
+from scalabl.errors import ScalaBLError
 from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
 from scalabl.model.posterior import Draws
@@ -108,10 +108,6 @@ class TransformersEngine(Engine):
         local = _local(served)
         model = local.model
         try:
-            try:
-                served.draws(self.settings.num_samples, self.settings.seed)
-            except ValueError as error:
-                raise AdapterError(str(error)) from None
             find_shared_work(model)
             served.pads = not model.packs
             check_effect(model)

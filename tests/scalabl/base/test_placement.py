@@ -65,8 +65,8 @@ def test_a_divided_base_gives_the_answers_of_a_whole_one(
 def test_the_trunk_can_start_from_its_states_and_runs_again_afterwards(divide: Divide, tmp_path: Path) -> None:
     pretrained, _ = divide("qwen2")  # whose first block is on disk
     model = load_adapter(pretrained.model, tiny.write_adapter(tmp_path / "adapter", "qwen2", layers_to_transform=(1,)))
-    ids, _ = BATCH.right_padded()
-    draws, states = model.draws(3), model.trunk_states(ids)
+    ids, lengths = BATCH.right_padded()
+    draws, states = model.draws(3), model.trunk_states(ids, lengths)
     expected = model.logits(BATCH, draws)
     assert torch.allclose(model.logits(BATCH, draws, states), expected, atol=1e-6)
     assert torch.equal(model.logits(BATCH, draws), expected), "its blocks have their own forward again"

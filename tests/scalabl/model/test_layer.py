@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head
-from scalabl.model.layer import SubspaceLinear, is_adaptable
+from scalabl.model.layer import SubspaceLinear
 
 RANK, SCALING = 4, 2.0
 
@@ -105,13 +105,6 @@ def test_a_rank_above_the_width_leaves_the_surplus_at_zero() -> None:
     assert (layer.s_mean[3:] == 0).all()
     assert (layer.lora_A[3:] == 0).all()
     assert torch.isfinite(layer.s_log_std).all()
-
-
-def test_what_can_be_adapted() -> None:
-    assert is_adaptable(nn.Linear(2, 3))
-    assert is_adaptable(Conv1D(3, 2))
-    assert not is_adaptable(nn.Embedding(2, 3))
-    assert not is_adaptable(nn.LayerNorm(3))
 
 
 @pytest.mark.parametrize("bias", [True, False])

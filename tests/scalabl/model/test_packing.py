@@ -60,7 +60,7 @@ def test_the_head_alone_may_be_adapted() -> None:
 def test_a_packed_pass_may_start_from_the_trunk_s_states() -> None:
     padded, packs = _pair("llama", layers_to_transform=(1,))
     batch, draws = TokenBatch.of(SEQUENCES), packs.draws(4)
-    states = packs.trunk_states(batch.right_padded()[0])
+    states = packs.trunk_states(*batch.right_padded())
     expected = padded.logits(batch, draws)
     torch.testing.assert_close(packs.logits(batch, draws, states), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(packs.logits(batch, draws), expected, rtol=0, atol=1e-5)

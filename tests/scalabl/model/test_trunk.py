@@ -76,7 +76,7 @@ def test_the_last_mlp_computes_the_position_that_is_read() -> None:
 def test_a_block_that_mixes_positions_after_its_mlp_is_not_trimmed() -> None:
     model = tiny.adapted()
     mixed = model.base.model.layers[-1].mlp
-    mixed.register_forward_hook(lambda _, args, output: output + args[0].mean(1, keepdim=True))
+    mixed.register_forward_hook(lambda _, args, output: output + args[0].cumsum(1))
     expected = model.logits(TokenBatch.of(SEQUENCES), model.draws(3))
     find_shared_work(model)
     assert not model.trunk.trims
@@ -98,7 +98,7 @@ def test_a_pass_may_start_from_the_trunk_s_states(name: str) -> None:
     ids, lengths = TokenBatch.of(SEQUENCES).right_padded()
     samples = RowSamples(model.sample(model.draws(4).epsilon), torch.arange(4))
     expected = model.run(ForwardPass(ids, lengths, samples))
-    states = model.trunk_states(ids)
+    states = model.trunk_states(ids, lengths)
     first = _entering(model, 0)
     torch.testing.assert_close(model.run(ForwardPass(torch.zeros_like(ids), lengths, samples, states=states)), expected)
     assert first == [(4, 14)]  # passed on, not computed

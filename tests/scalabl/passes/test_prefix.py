@@ -61,7 +61,7 @@ def test_the_trunk_s_states_go_with_it() -> None:
     draws = model.draws(4)
     past = Past({draws.key: [model.prefix(PREFIX, draws)]}, len(PREFIX))
     batch = TokenBatch.of(RESTS)
-    states = model.trunk_states(batch.right_padded()[0], past)
+    states = model.trunk_states(*batch.right_padded(), past)
     found = torch.stack(model.logits_each(TokenBatch.of(RESTS), [draws] * 4, states, past))
     expected = plain.logits(TokenBatch.of([PREFIX + rest for rest in RESTS]), draws)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
