@@ -54,7 +54,6 @@ UNSUPPORTED = {
 # Why, for those that are often used.
 REASONS = {
     "target_parameters": ", because it is a LoRA of routed experts, of which each token uses others",
-    "modules_to_save": ", because it stands for trained copies of whole modules",
 }
 
 
