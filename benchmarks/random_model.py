@@ -5,6 +5,7 @@ Nothing here is trained. `tests/tiny.py` adds the other architectures and what o
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ COLOURS = Task(kind="classification", template="{input}\nLabel:", choices=("red"
 
 
 def random_base(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random causal language model of a configuration, float32, frozen."""
+    """A random causal language model of a configuration, float32, frozen. It has a copy, which it may change."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # transformers starts near zero, where every logit is the same
             if parameter.dim() > 1:
