@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalabl.base.placement import device_of, weights_of
+from scalabl.base.transfer import kept, moved
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
@@ -22,7 +23,7 @@ from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
-from scalabl.model.packing import Packing
+from scalabl.model.packing import Packing, packing_pays
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
 from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
@@ -231,7 +232,7 @@ class ScalaBLModel(nn.Module):
         Raises:
             ValueError: the base model computes no keys and values in one of its blocks.
         """
-        ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
+        ids, lengths = moved(TokenBatch.of([tokens]).right_padded(), self.device)
         samples, _ = self._row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
         assert cache is not None  # because `keeps` is set
@@ -258,23 +259,19 @@ class ScalaBLModel(nn.Module):
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
         """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
+        ids, lengths = (tensor.cpu() for tensor in batch.right_padded())  # where a batch usually is
         if len(draws) != ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
-        if not self.packs:
+        if not self.packs or not packing_pays(lengths, [of_input.num_samples for of_input in draws], self.device):
             samples, counts = self._row_samples(draws)
+            ids, lengths = moved((ids, lengths), self.device)
             return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
         samples, counts = self._row_samples([draws[place] for place in places])
-        forward_pass = ForwardPass(
-            ids[order],
-            lengths[order],
-            samples,
-            Packing.of(lengths[order], counts),
-            None if states is None else states[order],
-            past,
-        )
+        packing = Packing.of(lengths[order], counts).to(self.device)
+        ids, lengths, order = moved((ids[order], lengths[order], order), self.device)
+        forward_pass = ForwardPass(ids, lengths, samples, packing, None if states is None else states[order], past)
         logits = torch.split(self.run(forward_pass), counts)
         return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
@@ -286,13 +283,14 @@ class ScalaBLModel(nn.Module):
             if of_input.key not in tables:
                 tables[of_input.key] = (first, of_input)
                 first += of_input.num_samples
-        s = self.sample(torch.cat([table.epsilon for _, table in tables.values()]))
+        s = self.sample(torch.cat([kept(table.epsilon, self.device) for _, table in tables.values()]))
         counts = [of_input.num_samples for of_input in draws]
         sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
-        inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        sample, inputs = moved((sample, inputs), self.device)
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
-        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
+        return RowSamples(s, sample, fan_out, spread, tuple(tables)), counts
 
     @torch.enable_grad()
     def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
