@@ -4,7 +4,7 @@ bash benchmarks/gpu/run.sh [--dry-run] [--output build/gpu/out] [--only correctn
 
 Each part is a process of its own. It writes PART.json after every result, and its output goes to gpu.log; run.json says how
 each part ended. A part that fails or takes too long does not stop the next ones, and what was written stays valid when the
-whole is killed. `--dry-run` does the same on a CPU with tiny shapes and the Triton kernel in its interpreter.
+whole is killed. `--dry-run` does the same on a CPU with tiny shapes, the parts about the kernel in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from benchmarks.gpu import record, supervision
 from benchmarks.gpu.record import Bench, read_json, write_json
 from benchmarks.parts import add_only, chosen_parts
 
-# Part -> its time limit in seconds. Its module has the same name and a function `measure`. `more` has what time is left.
+# Part -> its time limit in seconds; `more` has what time is left. Modules of these names in `parts` have a function `measure`.
 PARTS = {"correctness": 110.0, "kernel": 80.0, "engine": 120.0, "server": 60.0, "profile": 30.0, "more": 0.0}
 SECONDS = 410.0  # of all parts
 # What more than one part imports: once for all of them, since their processes are forked. None of it computes anything.
-PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "benchmarks.gpu.shapes", "scalabl.files.adapter_directory")
+PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "pydantic")
+# Parts of a dry run with the kernel in Triton's interpreter; the others have the plain form, as a server on a CPU.
+INTERPRETED = ("correctness", "kernel", "more")
+INTERPRETER = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}  # set before Triton is imported
 LEAST = 15.0  # seconds that are worth another part
 DRY_SECONDS = 120.0  # of each part of a dry run: it may share a slow machine
 
@@ -37,8 +40,8 @@ DRY_SECONDS = 120.0  # of each part of a dry run: it may share a slow machine
 def main() -> None:
     """Run the parts; exit with 1 if one of them did not end well."""
     options = _options()
-    if options.dry_run:  # before Triton is imported
-        os.environ |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if options.dry_run:
+        os.environ |= INTERPRETER | {"CUDA_VISIBLE_DEVICES": ""}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.output.mkdir(parents=True, exist_ok=True)
     for name in PARTS:
@@ -118,8 +121,10 @@ def _part(bench: Bench) -> Callable[[], None]:
     """What the child process of a part does. It imports the module, so that a missing package fails that part only."""
 
     def work() -> None:
+        if bench.dry and bench.name not in INTERPRETED:
+            os.environ.pop("TRITON_INTERPRET")  # before the dispatcher is imported, which looks at it
         bench.save()
-        bench.attempt("the part", lambda: importlib.import_module(f"benchmarks.gpu.{bench.name}").measure(bench))
+        bench.attempt("the part", lambda: importlib.import_module(f"benchmarks.gpu.parts.{bench.name}").measure(bench))
         bench.save(record.FAILED if bench.failures else record.DONE)
 
     return work

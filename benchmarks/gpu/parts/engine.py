@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.gpu.device_time import ceilings, waiting
+from benchmarks.gpu.parts.device_time import ceilings, waiting
+from benchmarks.gpu.parts.shapes import pass_flops, ragged_prompts, random_llama, random_scalabl
 from benchmarks.gpu.record import Bench
-from benchmarks.gpu.shapes import pass_flops, ragged_prompts, random_llama, random_scalabl
 from benchmarks.serving.features import BEST, FEATURES, SwitchableModel, largest_difference
 from benchmarks.serving.peers import Peers
 from benchmarks.serving.trunk import FORMS

@@ -15,7 +15,7 @@ from scalabl_kernels.launch import LaunchShape
 from scalabl_kernels.tools.roofline import base_work, projection_work
 
 from benchmarks import kernel
-from benchmarks.gpu.device_time import ceilings, replayed_seconds, seconds_of
+from benchmarks.gpu.parts.device_time import ceilings, replayed_seconds, seconds_of
 from benchmarks.gpu.record import Bench
 
 BYTES = 2  # of an element in bfloat16
@@ -23,7 +23,7 @@ ROWS, WIDTHS, RANKS = (2048, 64, 8192, 16, 256, 512, 1024), (4096, 2048, 8192), 
 FEW = 256  # rows up to which the host's work for a launch may be longer than the kernel's
 SHAPES_FOR = ((2048, 8), (64, 8), (2048, 64), (64, 64))  # (rows, rank) for which launch shapes are compared
 SHAPES_WIDTH, RESERVE = 4096, 25.0
-DRY_ROWS, DRY_WIDTH = (16, 300), 32
+DRY_ROWS, DRY_WIDTH, DRY_SHAPES_FOR = (16, 300), 32, ((16, 8),)
 
 
 @torch.inference_mode()
@@ -67,7 +67,7 @@ def _alone(device: str, rows: int, d: int, rank: int) -> Callable[[], object]:
 def _launch_shapes(bench: Bench) -> None:
     device, d = bench.device, DRY_WIDTH if bench.dry else SHAPES_WIDTH
     architecture = architecture_of(torch.device(device))
-    for rows, rank in SHAPES_FOR[:1] if bench.dry else SHAPES_FOR:
+    for rows, rank in DRY_SHAPES_FOR if bench.dry else SHAPES_FOR:
         table = launch.choose(architecture, rows, rank, BYTES)
         run = _alone(device, rows, d, rank)
         shapes = [table, *neighbours(table)]

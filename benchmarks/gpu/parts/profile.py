@@ -9,9 +9,9 @@ import torch
 from torch import profiler
 from torch.autograd import DeviceType
 
-from benchmarks.gpu.device_time import waiting
+from benchmarks.gpu.parts.device_time import waiting
+from benchmarks.gpu.parts.shapes import ragged_prompts, random_llama, random_scalabl
 from benchmarks.gpu.record import Bench
-from benchmarks.gpu.shapes import ragged_prompts, random_llama, random_scalabl
 from scalabl.model.token_batch import TokenBatch
 
 LONGEST, INPUTS, NUM_SAMPLES = 512, 2, 16

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.parts.shapes import random_llama, random_scalabl
 from benchmarks.gpu.record import Bench
-from benchmarks.gpu.shapes import random_llama, random_scalabl
 from benchmarks.load.levels import levels
 from benchmarks.load.one_client import one_client
 from benchmarks.load.saturation import saturation
@@ -46,7 +45,6 @@ def _serve(bench: Bench) -> None:
     workload = Workload(str(bench.scratch / "base"), bench.scratch / "adapter", 2 if bench.dry else NUM_SAMPLES)
     settings: dict[str, object] = {"max_input_tokens": 512, "device": bench.device}
     if bench.dry:
-        os.environ.pop("TRITON_INTERPRET", None)  # for the server's process: the plain form, which is faster here
         settings |= {"warmup": "quick", "threads": 1, "max_input_tokens": 256, "dtype": "bfloat16"}
     data = bench.scratch / "data"
     data.mkdir()

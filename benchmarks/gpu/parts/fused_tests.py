@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu.record import Bench
 from benchmarks.gpu.supervision import limited
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FILE = "tests/kernels/test_fused.py"
 WORKERS = 8  # compiling is work of the CPU
 
@@ -60,10 +60,11 @@ def run(bench: Bench, tests: list[str], seconds: float) -> None:
 
     def work() -> None:
         os.environ.pop("PYTEST_ADDOPTS", None)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none of them is needed, and some take seconds to load
         os.chdir(ROOT)
         arguments = ["-p", "no:cacheprovider", "-W", "default", "--strict-markers", "-m", "fused", *tests]
         if not bench.dry and importlib.util.find_spec("xdist"):
-            arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+            arguments += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1))]
         raise SystemExit(int(pytest.main(arguments, plugins=[OutcomeLog(outcomes)])))
 
     code = limited(work, seconds)

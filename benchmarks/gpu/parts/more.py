@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu import fused_tests
+from benchmarks.gpu.parts import fused_tests
 from benchmarks.gpu.record import Bench
 
 
