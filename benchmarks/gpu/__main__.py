@@ -25,7 +25,7 @@ from benchmarks.gpu import record, supervision
 from benchmarks.gpu.record import Bench, read_json, write_json
 from benchmarks.parts import add_only, chosen_parts
 
-# Part -> its time limit in seconds; `more` has what time is left. Modules of these names in `parts` have a function `measure`.
+# Part -> its time limit in seconds; `more` has what time is left. Each is a module in `parts` with a function `measure`.
 PARTS = {"correctness": 110.0, "kernel": 80.0, "engine": 120.0, "server": 60.0, "profile": 30.0, "more": 0.0}
 SECONDS = 410.0  # of all parts
 # What more than one part imports: once for all of them, since their processes are forked. None of it computes anything.
