@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import record, supervision
+from benchmarks.gpu.page import Run, run_section
 from benchmarks.gpu.record import Bench, read_json, write_json
 from benchmarks.parts import add_only, chosen_parts
 
 # Part -> its time limit in seconds; `more` has what time is left. Each is a module in `parts` with a function `measure`.
 PARTS = {"correctness": 110.0, "kernel": 80.0, "engine": 120.0, "server": 60.0, "profile": 30.0, "more": 0.0}
 SECONDS = 410.0  # of all parts
-# What more than one part imports: once for all of them, since their processes are forked. None of it computes anything.
+# What several parts import: in a dry run once for all of them, as their processes are forked. On a GPU nothing is imported
+# before the fork, since a module that asks for the GPU makes CUDA unusable in forked processes.
 PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "pydantic")
 # Parts of a dry run with the kernel in Triton's interpreter; the others have the plain form, as a server on a CPU.
 INTERPRETED = ("correctness", "kernel", "more")
 INTERPRETER = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}  # set before Triton is imported
+SHOWN = 5  # failures of a part that are printed
 LEAST = 15.0  # seconds that are worth another part
-DRY_SECONDS = 120.0  # of each part of a dry run: it may share a slow machine
+DRY_SECONDS = 240.0  # of each part of a dry run: it may share a slow machine
 
 
 def main() -> None:
@@ -48,13 +51,14 @@ def main() -> None:
         (options.output / f"{name}.json").unlink(missing_ok=True)
     log = options.output / "gpu.log"
     log.write_bytes(b"")
-    run = Run(options.output, log, options.dry_run, options.seconds)
-    supervision.limited(run.describe, 60, log)
-    for module in PRELOADED:
+    run = Session(options.output, log, options.dry_run, options.seconds)
+    for module in PRELOADED if options.dry_run else ():
         with suppress(ImportError):  # the parts that need it will fail, and only they
             importlib.import_module(module)
+    supervision.limited(run.describe, 60, log)
     for name in chosen_parts(options.parser, options.only, PARTS):
         run.part(name)
+    print("\n" + run.section())
     sys.exit(0 if run.well else 1)
 
 
@@ -69,7 +73,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-class Run:
+class Session:
     """One run of the parts, and run.json."""
 
     def __init__(self, output: Path, log: Path, dry: bool, seconds: float) -> None:
@@ -107,14 +111,22 @@ class Run:
         write_json(path, content | {"seconds": seconds, "limit": limit})
         self._note(name, {"status": content["status"], "seconds": seconds, "failures": content["failures"]})
 
+    def section(self) -> str:
+        """All results as the section of docs/gpu.md."""
+        parts = {name: read_json(self._output / f"{name}.json") for name in self._parts}
+        return run_section(Run(self._output.name, read_json(self._output / "run.json"), parts))
+
     def _note(self, name: str, ending: dict[str, Any]) -> None:
         self._parts[name] = ending
         self.well = self.well and ending["status"] == record.DONE
         run = {"machine": {}} | read_json(self._output / "run.json")
         write_json(self._output / "run.json", run | {"dry_run": self._dry, "parts": self._parts})
         print(f"{name:<12} {ending['status']:<10} {ending['seconds']:6.1f} s", flush=True)
-        for failure in ending.get("failures", ()):
+        failures = ending.get("failures", [])
+        for failure in failures[:SHOWN]:
             print(f"    {failure['step']}: {failure['error']}", flush=True)
+        if len(failures) > SHOWN:
+            print(f"    and {len(failures) - SHOWN} more", flush=True)
 
 
 def _part(bench: Bench) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from benchmarks.gpu.record import read_json
 from benchmarks.gpu.tables import PARTS, Content, section
 
 ROOT = Path(__file__).resolve().parents[2]
+SHOWN = 5  # failures of a part
 RUNS, PAGE = Path(__file__).parent / "runs", ROOT / "docs" / "gpu.md"
 
 
@@ -99,7 +100,7 @@ def run_section(run: Run) -> str:
     lines += ["| part | ended | seconds | failures |", "|---|---|---|---|"]
     for name in PARTS:
         part = parts.get(name) or {"status": "did not run", "failures": []}
-        said = "; ".join(f"{failure['step']}: {failure['error'][:200]}" for failure in part["failures"])
+        said = "; ".join(f"{failure['step']}: {failure['error'][:200]}" for failure in part["failures"][:SHOWN])
         left = "; ".join(map(str, part.get("results", {}).get("left_out", ())))
         said = "; ".join(text for text in (said, f"left out: {left}" if left else "") if text)
         said = said.replace("\n", " ").replace("|", "/")

@@ -1,7 +1,6 @@
 """Runs functions in processes of their own, each with a time limit. What the functions measure is not known here.
 
-Processes are forked, so that they need not import torch and transformers again. The process that forks has to leave CUDA
-alone and run no computation.
+Processes are forked. The process that forks has to leave CUDA alone and run no computation.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def fail(*_, **__):
 
 for module, names in {
     "benchmarks.gpu.parts.fused_tests": ["run"],
-    "benchmarks.gpu.parts.correctness": ["load_published", "random_base"],
+    "benchmarks.gpu.parts.models": ["load_published", "random_base"],
     "benchmarks.gpu.parts.kernel": ["_row", "_alone"],
     "benchmarks.gpu.parts.engine": ["random_llama"],
     "benchmarks.gpu.parts.server": ["random_llama", "serving"],
