@@ -6,7 +6,7 @@ computed on the CPU and travel together, from pinned memory; what does not chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 ALIGNED = 8  # tables begin at a multiple of 8 numbers (64 bytes): Triton would compile another kernel for odd addresses
 
-_copies = WeakTensorKeyDictionary()  # tensor on the CPU -> its copies by device
+# A tensor on the CPU -> its copies by device.
+_copies: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
 
 
 def on_host(device: torch.device) -> bool:
@@ -40,7 +41,7 @@ def kept(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor that nobody changes, on the device; copied there once, and kept as long as the tensor itself."""
     if on_host(device) or tensor.device == device:
         return tensor
-    copies: dict[torch.device, Tensor] = _copies.setdefault(tensor, {})
+    copies = _copies.setdefault(tensor, {})
     if device not in copies:
         copies[device] = (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
     return copies[device]

@@ -22,9 +22,9 @@ def packing_pays(lengths: Tensor, counts: Sequence[int], device: torch.device) -
     """Whether a pass over inputs of these lengths [B], with these numbers of rows, takes less without padding."""
     if on_host(device):
         return True
-    longest, groups = int(lengths.max()), len(lengths.unique())
-    padding = sum((longest - length) * count for length, count in zip(lengths.tolist(), counts, strict=True))
-    return bool(padding >= GROUP_TOKENS * (groups - 1))
+    tokens: list[int] = lengths.tolist()
+    padding = sum((max(tokens) - length) * count for length, count in zip(tokens, counts, strict=True))
+    return padding >= GROUP_TOKENS * (len(set(tokens)) - 1)
 
 
 @dataclass(frozen=True)
