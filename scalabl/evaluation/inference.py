@@ -21,6 +21,8 @@ from scalabl.uncertainty.adaptive import Estimate, Rule, sample_adaptively
 from scalabl.uncertainty.linearized import controlled, linearize
 from scalabl.uncertainty.predictive import Predictive, predictive
 
+BLOCK_VALUES = 2**23  # logits of the inputs whose predictive is computed at once
+
 
 def logits_of(
     model: ScalaBLModel,
@@ -49,8 +51,17 @@ def logits_of(
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
-    """The predictive of N inputs from their logits [N, K, C], each over its own choices."""
-    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
+    """The predictive of N inputs from their logits [N, K, C], each over its own choices.
+
+    It is computed in blocks of inputs, because its intermediate results take several times the memory of the logits.
+    """
+    size = max(1, BLOCK_VALUES // logits[0].numel())
+    return Predictive.concatenated(
+        [
+            predictive(without_absent(block, counts), model.config.temperature, draws.scheme, draws.members)
+            for block, counts in zip(torch.split(logits, size), torch.split(num_choices, size), strict=True)
+        ]
+    )
 
 
 def linearized_predictive(
@@ -69,10 +80,11 @@ def linearized_predictive(
         negligible: as of `linearize`.
     """
     outcomes: dict[int, Predictive] = {}
-    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    rows = model.members * model.num_choices
+    rows = rows if draws is None else max(rows, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
-        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        linear = linearize(model, tokens, choices=counts.tolist(), negligible=negligible)
         if draws is None:
             outcome = linear.predictive(model.config.temperature)
         else:
@@ -116,4 +128,11 @@ def adaptive_predictive(
         )
         return without_absent(logits, encoded.num_choices[list(unsettled)])
 
-    return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)
+    return sample_adaptively(
+        run,
+        len(encoded.sequences),
+        rule,
+        temperature=model.config.temperature,
+        scheme=draws.scheme,
+        members=draws.members,
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from scalabl.base.placement import device_of
-from scalabl.model.forward_pass import running
+from scalabl.model.forward_pass import RowSamples, Share, running
+from scalabl.model.layer import SubspaceLinear
 
 
 class ChoiceHead(nn.Module):
@@ -34,8 +37,27 @@ class ChoiceHead(nn.Module):
         picked = hidden[rows, last] if forward_pass.packing is None else hidden[0, last]
         if forward_pass.inputs is not None and not forward_pass.spreads_in_blocks:
             picked = picked[forward_pass.inputs.to(picked.device)]
-        logits: Tensor = self.inner(picked.to(self._device))
+        picked = picked.to(self._device)
+        if forward_pass.samples is not None and forward_pass.samples.shares:
+            return _of_shares(picked, forward_pass.samples.shares).unsqueeze(1)
+        logits: Tensor = self.inner(picked)
         return logits.unsqueeze(1)
+
+    def of_rows(self, picked: Tensor, samples: RowSamples) -> Tensor:
+        """[M, D] -> [M, C] for rows with these samples, of a pass that another adapter runs."""
+        logits: Tensor = (
+            self.inner.of_rows(picked, samples) if isinstance(self.inner, SubspaceLinear) else self.inner(picked)
+        )
+        return logits
+
+
+def _of_shares(picked: Tensor, shares: Sequence[Share]) -> Tensor:
+    """[M, D] -> [M, C], C the most choices of any adapter; zero for choices that a row's own adapter does not have."""
+    of_each = [share.head(picked[share.rows.to(picked.device)], share.samples) for share in shares]
+    logits = of_each[0].new_zeros(len(picked), max(part.shape[1] for part in of_each))
+    for share, part in zip(shares, of_each, strict=True):
+        logits[share.rows.to(picked.device), : part.shape[1]] = part
+    return logits
 
 
 def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:
@@ -61,3 +83,17 @@ def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:
         if bias is not None:
             cut.bias.copy_(bias[rows])
     return cut.requires_grad_(False)
+
+
+def own_head(head: nn.Module, choices: int) -> nn.Linear:
+    """An adapter's own rows, as a linear layer [D] -> [C] of zeros beside a language model's head, which it replaces.
+
+    Raises:
+        ValueError: the head's weight is quantised, so that the dtype of its input is not known.
+    """
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError("the head's weight is quantised; load the base model with its head in floating point")
+    own = nn.Linear(weight.shape[1], choices, bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.zeros_(own.weight)
+    return own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,17 +20,19 @@ from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
-from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing, packing_pays
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme, draw_members, zero_draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
-GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
+HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
+# Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
+SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
 
 def _layer_index(name: str) -> int | None:
@@ -38,9 +40,20 @@ def _layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def _check_layers(host: Host, layers: Sequence[int] | None) -> None:
+    """Raise AdapterError for an index that is not that of a layer of the base model."""
+    indices = {index for name in host.modules if (index := _layer_index(name)) is not None}
+    absent = [index for index in layers or () if index not in indices]
+    if absent and indices:
+        raise AdapterError(
+            f"layers_to_transform names layer {absent[0]}, but the base model's layers are {min(indices)} to {max(indices)}"
+        )
+
+
 def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
     """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
     layers = config.layers_to_transform
+    _check_layers(host, layers)
     chosen, matched, seen_layers = [], set(), set()
     for name, module in host.modules.items():
         targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
@@ -81,7 +94,8 @@ class ScalaBLModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, config: AdapterConfig, *, attach: bool = True) -> None:
         super().__init__()
-        if config.task.choice_tokens is None:
+        tokens = config.task.choice_tokens
+        if tokens is None and config.task.head == "vocabulary":
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
         self.base = base
@@ -93,19 +107,27 @@ class ScalaBLModel(nn.Module):
         names = _select(host, config, type(base).__name__)
         try:
             with weights_of(host.head):
-                cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
+                rows = own_head(host.head, len(config.task.choices)) if tokens is None else cut_head(host.head, tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
+        self.own_head = rows if tokens is None else None
+        self._backbone = _backbone(base) if tokens is None else None
+        cut: nn.Module = rows
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
-            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r))
+            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), config.members)
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
+        self.covariance_factor: nn.Parameter | None = None  # [P, P], or [M, P, P] with more than one member
+        if config.covariance == "full":
+            shape = [*([config.members] if config.members > 1 else []), *2 * [self.num_stochastic_parameters]]
+            self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
+        self.head, self.head_name = ChoiceHead(cut), host.head_name
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
         if attach:
             self.attach()
 
@@ -119,8 +141,13 @@ class ScalaBLModel(nn.Module):
 
     @property
     def num_stochastic_parameters(self) -> int:
-        """P: the number of scalars that are drawn, R for each adapted layer."""
+        """P: the number of scalars that are drawn for a sample, R for each adapted layer."""
         return self.config.r * len(self.adapted)
+
+    @property
+    def members(self) -> int:
+        """M: the number of members of the posterior, each with scalars and matrices of its own."""
+        return self.config.members
 
     @property
     def num_choices(self) -> int:
@@ -144,39 +171,58 @@ class ScalaBLModel(nn.Module):
         return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
-        return {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in self.adapted.items()
-            for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
-        }
+        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on; the own head's first."""
+        parameters: dict[str, nn.Parameter] = {}
+        if self.own_head is not None:
+            parameters[HEAD_WEIGHT] = self.own_head.weight  # type: ignore[assignment]  # a parameter
+        for name, layer in self.adapted.items():
+            parameters |= {f"{name}.{kind}": getattr(layer, kind) for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")}
+        if self.covariance_factor is not None:
+            parameters[FACTOR] = self.covariance_factor
+        return parameters
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
-        """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
+        """Reset to an untrained adapter with the paper's initialisation, in which B = 0.
+
+        A head of its own starts as in transformers' models for sequence classification: N(0, `initializer_range`^2).
+        """
         generator = torch.Generator().manual_seed(seed)
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
+        if self.own_head is not None:
+            spread = getattr(self.base.config.get_text_config(), "initializer_range", 0.02)
+            initial = torch.empty(self.own_head.weight.shape).normal_(0.0, spread, generator=generator)
+            self.own_head.weight.data.copy_(initial)
 
-    def posterior(self) -> tuple[Tensor, Tensor]:
-        """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
+    def posterior(self) -> Posterior:
+        """q(s) over all adapted layers; differentiable in mu and ln sigma."""
         layers, device = list(self.adapted.values()), self.device
-        return (
-            torch.cat([layer.s_mean.to(device) for layer in layers]),
-            torch.cat([layer.s_log_std.to(device) for layer in layers]),
-        )
+        mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
+        log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
+        shape, factor = (self.members, mean.shape[-1]), None
+        if self.covariance_factor is not None:
+            factor = self.covariance_factor.to(device).view(*shape, -1)
+        return Posterior(mean.view(shape), log_std.view(shape), self.config.posterior_scale, factor)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
-        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of stochastic parameters)."""
-        return draw(seed, num_samples, self.num_stochastic_parameters, scheme)
+        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of scalars and of members).
+
+        Raises:
+            ValueError: as for `draw_members`.
+        """
+        return draw_members(seed, num_samples, self.num_stochastic_parameters, self.members, scheme)
 
     def mean_draw(self) -> Draws:
-        """One draw with every scalar at its posterior mean."""
-        return zero_draw(self.num_stochastic_parameters)
+        """One draw for each member, with every scalar at its mean in that member."""
+        return zero_draw(self.num_stochastic_parameters, self.members)
 
-    def sample(self, epsilon: Tensor) -> Tensor:
-        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma."""
-        mean, log_std = self.posterior()
-        return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
+    def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
+        """s = mu + F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
+
+        Args:
+            member: [N] int64, the member of each row; needed if there are several.
+        """
+        return self.posterior().sample(epsilon, member)
 
     def warm_up(self) -> None:
         """Run the kernel at every launch shape that serving uses, so that no request waits for its compilation."""
@@ -199,9 +245,12 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
-        logits: Tensor = output.logits[:, 0].float()
-        return logits.to(self.device), cache
+            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **places}
+            if self._backbone is None:
+                logits: Tensor = self.base(**arguments).logits
+            else:  # what some architectures do to the logits of their vocabulary (scales, caps) is not for other heads
+                logits = self.head(self._backbone(**arguments).last_hidden_state)
+        return logits[:, 0].float().to(self.device), cache
 
     def _fitted(self, wanted: ForwardPass) -> ForwardPass:
         """The pass in the form that this base model supports: if rows cannot fan out, inputs are copied before the pass."""
@@ -233,7 +282,7 @@ class ScalaBLModel(nn.Module):
             ValueError: the base model computes no keys and values in one of its blocks.
         """
         ids, lengths = moved(TokenBatch.of([tokens]).right_padded(), self.device)
-        samples, _ = self._row_samples([draws])
+        samples, _ = self.row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
         assert cache is not None  # because `keeps` is set
         return cache.prefix(self.shared_blocks)
@@ -259,23 +308,33 @@ class ScalaBLModel(nn.Module):
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
         """
+        if len(draws) != batch.input_ids.shape[0]:
+            raise ValueError(f"{len(draws)} draws were given for {batch.input_ids.shape[0]} inputs")
+        return self.run_inputs(batch, lambda order: self.row_samples([draws[place] for place in order]), states, past)
+
+    @torch.inference_mode()
+    def run_inputs(
+        self, batch: TokenBatch, sample_rows: SampleRows, states: Tensor | None = None, past: Past | None = None
+    ) -> list[Tensor]:
+        """One forward pass over B inputs: the logits [K_b, C] of each.
+
+        Args:
+            sample_rows: makes the samples of the rows for the inputs in a given order.
+            states, past: as of `ForwardPass`, of a batch that is right-padded.
+        """
         ids, lengths = (tensor.cpu() for tensor in batch.right_padded())  # where a batch usually is
-        if len(draws) != ids.shape[0]:
-            raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
-        if not self.packs or not packing_pays(lengths, [of_input.num_samples for of_input in draws], self.device):
-            samples, counts = self._row_samples(draws)
-            ids, lengths = moved((ids, lengths), self.device)
-            return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
-        order = torch.argsort(lengths, stable=True)
+        order = torch.argsort(lengths, stable=True) if self.packs else torch.arange(len(ids))
         places = order.tolist()
-        samples, counts = self._row_samples([draws[place] for place in places])
-        packing = Packing.of(lengths[order], counts).to(self.device)
+        samples, counts = sample_rows(places)
+        packing = None
+        if self.packs and packing_pays(lengths[order], counts, self.device):
+            packing = Packing.of(lengths[order], counts).to(self.device)
         ids, lengths, order = moved((ids[order], lengths[order], order), self.device)
         forward_pass = ForwardPass(ids, lengths, samples, packing, None if states is None else states[order], past)
         logits = torch.split(self.run(forward_pass), counts)
         return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
-    def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
+    def row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
         """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""
         tables: dict[Hashable, tuple[int, Draws]] = {}  # key of the draws -> (its first row in s, draws)
         first = 0
@@ -283,54 +342,35 @@ class ScalaBLModel(nn.Module):
             if of_input.key not in tables:
                 tables[of_input.key] = (first, of_input)
                 first += of_input.num_samples
-        s = self.sample(torch.cat([kept(table.epsilon, self.device) for _, table in tables.values()]))
+        epsilon, member = torch.cat([kept(table.epsilon, self.device) for _, table in tables.values()]), None
+        if self.members > 1:
+            (member,) = moved([torch.cat([table.member for _, table in tables.values()])], self.device)
+        s = self.sample(epsilon, member)
         counts = [of_input.num_samples for of_input in draws]
         sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
         inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         sample, inputs = moved((sample, inputs), self.device)
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
-        return RowSamples(s, sample, fan_out, spread, tuple(tables)), counts
-
-    @torch.enable_grad()
-    def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
-        """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
-
-        There is a row, with scalars of its own, for each active choice of each input. One reverse pass of the sum of the
-        rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit memory.
-
-        Args:
-            active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-            max_tokens: rows x padded length in one graph; a single row may exceed it.
-
-        Returns:
-            ([B, C], [B, C, P]), zero where not active.
-        """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
-        mean = self.posterior()[0].detach()
-        logits: list[Tensor] = []
-        gradients: list[Tensor] = []
-        size = max(1, max_tokens // ids.shape[1])
-        for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
-            rows = torch.arange(len(inputs_m), device=self.device)
-            s = mean.expand(len(rows), -1).clone().requires_grad_()
-            first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
-            z = self.run(
-                ForwardPass(ids[first:end], lengths[first:end], RowSamples(s, rows, inputs=inputs_m - first))
-            )  # [m, C]
-            gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
-            logits.append(z.detach())
-        jacobian = mean.new_zeros(*active.shape, len(mean))
-        jacobian[inputs, choices] = torch.cat(gradients)
-        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return torch.cat(logits)[firsts], jacobian
+        return RowSamples(s, sample, fan_out, spread, tuple(tables), member), counts
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         return self.run(ForwardPass(ids, lengths))
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The base model without its head: what transformers' models for sequence classification run.
+
+    Raises:
+        AdapterError: the base model's class does not have this part.
+    """
+    backbone: nn.Module = base.base_model
+    if backbone is base:
+        raise AdapterError(f"{type(base).__name__} has no part without its head; task.head 'own' needs it")
+    return backbone
 
 
 def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:

@@ -41,8 +41,10 @@ def check_method(request: PredictRequest) -> None:
         )
 
 
-def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
+def rule_of(request: PredictRequest, max_samples: int, members: int) -> Rule | None:
     """The rule for when to stop drawing samples, if the request has num_samples 'auto'; otherwise None.
+
+    The first round has two samples or more of each member of the adapter, as many of one as of another.
 
     Raises:
         ProblemError: `invalid-field`.
@@ -60,15 +62,25 @@ def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
             f"{request.tolerance:g} is not below 1; for the target decision the tolerance is a probability",
             field="tolerance",
         )
-    return Rule(target, request.tolerance, min(Rule.first, most), most)
+    first = -(-max(Rule.first, 2 * members) // members) * members
+    return Rule(target, request.tolerance, min(first, most), most)
 
 
 def calibration_mismatch(
-    calibration: Calibration | None, method: Method, num_samples: int | Literal["auto"], seed: int, scheme: Scheme
+    calibration: Calibration | None,
+    method: Method,
+    num_samples: int | Literal["auto"],
+    seed: int,
+    scheme: Scheme,
+    *,
+    restricted: bool = False,
 ) -> str | None:
     """Why the calibrated thresholds do not apply to a request; None if they do, or if there are none.
 
-    The thresholds hold only for predictions that are computed in the same way as those of the calibration.
+    The thresholds hold only for predictions that are computed in the same way as those of the calibration, over all choices.
+
+    Args:
+        restricted: the request is restricted to some of the adapter's choices.
     """
     if calibration is None:
         return None
@@ -85,6 +97,8 @@ def calibration_mismatch(
         for name, (requested, calibrated) in wanted.items()
         if requested != calibrated
     ]
+    if restricted:
+        differing.append("choices (calibrated with all of the adapter's)")
     if not differing:
         return None
     return f"prediction_set and abstain are null, because this request uses {', '.join(differing)}"

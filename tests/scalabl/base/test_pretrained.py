@@ -8,8 +8,9 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, LlamaConfig, MptConfig, PreTrainedConfig
 
-from scalabl.base.pretrained import load_pretrained, resolve_device, resolve_dtype
+from scalabl.base.pretrained import load_pretrained, longest_prompt, resolve_device, resolve_dtype
 from scalabl.errors import BaseModelError
 from tests import tiny
 
@@ -35,6 +36,24 @@ def test_products_of_float32_are_computed_in_float32(base: Path) -> None:
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "longest"),
+    [
+        (LlamaConfig(max_position_embeddings=300), 200, 200),
+        (LlamaConfig(max_position_embeddings=300), int(1e30), 300),
+        (MptConfig(max_seq_len=300), int(1e30), 300),
+        (BloomConfig(), 200, 200),
+        (BloomConfig(), int(1e30), None),  # no limit on positions, and the tokenizer's word for none
+    ],
+)
+def test_the_longest_prompt_is_what_the_model_or_the_tokenizer_says(
+    config: PreTrainedConfig, tokens: int, longest: int | None
+) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = tokens
+    assert longest_prompt(config, tokenizer) == longest
 
 
 def test_pickled_weights_are_refused(base: Path) -> None:

@@ -97,10 +97,12 @@ def _counted_calls(model: ScalaBLModel) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-@pytest.mark.parametrize("num_samples", [1, 8, 32])
+@pytest.mark.parametrize(("num_samples", "changes"), [(1, {}), (8, {}), (32, {}), (8, tiny.MIXTURE)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(name: str, num_samples: int) -> None:
-    model = tiny.adapted(name)
+def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(
+    name: str, num_samples: int, changes: dict[str, Any]
+) -> None:
+    model = tiny.adapted(name, **changes)
     linear = [n for n, m in model.base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     with _counted_calls(model) as calls:
         model.logits(TokenBatch.of(tiny.ragged()), model.draws(num_samples))
@@ -164,7 +166,15 @@ def test_a_whole_module_path_is_a_target() -> None:
     [
         ({"target_modules": ("q_proj", "w_pack")}, "target module 'w_pack' matches no linear layer of .* LlamaForCausalLM"),
         ({"target_modules": ("input_layernorm",)}, "target module 'input_layernorm' matches no linear layer"),
-        ({"layers_to_transform": (0, 2)}, "layers_to_transform names layer 2, in which the base model has no target module"),
+        ({"layers_to_transform": (0, 2)}, "layers_to_transform names layer 2, but the base model's layers are 0 to 1"),
+        (
+            {"layers_to_transform": (9,), "target_modules": ("q_proj",)},
+            "names layer 9, but the base model's layers are 0 to 1",
+        ),
+        (
+            {"layers_to_transform": (0, 1), "target_modules": ("layers.0.self_attn.q_proj",)},
+            "layers_to_transform names layer 1, in which the base model has no target module",
+        ),
         (
             {"task": tiny.CLASSIFICATION.model_copy(update={"choice_tokens": (5, 6, 259)})},
             "choice token 259 is outside the base model's vocabulary of 259",
@@ -224,7 +234,7 @@ def test_posterior_scale_scales_sigma_and_zero_is_the_mean() -> None:
     scaled, unscaled = tiny.adapted(posterior_scale=2.0), tiny.adapted()
     epsilon = unscaled.draws(K).epsilon
     with torch.no_grad():
-        mean = unscaled.posterior()[0]
+        mean = unscaled.posterior().mean
         assert torch.allclose(scaled.sample(epsilon) - mean, 2 * (unscaled.sample(epsilon) - mean), atol=1e-6)
     batch, flat = TokenBatch.of(tiny.ragged()), tiny.adapted(posterior_scale=0.0)
     logits = flat.logits(batch, flat.draws(3))

@@ -104,10 +104,30 @@ def test_evaluating_twice_gives_the_same_numbers(work: Path) -> None:
     assert scored("--method", "control_variate", "--num-samples", 8)["nll"] == pytest.approx(many, rel=0.05)
 
 
+def test_a_mixture_is_evaluated_calibrated_and_described(work: Path, tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "mixture", **tiny.MIXTURE)
+    common = ("--adapter", folder, "--model", work / "base", "--data", work / "rows.jsonl")
+    few = run("evaluate", *common, "--num-samples", 2)
+    assert few.exit_code == 1
+    assert "error: num_samples is 2, and the adapter is a mixture of 3 members" in few.stderr
+    scores = json.loads(run("evaluate", *common, "--num-samples", 6, "--method", "control_variate").stdout)
+    assert scores["data"]["inputs"] == 24
+    result = run("calibrate", *common, "--num-samples", 6, "--no-abstain", "--levels", "0.8")
+    assert result.exit_code == 0, result.output
+    config = read_config(folder)
+    assert config.calibration is not None
+    assert (config.members, config.format_version, config.calibration.num_samples) == (3, 2, 6)
+    summary = json.loads(run("info", folder).stdout)
+    assert (summary["members"], summary["adapted_layers"], summary["stochastic_parameters"]) == (3, 5, 60)
+
+
 def test_info_needs_no_base_model(work: Path) -> None:
     summary = json.loads(run("info", work / "adapter").stdout)
     assert (summary["adapted_layers"], summary["stochastic_parameters"]) == (5, 20)
     assert summary["task"]["choices"] == COLOURS
+
+
+LETTERS = ("--choices", "A", "--choices", "B")
 
 
 def test_convert_writes_an_adapter(tmp_path: Path) -> None:
@@ -125,19 +145,19 @@ def test_convert_writes_an_adapter(tmp_path: Path) -> None:
         "--output",
         tmp_path / "out",
     )
-    result = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "5,6")
+    result = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "5,6")
     assert result.stdout == f"wrote {tmp_path / 'out'}: rank 2, target modules lm_head\n"
     assert read_config(tmp_path / "out").task.choice_tokens == (5, 6)
 
-    wrong = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "5,5")
+    wrong = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "5,5")
     assert wrong.exit_code == 2
     assert "share the token 5" in _said(wrong)
 
-    again = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8")
+    again = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "7,8")
     remedy = "choose another --output, or add --overwrite to replace the adapter in it"
     assert (again.exit_code, again.stderr) == (1, f"error: {tmp_path / 'out'} is not empty; {remedy}\n")
     assert read_config(tmp_path / "out").task.choice_tokens == (5, 6)
-    replaced = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8", "--overwrite")
+    replaced = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "7,8", "--overwrite")
     assert replaced.exit_code == 0, replaced.output
     assert read_config(tmp_path / "out").task.choice_tokens == (7, 8)
 
