@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve models test lint kernel-report check-kernel check-tokenizers check-architectures deploy-check integration integration-vllm soak bench lock clean
+.PHONY: serve models test lint kernel-report check-kernel check-tokenizers check-architectures deploy-check integration integration-vllm soak bench gpu-rehearsal lock clean
 
 # One virtual environment. A target installs the extras that it needs into it.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -108,6 +108,13 @@ soak: $(VENV)/.installed-dev
 # `make integration-vllm`. Use a machine that does nothing else.
 bench: $(VENV)/.installed-dev
 	@base=$(BASE) && $(OFFLINE) $(BIN)/python -m benchmarks.serving --model "$$base" --output build/bench $(ARGS)
+
+# Collects what is carried to a machine with a GPU, and rehearses the run on this CPU, in a clean virtual
+# environment (6 GB) with the machine's versions and the carried wheels. The real run is `bash benchmarks/gpu/run.sh`.
+PYTHON312 ?= python3.12
+gpu-rehearsal: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu.collect
+	$(BIN)/python -m benchmarks.gpu.rehearse --python $(PYTHON312) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

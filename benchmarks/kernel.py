@@ -25,15 +25,15 @@ RANK, NUM_SAMPLES, SCALING = 8, 16, 2.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def forms(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+def forms(rows: int, d: int, device: torch.device, dtype: torch.dtype, rank: int = RANK) -> dict[str, Callable[[], Tensor]]:
     """The base layer's product alone and with each way of adding the adapter: a function each, M rows, K samples."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) / shape[-1] ** 0.5).to(dtype)
 
-    base, x, a, b = normal(d, d), normal(rows, d), normal(RANK, d), normal(d, RANK)
-    s = normal(NUM_SAMPLES, RANK).float()
+    base, x, a, b = normal(d, d), normal(rows, d), normal(rank, d), normal(d, rank)
+    s = normal(NUM_SAMPLES, rank).float()
     sample = torch.arange(rows, device=device) % NUM_SAMPLES
     a_of_sample = (a * s.to(dtype).unsqueeze(-1)).contiguous()  # [K, R, d]: PEFT has one LoRA per sample
     groups = [(sample == k).nonzero().squeeze(1) for k in range(NUM_SAMPLES)]

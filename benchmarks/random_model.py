@@ -1,6 +1,6 @@
-"""A tiny base model with random weights, its byte-level tokenizer and a random adapter: for the soak and for tests.
+"""Tiny base models with random weights, a byte-level tokenizer and random adapters: for benchmarks and for tests.
 
-Nothing here is trained. `tests/tiny.py` adds the other architectures and what only tests need.
+Nothing here is trained. `tests/tiny.py` adds what only tests need.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from scalabl.config import AdapterConfig, Task
 from scalabl.files.adapter_directory import save_adapter
@@ -35,6 +47,25 @@ SMALL: dict[str, Any] = {
 }
 LLAMA = LlamaConfig(**SMALL, tie_word_embeddings=True)
 LLAMA_TARGETS = ("q_proj", "v_proj", "lm_head")
+# name -> (configuration, target modules)
+ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
+    "llama": (LLAMA, LLAMA_TARGETS),
+    "mistral": (MistralConfig(**SMALL, sliding_window=6), ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")),
+    "qwen2": (Qwen2Config(**SMALL), ("q_proj", "v_proj", "lm_head")),  # biases on q, k and v
+    "qwen3": (Qwen3Config(**SMALL, head_dim=8), ("q_proj", "v_proj", "down_proj", "lm_head")),
+    "gemma3": (
+        Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        ("q_proj", "v_proj", "gate_proj", "lm_head"),
+    ),
+    "phi3": (Phi3Config(**SMALL), ("qkv_proj", "gate_up_proj", "lm_head")),  # fused projections
+    "gpt2": (
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+        ("c_attn", "c_proj", "lm_head"),  # Conv1D: weights stored transposed
+    ),
+}  # fmt: skip
 COLOURS = Task(kind="classification", template="{input}\nLabel:", choices=("red", "green", "blue"))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures, and adapters for them. One architecture's are shared with the benchmarks."""
+"""Tiny random models of several architectures, and adapters for them. The benchmarks share the models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    Gemma3TextConfig,
-    GPT2Config,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.random_model import (
+    ARCHITECTURES,
     COLOURS,
-    LLAMA,
-    LLAMA_TARGETS,
-    SMALL,
     SPECIAL,
     VOCABULARY,
     adapter_config,
@@ -33,31 +21,14 @@ from benchmarks.random_model import (
     random_base,
 )
 from benchmarks.random_model import (
+    SMALL as SMALL,
+)
+from benchmarks.random_model import (
     fill as fill,
 )
 from scalabl.config import AdapterConfig, Task
 from scalabl.files.adapter_directory import save_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
-
-# name -> (configuration, target modules)
-ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
-    "llama": (LLAMA, LLAMA_TARGETS),
-    "mistral": (MistralConfig(**SMALL, sliding_window=6), ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")),
-    "qwen2": (Qwen2Config(**SMALL), ("q_proj", "v_proj", "lm_head")),  # biases on q, k and v
-    "qwen3": (Qwen3Config(**SMALL, head_dim=8), ("q_proj", "v_proj", "down_proj", "lm_head")),
-    "gemma3": (
-        Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-        ("q_proj", "v_proj", "gate_proj", "lm_head"),
-    ),
-    "phi3": (Phi3Config(**SMALL), ("qkv_proj", "gate_up_proj", "lm_head")),  # fused projections
-    "gpt2": (
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        ),
-        ("c_attn", "c_proj", "lm_head"),  # Conv1D: weights stored transposed
-    ),
-}  # fmt: skip
 
 
 def base_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:

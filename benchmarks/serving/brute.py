@@ -35,7 +35,7 @@ def brute(options: argparse.Namespace, line: Line) -> list[dict[str, Any]]:
     pretrained = load_pretrained(options.model)
     prompter = Prompter(read_config(options.adapter).task, pretrained.tokenizer)
     ours = SwitchableModel(load_adapter(pretrained.model, options.adapter))
-    peers = None if options.no_peers else Peers(options.adapter, options.model, prompter, max(options.samples))
+    peers = None if options.no_peers else Peers.of_folder(options.adapter, options.model, prompter, max(options.samples))
     int8 = Int8(options.model, options.adapter)
     results = []
     with _vllm(options, prompter) as vllm:

@@ -69,7 +69,7 @@ def _pass(options: argparse.Namespace) -> Callable[[int], Tensor]:
         draws = {count: ours.model.draws(count) for count in (1, options.samples)}
         return lambda count: ours.run(sequences, draws[count], FEATURES[BEST])
     del pretrained
-    peers = Peers(options.adapter, options.model, prompter, options.samples)
+    peers = Peers.of_folder(options.adapter, options.model, prompter, options.samples)
     return lambda count: peers.mixed_batch(sequences, count)
 
 

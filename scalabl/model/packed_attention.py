@@ -75,8 +75,8 @@ AttentionMaskInterface.register(NAME, _masks)
 
 
 def may_pack(base: PreTrainedModel) -> bool:
-    """Whether to try packed passes: with SDPA attention on a CPU, where more calls of it cost less than padding."""
-    return not is_divided(base) and base.device.type == "cpu" and bool(base.config._attn_implementation == INNER)
+    """Whether to try packed passes: with SDPA attention, and the whole model on one device."""
+    return not is_divided(base) and bool(base.config._attn_implementation == INNER)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from scalabl.base.placement import device_of, weights_of
 from scalabl.base.positions import UNLIMITED, unscaled_length
 from scalabl.base.targets import select
+from scalabl.base.transfer import kept, moved
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
@@ -23,7 +24,7 @@ from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear
 from scalabl.model.packed_attention import packed
-from scalabl.model.packing import Packing
+from scalabl.model.packing import Packing, packing_pays
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
 from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme, draw_members, zero_draw
@@ -268,7 +269,7 @@ class ScalaBLModel(nn.Module):
         Raises:
             ValueError: the base model computes no keys and values in one of its blocks.
         """
-        ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
+        ids, lengths = moved(TokenBatch.of([tokens]).right_padded(), self.device)
         samples, _ = self.row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
         assert cache is not None  # because `keeps` is set
@@ -309,21 +310,15 @@ class ScalaBLModel(nn.Module):
             sample_rows: makes the samples of the rows for the inputs in a given order.
             states, past: as of `ForwardPass`, of a batch that is right-padded.
         """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        if not self.packs:
-            samples, counts = sample_rows(range(len(ids)))
-            return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
-        order = torch.argsort(lengths, stable=True)
+        ids, lengths = (tensor.cpu() for tensor in batch.right_padded())  # where a batch usually is
+        order = torch.argsort(lengths, stable=True) if self.packs else torch.arange(len(ids))
         places = order.tolist()
         samples, counts = sample_rows(places)
-        forward_pass = ForwardPass(
-            ids[order],
-            lengths[order],
-            samples,
-            Packing.of(lengths[order], counts),
-            None if states is None else states[order],
-            past,
-        )
+        packing = None
+        if self.packs and packing_pays(lengths[order], counts, self.device):
+            packing = Packing.of(lengths[order], counts).to(self.device)
+        ids, lengths, order = moved((ids[order], lengths[order], order), self.device)
+        forward_pass = ForwardPass(ids, lengths, samples, packing, None if states is None else states[order], past)
         logits = torch.split(self.run(forward_pass), counts)
         return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
 
@@ -335,16 +330,17 @@ class ScalaBLModel(nn.Module):
             if of_input.key not in tables:
                 tables[of_input.key] = (first, of_input)
                 first += of_input.num_samples
-        epsilon, member = torch.cat([table.epsilon for _, table in tables.values()]), None
+        epsilon, member = torch.cat([kept(table.epsilon, self.device) for _, table in tables.values()]), None
         if self.members > 1:
-            member = torch.cat([table.member for _, table in tables.values()]).to(self.device)
+            (member,) = moved([torch.cat([table.member for _, table in tables.values()])], self.device)
         s = self.sample(epsilon, member)
         counts = [of_input.num_samples for of_input in draws]
         sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
-        inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        sample, inputs = moved((sample, inputs), self.device)
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
-        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables), member), counts
+        return RowSamples(s, sample, fan_out, spread, tuple(tables), member), counts
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

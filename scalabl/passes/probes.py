@@ -29,8 +29,7 @@ def find_shared_work(model: ScalaBLModel) -> None:
 
     * The trunk (`model.trunk`): rows fan out to samples only after the blocks that are the same for all samples; and the
       last block's MLP computes only the position whose logits are read.
-    * Packed passes, without padding (`model.packing`). On a CPU only, where separate attention calls for each length cost
-      less than padding.
+    * Packed passes, without padding (`model.packing`). Which passes then run that way is decided there (`packing_pays`).
     * Adapted layers whose input is the same for all samples multiply it once for each input: the first layer of a pass, and
       layers that get the same tensor (q, k and v of one attention).
 

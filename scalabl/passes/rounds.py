@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from scalabl.base.transfer import moved
 from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -87,8 +89,8 @@ class Rounds:
         if self._keeps_trunk:
             if part.states is None:
                 part.states = self._trunk(part, past)
-            places = [part.indices.index(index) for index in indices]
-            states = part.states[places, : batch.input_ids.shape[1]]
+            places = torch.tensor([part.indices.index(index) for index in indices])
+            states = part.states[moved([places], self._model.device)[0], : batch.input_ids.shape[1]]
         logits_each = self._model.logits_each(batch, draws, states, past)
         return {index: logits.cpu() for index, logits in zip(indices, logits_each, strict=True)}
 
@@ -96,5 +98,5 @@ class Rounds:
         return TokenBatch.of([self._sequences[index][part.start :] for index in indices])
 
     def _trunk(self, part: _Part, past: Past | None) -> Tensor:
-        ids, lengths = (tensor.to(self._model.device) for tensor in self._rest(part, part.indices).right_padded())
+        ids, lengths = moved([*self._rest(part, part.indices).right_padded()], self._model.device)
         return self._model.trunk_states(ids, lengths, past)

@@ -29,6 +29,15 @@ def test_a_folder_loads_frozen_in_eval_mode_with_its_limit(base: Path) -> None:
     assert load_pretrained(str(base), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
+def test_products_of_float32_are_computed_in_float32(base: Path) -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        load_pretrained(str(base), device="cpu")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("config", "tokens", "longest"),
     [

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.published import Published, load_published
 from scalabl.config import Task
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import read_weights
 from scalabl.files.bayesadapt import convert_bayesadapt
 from scalabl.model.token_batch import TokenBatch
-from tests.published import Published, load_published
 
 LETTERS = Task(kind="multiple_choice", template="{input}\n{choices}\nAnswer:", choices=("A", "B"), choice_tokens=(4, 5))
 

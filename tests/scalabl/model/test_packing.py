@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from scalabl.model.packing import Packing
+from scalabl.base import transfer
+from scalabl.model import packing
+from scalabl.model.forward_pass import ForwardPass
+from scalabl.model.packing import Packing, packing_pays
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
@@ -49,6 +52,51 @@ def test_packing_changes_no_number(name: str, layers: tuple[int, ...] | None) ->
         batch = TokenBatch.of(SEQUENCES)
         for found, expected in zip(packs.logits_each(batch, each), padded.logits_each(batch, each), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_on_another_device_packing_changes_no_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is taken for a device with a memory of its own, for which tables travel in one buffer."""
+    padded, packs = _pair(name)
+    for module in (transfer, packing):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
+    monkeypatch.setattr(packing, "GROUP_TOKENS", 1)
+    passes = _passes(packs)
+    batch, several = TokenBatch.of(SEQUENCES), [packs.draws(3, seed=1), packs.draws(5, seed=3)] * 3 + [packs.mean_draw()]
+    for each in (several, [several[0]] * 7):
+        for logits, expected in zip(packs.logits_each(batch, each), padded.logits_each(batch, each), strict=True):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert [forward_pass.packing is not None for forward_pass in passes] == [True, True]
+
+
+def _passes(model: ScalaBLModel) -> list[ForwardPass]:
+    """Hears of each pass."""
+    seen: list[ForwardPass] = []
+    run = model.run
+
+    def heard(forward_pass: ForwardPass) -> torch.Tensor:
+        seen.append(forward_pass)
+        return run(forward_pass)
+
+    model.run = heard  # type: ignore[method-assign]  # a spy
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "elsewhere"),
+    [
+        ([50, 50, 50], [16] * 3, True),  # one group
+        ([50], [1], True),
+        ([49, 50], [16, 16], False),  # 16 tokens saved, 64 to pay
+        ([40, 50], [16, 16], True),
+        ([40, 50], [1, 1], False),
+        ([10, 20, 30, 40], [1, 1, 1, 1], False),  # 60 saved, three more groups
+        ([10, 20, 30, 40], [4, 4, 4, 4], True),
+    ],
+)
+def test_padding_is_left_out_where_that_pays(lengths: list[int], counts: list[int], elsewhere: bool) -> None:
+    assert packing_pays(torch.tensor(lengths), counts, torch.device("cpu"))
+    assert packing_pays(torch.tensor(lengths), counts, torch.device("cuda")) == elsewhere
 
 
 def test_the_head_alone_may_be_adapted() -> None:

@@ -15,13 +15,13 @@ from scalabl_kernels import launch, projection
 from scalabl_kernels.reference import subspace_projection_torch
 
 import scalabl.model.layer
+from benchmarks.published import load_published
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.side_by_side import SideBySide
 from tests import tiny
-from tests.published import load_published
 from tests.server.conftest import serving, settings_for
 
 fused = pytest.importorskip("scalabl_kernels.fused", reason="triton is not installed; it is for Linux")

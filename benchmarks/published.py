@@ -18,6 +18,8 @@ from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 
+CHECKPOINT = Path("fixtures") / "bayesadapt_qwen2_r8"
+
 
 @dataclass(frozen=True)
 class Published:
@@ -30,9 +32,13 @@ class Published:
     mean_logits: Tensor  # [B, C]
 
 
-def load_published(shared: Path, adapter: Path) -> Published:
-    """Convert the checkpoint into the folder `adapter` and load it."""
-    folder = shared / "fixtures" / "bayesadapt_qwen2_r8"
+def load_published(shared: Path, adapter: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Published:
+    """Convert the checkpoint into the folder `adapter` and load it.
+
+    Args:
+        shared: the folder that holds it.
+    """
+    folder = shared / CHECKPOINT
     meta = json.loads((folder / "meta.json").read_text())
     expected = load_file(folder / "expected.safetensors")
     tokens = meta["class_token_ids"]
@@ -43,7 +49,8 @@ def load_published(shared: Path, adapter: Path) -> Published:
         choice_tokens=tuple(tokens),
     )
     convert_bayesadapt(folder / "state_dict.pt", adapter, base_model="tiny-qwen2", lora_alpha=meta["lora_alpha"], task=task)
-    model = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), adapter)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).to(device)
+    model = load_adapter(base, adapter)
     noise = torch.cat([expected[f"noise.{name}"] for name in model.adapted], dim=1)  # [K, P], in the model's order
     return Published(
         model,
