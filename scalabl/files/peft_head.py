@@ -33,8 +33,8 @@ def read_head(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor
     parts = {match["name"] + "." + match["kind"]: tensor for key, tensor in tensors.items() if (match := HEAD.match(key))}
     if any(name not in HEADS for name in saved) or (saved and not parts and not is_classifier):
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: modules_to_save is {saved!r}, which cannot be converted, because it stands for trained "
-            "copies of whole modules; beside a LoRA only the head 'score' of sequence classification can"
+            f"{folder / CONFIG_FILE}: modules_to_save is {saved!r}, which cannot be converted, because it stands for "
+            "trained copies of whole modules; beside a LoRA only the head 'score' of sequence classification can"
         )
     if not parts and not is_classifier:
         return None
