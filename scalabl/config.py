@@ -6,11 +6,21 @@ The file itself is read and written in `files.adapter_directory`.
 from __future__ import annotations
 
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 2 where an adapter has something that releases of version 1 do not know
+
+LATER_FIELDS = {"novelty"}  # of versions above 1
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
@@ -168,18 +178,64 @@ class Calibration(BaseModel):
         return "0.9" if "0.9" in self.levels else next(iter(self.levels))
 
 
+class NoveltyData(BaseModel):
+    """A data file from which a part of the novelty reference comes: its name, the SHA-256 of its prompts, its rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
+    rows: int
+
+
+class NoveltyCalibration(BaseModel):
+    """The held-out rows that give the p-values, and the posterior draws under which they were scored.
+
+    An input is novel when its p-value is at most `level`. Of inputs like these rows at most this share is called novel.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: NoveltyData
+    level: float = Field(gt=0, lt=1)
+    num_samples: int = Field(ge=1)
+    seed: int
+    draw_scheme: str
+
+
+class Novelty(BaseModel):
+    """How the tensors in `novelty.safetensors` were made, and what they belong to.
+
+    They hold for one base model and for the adapter weights with this SHA-256. `data` are the training rows, of which `rows`
+    are kept as unit vectors with `components` numbers; `width` is that of the base model's hidden states, `neighbours` the
+    number of nearest rows that a score averages. `calibration` is None as long as there are no p-values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: NoveltyData
+    base_model_name_or_path: str
+    weights_sha256: str
+    width: int = Field(ge=1)
+    components: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    neighbours: int = Field(ge=1)
+    calibration: NoveltyCalibration | None = None
+
+
 class AdapterConfig(BaseModel):
     """The contents of `adapter_config.json`, with PEFT's field names where PEFT has such a field.
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it.
+    It does not apply to the output head, which is adapted when `target_modules` names it. `format_version` is the lowest
+    that has all fields of this adapter. Fields of later versions are written only where they are set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     peft_type: Literal["SCALABL"] = "SCALABL"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     base_model_name_or_path: str
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
@@ -190,13 +246,36 @@ class AdapterConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
+    novelty: Novelty | None = None
 
     @field_validator("format_version")
     @classmethod
     def _version_is_known(cls, version: int) -> int:
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version {version} is not supported; this release reads version {FORMAT_VERSION}")
+        if version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
+            raise ValueError(f"format_version {version} is not supported; this release reads the versions {known}")
         return version
+
+    @model_validator(mode="after")
+    def _version_has_the_fields(self) -> Self:
+        if self.novelty is not None and self.format_version < 2:
+            raise ValueError("novelty needs format_version 2; set it, or remove novelty")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_fields_of_the_version(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialise(self)
+        return {name: value for name, value in values.items() if name not in LATER_FIELDS or value is not None}
+
+    def with_novelty(self, novelty: Novelty | None) -> Self:
+        """The same configuration with another novelty reference, or with none, in the format version that this needs."""
+        version = 1 if novelty is None else 2
+        return self.model_copy(update={"novelty": novelty, "format_version": version})
+
+    @property
+    def novelty_level(self) -> float | None:
+        """The level at which inputs are called novel; None if there are no p-values."""
+        return None if self.novelty is None or self.novelty.calibration is None else self.novelty.calibration.level
 
     @property
     def scaling(self) -> float:

@@ -34,6 +34,8 @@ class ChoiceHead(nn.Module):
         picked = hidden[rows, last] if forward_pass.packing is None else hidden[0, last]
         if forward_pass.inputs is not None and not forward_pass.spreads_in_blocks:
             picked = picked[forward_pass.inputs.to(picked.device)]
+        if forward_pass.head_states is not None:
+            forward_pass.head_states.rows = picked
         logits: Tensor = self.inner(picked.to(self._device))
         return logits.unsqueeze(1)
 

@@ -18,7 +18,7 @@ from scalabl.base.placement import device_of, weights_of
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
-from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
+from scalabl.model.forward_pass import ForwardPass, HeadStates, Reading, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
@@ -92,9 +92,11 @@ class ScalaBLModel(nn.Module):
         names = _select(host, config, type(base).__name__)
         try:
             with weights_of(host.head):
-                cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
+                linear = cut_head(host.head, config.task.choice_tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
+        cut: nn.Module = linear
+        self._state_width = linear.in_features
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -124,6 +126,11 @@ class ScalaBLModel(nn.Module):
     @property
     def num_choices(self) -> int:
         return len(self.config.task.choices)
+
+    @property
+    def state_width(self) -> int:
+        """D: the width of the hidden states that the head reads."""
+        return self._state_width
 
     @property
     def device(self) -> torch.device:
@@ -258,12 +265,19 @@ class ScalaBLModel(nn.Module):
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
         """
+        return [reading.logits for reading in self.readings(batch, draws, states, past)]
+
+    @torch.inference_mode()
+    def readings(
+        self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None, past: Past | None = None
+    ) -> list[Reading]:
+        """As `logits_each`, with the hidden state of each input beside its logits."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         if len(draws) != ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
         if not self.packs:
             samples, counts = self._row_samples(draws)
-            return list(torch.split(self.run(ForwardPass(ids, lengths, samples, None, states, past)), counts))
+            return self._read(ForwardPass(ids, lengths, samples, None, states, past), counts)
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
         samples, counts = self._row_samples([draws[place] for place in places])
@@ -275,8 +289,17 @@ class ScalaBLModel(nn.Module):
             None if states is None else states[order],
             past,
         )
-        logits = torch.split(self.run(forward_pass), counts)
-        return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
+        readings = self._read(forward_pass, counts)
+        return [reading for _, reading in sorted(zip(places, readings, strict=True), key=lambda pair: pair[0])]
+
+    def _read(self, forward_pass: ForwardPass, counts: Sequence[int]) -> list[Reading]:
+        """Run a pass and split what it computes by input, of which each has this number of consecutive rows."""
+        head_states = HeadStates()
+        logits = self.run(replace(forward_pass, head_states=head_states))
+        assert head_states.rows is not None  # every pass ends with the head
+        rows = torch.split(head_states.rows.float().to(self.device), list(counts))
+        parts = zip(torch.split(logits, list(counts)), rows, strict=True)
+        return [Reading(of_input, states.mean(0)) for of_input, states in parts]
 
     def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
         """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""
@@ -295,8 +318,10 @@ class ScalaBLModel(nn.Module):
         return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
 
     @torch.enable_grad()
-    def jacobian(self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS) -> tuple[Tensor, Tensor]:
-        """Logits of B inputs at the posterior mean, and their derivatives by the subspace scalars there.
+    def jacobian(
+        self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of B inputs at the posterior mean, their derivatives by the subspace scalars, and the hidden states there.
 
         There is a row, with scalars of its own, for each active choice of each input. One reverse pass of the sum of the
         rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit memory.
@@ -306,27 +331,30 @@ class ScalaBLModel(nn.Module):
             max_tokens: rows x padded length in one graph; a single row may exceed it.
 
         Returns:
-            ([B, C], [B, C, P]), zero where not active.
+            ([B, C], [B, C, P], [B, D]); derivatives are zero where not active.
         """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
         mean = self.posterior()[0].detach()
         logits: list[Tensor] = []
         gradients: list[Tensor] = []
+        states: list[Tensor] = []
         size = max(1, max_tokens // ids.shape[1])
         for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
             rows = torch.arange(len(inputs_m), device=self.device)
             s = mean.expand(len(rows), -1).clone().requires_grad_()
             first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
-            z = self.run(
-                ForwardPass(ids[first:end], lengths[first:end], RowSamples(s, rows, inputs=inputs_m - first))
-            )  # [m, C]
+            head_states = HeadStates()
+            samples = RowSamples(s, rows, inputs=inputs_m - first)
+            z = self.run(ForwardPass(ids[first:end], lengths[first:end], samples, head_states=head_states))  # [m, C]
             gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
             logits.append(z.detach())
+            assert head_states.rows is not None  # every pass ends with the head
+            states.append(head_states.rows.detach().float().to(self.device))
         jacobian = mean.new_zeros(*active.shape, len(mean))
         jacobian[inputs, choices] = torch.cat(gradients)
         firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return torch.cat(logits)[firsts], jacobian
+        return torch.cat(logits)[firsts], jacobian, torch.cat(states)[firsts]
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

@@ -33,11 +33,13 @@ class Linearization:
         mean: [B, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
         scaled_jacobian: [B, C, P], dz/ds times tau sigma: how much one standard deviation of a scalar changes each logit.
         layers: name of an adapted layer -> its columns of P.
+        state: [B, D] float32, the hidden state that the head reads at s = mu; None if it is not known.
     """
 
     mean: Tensor
     scaled_jacobian: Tensor
     layers: dict[str, slice]
+    state: Tensor | None = None
 
     def logits_at(self, draws: Draws) -> Tensor:
         """[B, K, C]: the linearised logits of the same samples that `ScalaBLModel.logits` uses for these draws."""
@@ -45,7 +47,9 @@ class Linearization:
 
     def of_input(self, index: int) -> Linearization:
         """The linearisation of one input, with B = 1."""
-        return replace(self, mean=self.mean[index : index + 1], scaled_jacobian=self.scaled_jacobian[index : index + 1])
+        one = slice(index, index + 1)
+        state = None if self.state is None else self.state[one]
+        return replace(self, mean=self.mean[one], scaled_jacobian=self.scaled_jacobian[one], state=state)
 
     def of_choices(self, count: int) -> Linearization:
         """The linearisation of the first `count` choices only, for inputs that have no others."""
@@ -103,12 +107,12 @@ def linearize(
         z = model.logits(batch, model.mean_draw())[:, 0].cpu().masked_fill(~present, ABSENT)
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
         active = likely.scatter(1, z.topk(2, dim=-1).indices, True) & present
-    mean, jacobian = model.jacobian(batch, active)
+    mean, jacobian, states = model.jacobian(batch, active)
     _, log_std = model.posterior()
     deviation = model.config.posterior_scale * log_std.detach().double().exp().cpu()
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     mean = mean.double().cpu().masked_fill(~present, ABSENT)
-    return Linearization(mean, jacobian.double().cpu() * deviation, columns)
+    return Linearization(mean, jacobian.double().cpu() * deviation, columns, states.cpu())
 
 
 def relative_spread(model: ScalaBLModel) -> float:

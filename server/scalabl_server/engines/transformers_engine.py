@@ -17,6 +17,7 @@ from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.errors import AdapterError, ScalaBLError
 from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
@@ -296,16 +297,16 @@ def run_jobs(
     has_rounds = any(job.has_rounds for job in jobs)
     rounds: list[Rounds] = []  # empty, or one object, created in the first pass; all sampled prompts are in that pass
 
-    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
+    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
         draws_of = dict(zip(indices, draws, strict=True))
         if not rounds:
             prompts = {index: sequences[index] for index in indices}
             rounds.append(Rounds(model, prompts, draws_of, cache, keeps_trunk=has_rounds))
-        return list(rounds[0].logits(draws_of).values())
+        return list(rounds[0].readings(draws_of).values())
 
-    logits_of = sample_in_rounds(run, jobs, model.config.temperature)
+    readings = sample_in_rounds(run, jobs, model.config.temperature)
     linearization_of = _linearize(model, sequences, jobs)
-    return [Result(logits_of.get(index), linearization_of.get(index)) for index in range(len(jobs))]
+    return [Result.of(readings.get(index), linearization_of.get(index)) for index in range(len(jobs))]
 
 
 def _linearize(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[int, Linearization]:

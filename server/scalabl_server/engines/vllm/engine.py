@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from scalabl.base.pretrained import load_skeleton, longest_prompt
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import read_config
 from scalabl.files.sample_loras import SampleLoras
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import spread_of
@@ -36,6 +36,8 @@ from scalabl_server.problems import ProblemError
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
+
+NO_STATE = torch.empty(0)  # vLLM's completions have no hidden states
 
 
 @dataclass(eq=False)
@@ -62,7 +64,7 @@ class VllmEngine(Engine):
         """One call per posterior sample, all at once; more calls in further rounds for inputs that need more samples."""
         assert isinstance(served, RemoteAdapter)  # `read` creates no others
 
-        def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
+        def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
             names_of = {table.key: _names(served, table) for table in draws}  # few, because inputs share their draws
             wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
             for position, table in enumerate(draws):
@@ -77,10 +79,10 @@ class VllmEngine(Engine):
             for places, answer in zip(wanted.values(), answers, strict=True):
                 for (position, row), logits in zip(places, answer, strict=True):
                     logits_of[position][row] = logits
-            return logits_of
+            return [Reading(logits, NO_STATE) for logits in logits_of]
 
-        logits_of = sample_in_rounds(run, jobs, served.config.temperature)
-        return [Result(logits_of.get(index)) for index in range(len(jobs))]
+        readings = sample_in_rounds(run, jobs, served.config.temperature)
+        return [Result.of(readings.get(index)) for index in range(len(jobs))]
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         settings = self.settings
