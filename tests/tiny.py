@@ -36,8 +36,12 @@ from benchmarks.random_model import (
     fill as fill,
 )
 from scalabl.config import AdapterConfig, Task
-from scalabl.files.adapter_directory import save_adapter
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.novelty_fit import calibrated_reference, calibration_of, description_of, make_reference
+from scalabl.files.adapter_directory import load_adapter, save_adapter
+from scalabl.files.novelty_file import save_novelty
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.uncertainty.novelty import NoveltyReference
 
 # name -> (configuration, target modules)
 ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
@@ -112,6 +116,29 @@ def write_adapter(folder: Path, name: str = "llama", task: Task = CLASSIFICATION
     model = adapted(name, task, **changes)
     save_adapter(folder, model.config, dict(model.adapter_parameters()))
     return folder
+
+
+def add_novelty(folder: Path, name: str = "llama", *, calibrated: bool = True, level: float = 0.1) -> NoveltyReference:
+    """Give an adapter of `write_adapter` a novelty reference, from prompts that `encoded_rows` makes."""
+    model = load_adapter(base_model(name), folder)
+    rows, held_out = encoded_rows(60), encoded_rows(40, seed=1)
+    reference = make_reference(model, rows, most_rows=50)
+    novelty = description_of(folder, model.config, rows, reference)
+    if calibrated:
+        draws = model.draws(8)
+        reference = calibrated_reference(model, held_out, draws, reference)
+        novelty = novelty.model_copy(update={"calibration": calibration_of(held_out, draws, level)})
+    save_novelty(folder, model.config, novelty, reference)
+    return reference
+
+
+def encoded_rows(count: int, seed: int = 0) -> EncodedSet:
+    """Prompts of one kind with answers: each holds one of few tokens, repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(len(SPECIAL), len(SPECIAL) + 6, (count,), generator=generator).tolist()
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    sequences = [[token] * length for token, length in zip(tokens, lengths, strict=True)]
+    return EncodedSet(sequences, torch.tensor(tokens) % 3, torch.full((count,), 3), "rows.jsonl")
 
 
 def ragged(lengths: Sequence[int] = (3, 9, 1, 14), seed: int = 0) -> list[list[int]]:

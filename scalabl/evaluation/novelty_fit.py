@@ -14,7 +14,7 @@ from scalabl.config import AdapterConfig, Novelty, NoveltyCalibration
 from scalabl.errors import AdapterError, CalibrationError
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import readings_of
-from scalabl.files.adapter_directory import test_prompt
+from scalabl.files.adapter_directory import probe_prompt
 from scalabl.files.novelty_file import weights_sha256
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -132,4 +132,4 @@ def _states(
 
 def _probe_state(model: ScalaBLModel) -> Tensor:
     """The hidden state [D] of the test prompt at the posterior mean."""
-    return _states(model, [test_prompt(model)])[0]
+    return _states(model, [probe_prompt(model)])[0]

@@ -124,7 +124,7 @@ def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def test_prompt(model: ScalaBLModel) -> list[int]:
+def probe_prompt(model: ScalaBLModel) -> list[int]:
     """Token ids of a short prompt that any base model can run, to test an adapter with."""
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     return [(7 * i + 3) % vocabulary for i in range(8)]
@@ -136,7 +136,7 @@ def check_effect(model: ScalaBLModel) -> None:
     Raises:
         AdapterError: the logits equal the base model's to the last bit, or they are not finite.
     """
-    probe = test_prompt(model)
+    probe = probe_prompt(model)
     # Antithetic draws work for any number of scalars; Sobol draws do not.
     adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
     if not bool(torch.isfinite(adapted).all()):

@@ -13,6 +13,8 @@ from scalabl.evaluation.precision_change import QuantizationChange
 from scalabl.model.posterior import Draws, Scheme, draw
 from scalabl.passes.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
+from scalabl.uncertainty.drift import DriftMartingale
+from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.methods import Method
 from scalabl_server.observe.metrics import Metrics
@@ -30,6 +32,8 @@ class Served:
         relative_spread: median of scale * sigma / |mu|; if it is large, linearised answers are inaccurate.
         pads: whether a pass computes the padding of its inputs.
         quantization_change: how `--quantization` changes the adapter's answers; None if it was not measured.
+        novelty: recognises inputs unlike the training rows; None without a reference, or if the engine has no hidden states.
+        drift: sees the novelty scores of the answered inputs, on the event loop; None without p-values.
     """
 
     name: str
@@ -43,8 +47,12 @@ class Served:
     pads: bool = field(default=True, init=False)
     draws: Callable[[int, int], Draws] = field(init=False)
     quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
+    novelty: NoveltyReference | None = field(default=None, kw_only=True)
+    drift: DriftMartingale | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.novelty is not None and self.novelty.calibration is not None:
+            self.drift = DriftMartingale(self.novelty.calibration.tolist())
         # One cache per adapter, so that it is freed together with the adapter.
         self.draws = functools.lru_cache(maxsize=64)(
             lambda num_samples, seed: draw(seed, num_samples, self.stochastic_parameters, self.scheme)

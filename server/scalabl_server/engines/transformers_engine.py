@@ -15,8 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.errors import AdapterError, ScalaBLError
+from scalabl.evaluation.novelty_fit import check_same_base
 from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
+from scalabl.files.novelty_file import read_novelty
 from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -26,6 +28,7 @@ from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
+from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.faults import classify
 from scalabl_server.batching.jobs import Job, Result, SampledJob
@@ -82,9 +85,10 @@ class TransformersEngine(Engine):
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         model = read_adapter(self.pretrained.model, folder)
-        return lambda: self._serve(name, model)
+        novelty = read_novelty(folder, model.config, model.state_width)
+        return lambda: self._serve(name, model, novelty)
 
-    def _serve(self, name: str, model: ScalaBLModel) -> Served:
+    def _serve(self, name: str, model: ScalaBLModel, novelty: NoveltyReference | None) -> Served:
         prompter = Prompter(model.config.task, self.pretrained.tokenizer)
         prompter.check_tokenizer(model.config.base_model_name_or_path)
         return LocalAdapter(
@@ -98,6 +102,7 @@ class TransformersEngine(Engine):
             relative_spread=relative_spread(model),
             model=model,
             opening=prompter.opening(),
+            novelty=novelty,
         )
 
     def check(self, served: Served) -> None:
@@ -112,6 +117,8 @@ class TransformersEngine(Engine):
             find_shared_work(model)
             served.pads = not model.packs
             check_effect(model)
+            if served.novelty is not None:
+                check_same_base(model, served.novelty)
             if self.prefixes.limit:
                 local.prefixes = PrefixCache(self.prefixes, model, local.opening)
                 if not local.prefixes.longest:

@@ -182,7 +182,10 @@ def test_files_that_are_something_else_are_refused(adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "LORA"}, "peft_type is 'LORA'; a ScalaBL adapter has 'SCALABL'"),
-        ({"format_version": 2}, "format_version: .*format_version 2 is not supported; this release reads version 1"),
+        (
+            {"format_version": 3},
+            "format_version: .*format_version 3 is not supported; this release reads the versions 1 and 2",
+        ),
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"temperature": 0}, "temperature: Input should be greater than 0"),
         ({"posterior_scale": -1}, "posterior_scale: Input should be greater than or equal to 0"),
