@@ -313,7 +313,7 @@ def test_a_server_that_stores_nothing_answers_all_the_same(visit: Visit, models:
 
 def test_a_fresh_server_has_empty_figures_and_a_lost_database_is_told(visit: Visit, models: Path, tmp_path: Path) -> None:
     with start(models, "fresh") as server, visit(server, refusals=(503,)) as page:
-        wait_until(lambda: page.locator("figure .empty").count() == 3)
+        wait_until(lambda: page.locator("figure .empty").count() == 4)
         axe_finds_nothing(page)
         page.screenshot(path=tmp_path / "empty.png", full_page=True)
         data = models / "data-fresh"
