@@ -55,11 +55,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`colours` is calibrated, so that it has sets and abstains; `letters` is not."""
+    """`colours` is calibrated, so that it has sets, novelty and abstains; `letters` is not."""
     folder = write_models(tmp_path_factory.mktemp("seen"))
     dice = random.Random(0)
     rows = [{"text": text(dice), "choices": COLOURS, "answer": dice.randrange(3)} for _ in range(200)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    known = [{"text": text(dice), "choices": COLOURS, "answer": dice.randrange(3)} for _ in range(200)]
+    (folder / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
     command = [
         sys.executable,
         "-m",
@@ -71,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "colours",
     ]
     command += ["--data", folder / "rows.jsonl", "--num-samples", str(SAMPLES), "--target-risk", "0.8"]
+    command += ["--reference", folder / "known.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
@@ -143,7 +146,7 @@ def visit(browser: Browser) -> Visit:
 
 
 def figures_are_drawn(page: Page) -> None:
-    for figure in ("reliability", "information", "risk"):
+    for figure in ("reliability", "information", "novelty", "risk"):
         page.wait_for_selector(f"#{figure} svg.plot")
 
 
@@ -198,6 +201,7 @@ def test_a_question_is_answered_with_its_uncertainty(visit: Visit, server: Serve
         wanted = [answer[name] for name in ("expected_entropy", "mutual_information", "entropy")]
         assert parts == pytest.approx(wanted, rel=0.01)
         assert "calibration set" in page.inner_text(".doubt")
+        assert f"novelty p-value {answer['novelty']['p_value']:.2g}" in page.inner_text("#answer")
         assert page.inner_text("#announce").startswith(("The adapter abstains", answer["prediction"]))
 
 

@@ -173,11 +173,11 @@ function novelty(answer, adapter) {
   const p = answer.novelty?.p_value;
   if (p === null || p === undefined) return null;
   const level = adapter.novelty?.calibration?.level;
-  const verdict = level !== undefined && p <= level ? "This input is novel" : "This input is like the calibration set";
+  const verdict = level !== undefined && p <= level ? "This input is unlike the calibration set" : "This input is like the calibration set";
   return h(
     "p",
     { class: "quiet" },
-    `${verdict}: ${percent(p)} of such inputs are at least as strange (novelty p-value ${p.toPrecision(2)}).`,
+    `${verdict}: at most ${percent(p)} of that set is at least as strange (novelty p-value ${Number(p.toPrecision(2))}).`,
   );
 }
 
