@@ -118,14 +118,26 @@ def write_adapter(folder: Path, name: str = "llama", task: Task = CLASSIFICATION
     return folder
 
 
-def add_novelty(folder: Path, name: str = "llama", *, calibrated: bool = True, level: float = 0.1) -> NoveltyReference:
-    """Give an adapter of `write_adapter` a novelty reference, from prompts that `encoded_rows` makes."""
+def add_novelty(
+    folder: Path,
+    name: str = "llama",
+    *,
+    calibrated: bool = True,
+    level: float = 0.1,
+    num_samples: int = 8,
+    prompts: tuple[EncodedSet, EncodedSet] | None = None,
+) -> NoveltyReference:
+    """Give an adapter of `write_adapter` a novelty reference.
+
+    Args:
+        prompts: of the reference and of its calibration; by default some that `encoded_rows` makes.
+    """
     model = load_adapter(base_model(name), folder)
-    rows, held_out = encoded_rows(60), encoded_rows(40, seed=1)
+    rows, held_out = prompts or (encoded_rows(60), encoded_rows(40, seed=1))
     reference = make_reference(model, rows, most_rows=50)
     novelty = description_of(folder, model.config, rows, reference)
     if calibrated:
-        draws = model.draws(8)
+        draws = model.draws(num_samples)
         reference = calibrated_reference(model, held_out, draws, reference)
         novelty = novelty.model_copy(update={"calibration": calibration_of(held_out, draws, level)})
     save_novelty(folder, model.config, novelty, reference)
