@@ -28,6 +28,7 @@ from scalabl_server.cli.labelled_data import (
 from scalabl_server.cli.options import errors_as_messages, split
 
 if TYPE_CHECKING:
+    from scalabl.evaluation.calibration import Options, Outcome
     from scalabl.evaluation.encoded import EncodedSet
     from scalabl.model.posterior import Draws
     from scalabl.uncertainty.novelty import NoveltyReference
@@ -88,10 +89,7 @@ def calibrate(
     if novelty_only and plot is not None:
         raise typer.BadParameter("there is no fit to plot with --novelty-only; leave one of them out", param_hint="--plot")
     with errors_as_messages():
-        from tqdm import tqdm
-
         from scalabl.evaluation.calibration import Options
-        from scalabl.evaluation.calibration import calibrate as run
         from scalabl.evaluation.dataset import read_examples
         from scalabl.evaluation.novelty_fit import check_rows_for_level
         from scalabl.files.adapter_directory import fingerprint_of_files, save_config
@@ -107,21 +105,11 @@ def calibrate(
             raise ScalaBLError(f"{adapter} has no novelty reference; add --reference with its training rows")
         fingerprint = fingerprint_of_files(adapter)
         config, encoded, draws = loaded.model.config, loaded.encode(rows), loaded.model.draws(num_samples, seed)
-        outcome = None
+        outcome, novelty = None, None
         report: dict[str, Any] = {}
         if not novelty_only:
-            loaded.model.config = config.model_copy(update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None})
             options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
-            with tqdm(desc=data.name, unit="input") as bar:
-                outcome = run(
-                    loaded.model,
-                    encoded,
-                    draws,
-                    options,
-                    name=data_name(data),
-                    sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
-                    on_progress=bar.update,
-                )
+            outcome = _fit(loaded, encoded, draws, options, data)
             fitted = {
                 "posterior_scale": outcome.posterior_scale,
                 "temperature": outcome.temperature,
@@ -132,7 +120,6 @@ def calibrate(
             report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
             report["notes"] = outcome.notes
         loaded.model.config = config
-        novelty = None
         if loaded.novelty is not None or reference_rows is not None:
             made_from = None if reference_rows is None else loaded.encode(reference_rows)
             novelty = _novelty(loaded, adapter, encoded, draws, novelty_level, made_from, novelty_rows)
@@ -152,6 +139,27 @@ def calibrate(
             raise ScalaBLError(
                 f"{outcome.refusal}. The rest of the calibration was written into the adapter; it will never abstain"
             )
+
+
+def _fit(loaded: Loaded, encoded: EncodedSet, draws: Draws, options: Options, data: Path) -> Outcome:
+    """Scale, temperature and thresholds from the rows of a file, starting from the posterior as trained."""
+    from tqdm import tqdm
+
+    from scalabl.evaluation import calibration
+
+    loaded.model.config = loaded.model.config.model_copy(
+        update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None}
+    )
+    with tqdm(desc=data.name, unit="input") as bar:
+        return calibration.calibrate(
+            loaded.model,
+            encoded,
+            draws,
+            options,
+            name=data_name(data),
+            sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+            on_progress=bar.update,
+        )
 
 
 def _novelty(
