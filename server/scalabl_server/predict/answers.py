@@ -17,7 +17,7 @@ from scalabl_server.engines.interface import Served
 from scalabl_server.predict.decisions import decisions
 from scalabl_server.predict.request import CheckedRequest
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas.prediction import Novelty, Prediction, StandardError
+from scalabl_server.schemas.prediction import InputNovelty, Prediction, StandardError
 
 SMALL = 4096  # logits (samples x choices); processing that many takes less than half a millisecond
 FEW_ROWS = 8192  # of a novelty reference; comparing one input with that many takes about as long
@@ -54,7 +54,7 @@ def answers_of(
     ]
 
 
-def novelties(reference: NoveltyReference | None, results: Sequence[Result]) -> list[Novelty | None]:
+def novelties(reference: NoveltyReference | None, results: Sequence[Result]) -> list[InputNovelty | None]:
     """The novelty of each input; None for all if the adapter has no reference."""
     if reference is None:
         return [None] * len(results)
@@ -63,7 +63,7 @@ def novelties(reference: NoveltyReference | None, results: Sequence[Result]) -> 
     scores = reference.scores(torch.stack(states))
     p_values = reference.p_values(scores)
     known = [None] * len(results) if p_values is None else p_values.tolist()
-    return [Novelty(p_value=p, score=score) for p, score in zip(known, scores.tolist(), strict=True)]
+    return [InputNovelty(p_value=p, score=score) for p, score in zip(known, scores.tolist(), strict=True)]
 
 
 def prediction_of(

@@ -9,11 +9,15 @@ from scalabl.config import AdapterConfig, Calibration
 from scalabl.uncertainty.conformal import prediction_sets
 from scalabl.uncertainty.predictive import Predictive
 from scalabl.uncertainty.selective import doubt
-from scalabl_server.schemas.prediction import AbstainReason, Novelty, PredictionSet
+from scalabl_server.schemas.prediction import AbstainReason, InputNovelty, PredictionSet
 
 
 def decisions(
-    outcome: Predictive, choices: Sequence[str], config: AdapterConfig, level: str | None, novelty: Novelty | None = None
+    outcome: Predictive,
+    choices: Sequence[str],
+    config: AdapterConfig,
+    level: str | None,
+    novelty: InputNovelty | None = None,
 ) -> dict[str, Any]:
     """The fields `prediction_set`, `novelty`, `abstain` and `abstain_reason` of one input.
 

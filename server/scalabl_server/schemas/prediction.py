@@ -102,7 +102,7 @@ class PredictionSet(BaseModel):
 AbstainReason = Literal["uncertain", "novel"]
 
 
-class Novelty(BaseModel):
+class InputNovelty(BaseModel):
     """How unlike the training data an input is, judged by the hidden state that the output head reads."""
 
     p_value: float | None = Field(
@@ -132,7 +132,7 @@ class Prediction(BaseModel):
     prediction_set: PredictionSet | None = Field(
         description="Null if the adapter is not calibrated, or not for the settings of this request."
     )
-    novelty: Novelty | None = Field(
+    novelty: InputNovelty | None = Field(
         default=None,
         description="Null if the adapter has no novelty reference, or if the engine is vLLM, which gives no hidden states.",
     )

@@ -13,7 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 from scalabl_server.engines.load import load_engine
 from scalabl_server.predict.decisions import decisions
-from scalabl_server.schemas.prediction import Novelty
+from scalabl_server.schemas.prediction import InputNovelty
 
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
@@ -265,7 +265,7 @@ def test_abstention_is_for_uncertain_or_novel_inputs(
     reasons: list[str],
 ) -> None:
     outcome = predictive(logits, 1.0, "sobol").of_input(0)
-    novelty = Novelty(p_value=p_value, score=0.0) if has_novelty else None
+    novelty = InputNovelty(p_value=p_value, score=0.0) if has_novelty else None
     decided = decisions(outcome, ("a", "b", "c"), _config(has_novelty, has_rule), level, novelty)
     assert (decided["abstain"], decided["abstain_reason"]) == (abstain, reasons)
     assert (decided["prediction_set"] is None) is (level is None)
