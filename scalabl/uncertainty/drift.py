@@ -8,7 +8,8 @@ and ten thousand inputs would show it.
 
 A martingale bets against uniformity. Its value is the capital of a gambler who began with 1. Without a drift it exceeds c at
 any time with a probability of at most 1 / c (Ville's inequality), however long the server runs. With a drift it grows
-exponentially.
+exponentially. When the change lasts, it becomes a part of the inputs before, and the value falls again. So look at its
+highest value, for which the inequality holds as well.
 
 Memory is bounded: scores are counted in a fixed histogram over [-1, 1]. Ranks within a bin are random, which keeps the
 p-values exactly uniform, since a binned score is a conformity score like any other.
@@ -52,6 +53,7 @@ class DriftMartingale:
         self._waiting = 0.0  # natural logarithm of the capital that waits
         self._bets = np.full(2 * len(EXPONENTS), -math.inf)  # likewise, of each bet
         self.inputs = 0  # how many inputs it has seen
+        self.highest_log10 = 0.0  # the largest value of `log10` so far
 
     @property
     def log10(self) -> float:
@@ -66,6 +68,7 @@ class DriftMartingale:
         self._waiting += math.log1p(-share)
         self._bets += _log_bets(p)
         self.inputs += 1
+        self.highest_log10 = max(self.highest_log10, self.log10)
         return p
 
     def _p_value(self, score: float) -> float:

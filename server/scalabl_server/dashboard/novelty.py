@@ -16,11 +16,11 @@ BINS = 20  # of p-values, of equal width; each includes its upper edge
 
 @dataclass(frozen=True)
 class NoveltyRule:
-    """What an adapter knows of novelty: its level, its number of calibration rows, and this process's martingale."""
+    """What an adapter knows of novelty: its level, its number of calibration rows, and this process's martingale so far."""
 
     level: float
     calibration_rows: int
-    martingale_log10: float
+    highest_log10: float
 
 
 def traffic_novelty(recent: Sequence[Seen], rule: NoveltyRule | None) -> TrafficNovelty | None:
@@ -35,7 +35,7 @@ def traffic_novelty(recent: Sequence[Seen], rule: NoveltyRule | None) -> Traffic
     return TrafficNovelty(
         level=rule.level,
         calibration_rows=rule.calibration_rows,
-        martingale_log10=rule.martingale_log10,
+        highest_log10=rule.highest_log10,
         count=len(compared),
         left_out=len(recent) - len(compared),
         oldest=_time(compared[-1][0]) if compared else None,

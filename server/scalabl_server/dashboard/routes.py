@@ -77,4 +77,4 @@ def _rule(served: Served) -> NoveltyRule | None:
     level, drift, novelty = served.config.novelty_level, served.drift, served.novelty
     if level is None or drift is None or novelty is None or novelty.calibration is None:
         return None
-    return NoveltyRule(level, len(novelty.calibration), drift.log10)
+    return NoveltyRule(level, len(novelty.calibration), drift.highest_log10)

@@ -90,9 +90,9 @@ class TrafficNovelty(BaseModel):
 
     level: float = Field(description="Inputs with a p-value up to this level are called novel.")
     calibration_rows: int
-    martingale_log10: float = Field(
-        description="Decimal logarithm of the test martingale of the replica that answers, since its start: above 2 it is "
-        "strong evidence that the inputs have changed."
+    highest_log10: float = Field(
+        description="Decimal logarithm of the highest value of the test martingale of the replica that answers, since its "
+        "start: above 2 it is strong evidence that the inputs have changed."
     )
     count: int
     left_out: int = Field(description="Recent predictions without a p-value, from before the adapter had a reference.")

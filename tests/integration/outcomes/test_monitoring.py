@@ -100,17 +100,21 @@ class Stack:
         return [alert["labels"] for alert in alerts if alert["state"] == "firing"]
 
 
-def random_text(dice: random.Random, letters: str = "abcdefgh ?!") -> str:
-    return "".join(dice.choices(letters, k=dice.randint(1, 30))) + "."
+def random_text(dice: random.Random, letters: str = "abcdefgh ?!", longest: int = 30) -> str:
+    return "".join(dice.choices(letters, k=dice.randint(1, longest))) + "."
 
 
-def add_novelty(adapter: Path, letters: str) -> None:
-    """Give an adapter a novelty reference made from texts of these letters, with p-values from other such texts."""
+def add_novelty(adapter: Path, *kind: Any) -> None:
+    """Give an adapter a novelty reference made from texts of a kind, with p-values from other such texts.
+
+    Args:
+        kind: letters and largest length, as of `random_text`.
+    """
     task = read_config(adapter).task
     prompter, dice = Prompter(task, tiny.tokenizer()), random.Random(7)
 
     def prompts(count: int) -> EncodedSet:
-        sequences = [prompter.encode(random_text(dice, letters)) for _ in range(count)]
+        sequences = [prompter.encode(random_text(dice, *kind)) for _ in range(count)]
         return EncodedSet(sequences, torch.arange(count) % 3, torch.full((count,), 3))
 
     tiny.add_novelty(adapter, level=0.05, num_samples=4, prompts=(prompts(200), prompts(200)))
@@ -164,8 +168,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     tiny.write_base(folder / "base")
     tiny.write_adapter(folder / "colours", calibration=_calibration())
     tiny.write_adapter(folder / "sure", calibration=_calibration(), temperature=0.05)
-    add_novelty(folder / "colours", "abcdefgh ?!")
-    add_novelty(folder / "sure", "XYZUVW")  # so that the inputs are strange to it
+    add_novelty(folder / "colours")
+    add_novelty(folder / "sure", "X", 3)  # so that the inputs are strange to it
     with ExitStack() as exits:
         database = exits.enter_context(postgres())
         alerts_to = None

@@ -88,6 +88,14 @@ def test_the_same_inputs_give_the_same_values() -> None:
     assert runs[0] == runs[1]
 
 
+def test_a_change_that_lasts_is_remembered_by_the_highest_value() -> None:
+    generator = np.random.default_rng(0)
+    martingale = DriftMartingale(like(500, generator))
+    top = highest(martingale, strange(6000, generator))
+    assert martingale.highest_log10 == top > 2
+    assert martingale.log10 < top
+
+
 def test_it_counts_and_begins_at_1() -> None:
     martingale = DriftMartingale([-0.5])
     assert (martingale.log10, martingale.inputs) == (0, 0)

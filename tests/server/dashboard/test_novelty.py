@@ -15,7 +15,7 @@ from scalabl_server.outcomes.survey import Seen
 from tests import tiny
 from tests.server.conftest import serving, settings_for
 
-RULE = NoveltyRule(level=0.05, calibration_rows=99, martingale_log10=0.5)
+RULE = NoveltyRule(level=0.05, calibration_rows=99, highest_log10=0.5)
 
 
 def seen(*p_values: float | None) -> list[Seen]:
@@ -65,7 +65,7 @@ def test_the_page_gets_the_stored_p_values(client: TestClient) -> None:
     assert found["count"] == sum(found["counts"]) == len(texts)
     assert found["novel"]["count"] == sum("novel" in answer["abstain_reason"] for answer in answers)
     assert (found["level"], found["calibration_rows"], found["left_out"]) == (0.2, 40, 0)
-    assert found["martingale_log10"] != 0
+    assert found["highest_log10"] > 0
 
 
 def test_the_page_is_told_that_an_adapter_has_none(client: TestClient) -> None:

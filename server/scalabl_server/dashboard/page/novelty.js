@@ -48,7 +48,7 @@ function finding(data) {
 
 /** What the martingale says since the server started. */
 function change(data) {
-  if (data.martingale_log10 >= PROVEN) {
+  if (data.highest_log10 >= PROVEN) {
     return "Since this server started, its inputs have changed: without a change so much evidence has a probability below 1%.";
   }
   return "Since this server started, nothing shows that its inputs have changed.";
