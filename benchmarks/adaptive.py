@@ -74,7 +74,7 @@ def main() -> None:
     rules = [Rule(target, tolerance, options.first, options.most) for target, tolerance in RULES]
 
     logits = _table(model, encoded, draws, options.table)
-    full = predictive(logits, config.temperature, draws.scheme)
+    full = predictive(logits, config.temperature, draws.scheme, draws.members)
     print(f"{describe()}, {torch.get_num_threads()} threads")
     print(
         f"{options.data}: {len(examples)} rows, {draws.scheme}, seed {draws.seed}, {options.first} to {options.most} samples"
@@ -97,7 +97,7 @@ def main() -> None:
     rows.append({"rule": f"all {options.most}", **all_samples, **_differences(full, full, encoded.answers)})
     if options.other_seed is not None:
         others = _table(model, encoded, model.draws(options.most, options.other_seed, options.scheme), None)
-        outcome = predictive(others, config.temperature, draws.scheme)
+        outcome = predictive(others, config.temperature, draws.scheme, draws.members)
         name = f"all {options.most}, seed {options.other_seed}"
         rows.append({"rule": name, **all_samples, **_differences(full, outcome, encoded.answers)})
     for row in rows:

@@ -46,7 +46,7 @@ class Int8:
         )
 
     def _predictive(self, logits: Tensor, draws: Draws) -> Predictive:
-        return predictive(logits, self.model.config.temperature, draws.scheme)
+        return predictive(logits, self.model.config.temperature, draws.scheme, draws.members)
 
 
 def main() -> None:

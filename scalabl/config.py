@@ -8,19 +8,9 @@ from __future__ import annotations
 import string
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSIONS = (1, 2)  # 2 where an adapter has something that releases of version 1 do not know
-
-LATER_FIELDS = {"novelty"}  # of versions above 1
+FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest that can express it
 
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
@@ -228,8 +218,8 @@ class AdapterConfig(BaseModel):
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
-    It does not apply to the output head, which is adapted when `target_modules` names it. `format_version` is the lowest
-    that has all fields of this adapter. Fields of later versions are written only where they are set.
+    It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
+    of a mixture posterior. An adapter with several members or with `novelty` has format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -241,6 +231,7 @@ class AdapterConfig(BaseModel):
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    members: int = Field(default=1, ge=1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
@@ -253,23 +244,25 @@ class AdapterConfig(BaseModel):
     def _version_is_known(cls, version: int) -> int:
         if version not in FORMAT_VERSIONS:
             known = " and ".join(map(str, FORMAT_VERSIONS))
-            raise ValueError(f"format_version {version} is not supported; this release reads the versions {known}")
+            raise ValueError(f"format_version {version} is not supported; this release reads versions {known}")
         return version
 
     @model_validator(mode="after")
     def _version_has_the_fields(self) -> Self:
-        if self.novelty is not None and self.format_version < 2:
+        if self.format_version < 2 and self.members > 1:
+            raise ValueError(f"members is {self.members}, which needs format_version 2")
+        if self.format_version < 2 and self.novelty is not None:
             raise ValueError("novelty needs format_version 2; set it, or remove novelty")
         return self
 
-    @model_serializer(mode="wrap")
-    def _only_fields_of_the_version(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialise(self)
-        return {name: value for name, value in values.items() if name not in LATER_FIELDS or value is not None}
+    def as_written(self) -> dict[str, Any]:
+        """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
+        unset = {"members"} if self.members == 1 else set()
+        return self.model_dump(mode="json", exclude=unset | ({"novelty"} if self.novelty is None else set()))
 
     def with_novelty(self, novelty: Novelty | None) -> Self:
         """The same configuration with another novelty reference, or with none, in the format version that this needs."""
-        version = 1 if novelty is None else 2
+        version = 1 if novelty is None and self.members == 1 else 2
         return self.model_copy(update={"novelty": novelty, "format_version": version})
 
     @property

@@ -96,6 +96,14 @@ def adapted(name: str = "llama", task: Task = CLASSIFICATION, seed: int = 0, **c
     return random_adapter(base_model(name), config_for(name, task, **changes), seed)
 
 
+MIXTURE: dict[str, Any] = {"members": 3, "format_version": 2}  # the configuration of a mixture
+
+
+def mixture(name: str = "llama", task: Task = CLASSIFICATION, seed: int = 0, **changes: Any) -> ScalaBLModel:
+    """A tiny base model with a random adapter of several members, ready to run."""
+    return adapted(name, task, seed, **MIXTURE | changes)
+
+
 def prefer(model: ScalaBLModel, choices: Sequence[int], by: float = 30.0) -> None:
     """Make these choices' logits larger, at any scalars, so that next to no probability is left to the others."""
     cut = model.adapted["lm_head"].base

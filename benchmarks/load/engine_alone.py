@@ -65,7 +65,7 @@ def main() -> None:
             batches[-1].append(ids)
         began = time.perf_counter()
         for batch in batches:
-            engine.run(served, batch, [job] * len(batch))
+            engine.run([served] * len(batch), batch, [job] * len(batch))
         print(json.dumps(time.perf_counter() - began), flush=True)
 
 

@@ -80,7 +80,8 @@ def _scalabl(study: Study, run: Run, folder: Path) -> Result:
         caches=(study.caches[run.rows], study.caches["validation"]),
     )
     model = load_adapter(study.pretrained.model, folder)
-    mean, log_std = (tensor.detach() for tensor in model.posterior())
+    posterior = model.posterior()
+    mean, log_std = posterior.mean.detach(), posterior.log_std.detach()
     notes: dict[str, Any] = {
         "passes": NUM_SAMPLES,
         "additional_parameters": trained.metrics["additional_parameters"],

@@ -24,7 +24,7 @@ from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.posterior import SCHEMES, Draws, Scheme, draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.batches import batches
-from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, controlled, linearize, relative_spread
+from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, controlled, linearize
 from scalabl.uncertainty.predictive import Predictive, predictive
 
 COUNTS = (4, 8, 16, 32, 64, 128, 256)
@@ -111,7 +111,7 @@ class Precision:
                     for start in range(0, min(max(COUNTS), 8 * count), count)
                 ]
                 rows.append({"method": f"MC + control variate, {scheme}", "num_samples": count, **_errors(outcomes, truth)})
-        result = {"scale": self.scale, "relative_spread": relative_spread(self.model), "rows": rows}
+        result = {"scale": self.scale, "relative_spread": self.model.posterior().relative_spread, "rows": rows}
         save_scores(f"precision x{self.scale:g}", result, self.made_from)
         return result
 

@@ -1,9 +1,10 @@
 """`subspace_projection` as one Triton kernel: shrink, per-sample scale, expand and add, in a single launch.
 
-y[m] += scaling * B (s[sample[m]] * (A x[m])). All posterior samples share A and B, and only s differs. So the grid simply
-runs over the rows, each row loads its own r scalars, and rows need not be sorted. u = A x stays in registers, so that no
-tensor of size M x R or K x weights is ever in device memory. Products are accumulated and added to y in float32, and rounded
-once. The plain torch form is in `reference`; `projection` chooses between the two.
+y[m] += scaling * B (s[sample[m]] * (A x[m])). All posterior samples of an adapter share A and B, and only s differs. So the
+grid simply runs over the rows, each row loads its own r scalars, and rows need not be sorted. u = A x stays in registers, so
+that no tensor of size M x R or K x weights is ever in device memory. Products are accumulated and added to y in float32, and
+rounded once. With several adapters, each block of rows computes those that its rows use. The plain torch form is in
+`reference`; `projection` chooses between the two.
 
 Source of the formula: Samplawski et al. 2025 (arXiv 2506.21408), W_k = W0 + scaling * B diag(s_k) A.
 """
@@ -25,12 +26,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton is untyped
 def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
-    y, x_rows, a_rows, b_rows, s, sample, mine, leading, token, ranks, rank_ok, first, last, scaling, fan_out, d_in, d_out,
-    y_row, y_token, y_column, x_column, s_row,
-    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    y, x_rows, a_rows, b_rows, s, sample, adapter, which, mine, leading, token, ranks, rank_ok, first, last, scaling,
+    fan_out, d_in, d_out, y_row, y_token, y_column, x_column, s_row,
+    MANY_ADAPTERS: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds one adapter's product to the rows in `mine`."""
+    """Adds one adapter's product to its own rows of y; `mine` are the rows of x from which it has any."""
     # Shrink: u = A x, [BLOCK_M, PADDED_RANK].
     u = tl.zeros([BLOCK_M, PADDED_RANK], dtype=tl.float32)
     for start in range(0, d_in, BLOCK_K):
@@ -47,6 +48,9 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     for k in range(fan_out):
         y_leading = leading * fan_out + k
         chosen = tl.load(sample + y_leading, mask=mine, other=0)
+        own = mine
+        if MANY_ADAPTERS:
+            own = mine & (tl.load(adapter + chosen, mask=mine, other=-1) == which)
         scale = tl.load(s + chosen[:, None] * s_row + ranks[None, :], mask=mine[:, None] & rank_ok[None, :], other=0.0)
         v = u * scale.to(tl.float32)
         if not UPCAST:
@@ -62,17 +66,18 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
                 b_tile = b_tile.to(tl.float32)
             delta = tl.dot(v, b_tile, input_precision=PRECISION)
             y_tile = y_rows + outer[None, :] * y_column
-            y_ok = mine[:, None] & outer_ok[None, :]
+            y_ok = own[:, None] & outer_ok[None, :]
             total = tl.load(y_tile, mask=y_ok, other=0.0).to(tl.float32) + scaling * delta
             tl.store(y_tile, total.to(y.dtype.element_ty), mask=y_ok)
 
 
 # Without this, Triton would compile another kernel for some values of these numbers, which change from batch to batch.
-@triton.jit(do_not_specialize=["num_rows", "tokens", "fan_out", "blocks"])  # type: ignore[untyped-decorator]  # as above
+@triton.jit(do_not_specialize=["num_rows", "num_adapters", "tokens", "fan_out", "blocks"])  # type: ignore[untyped-decorator]  # as above
 def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     y, x, lora_a, lora_b, s, sample, adapter,
     scaling,
     num_rows,  # rows of x, leading index and tokens together
+    num_adapters,
     tokens,  # rows of x that share a leading index
     fan_out,  # rows of y for each row of x
     d_in, d_out,
@@ -80,7 +85,7 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
     y_row, y_token, y_column, x_row, x_token, x_column, s_row,  # strides in elements
     RANK: tl.constexpr,
     PADDED_RANK: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
+    MANY_ADAPTERS: tl.constexpr,  # whether `adapter` says which adapter each row of s belongs to
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,23 +103,26 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
     token = (rows % tokens).to(tl.int64)
     x_rows = x + leading[:, None] * x_row + token[:, None] * x_token
     a_rows = lora_a + ranks[None, :] * d_in
-    if NUM_ADAPTERS == 1:
-        _project(
-            y, x_rows, a_rows, lora_b, s, sample, row_ok, leading, token, ranks, rank_ok, first, last, scaling, fan_out,
-            d_in, d_out, y_row, y_token, y_column, x_column, s_row,
-            RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
-        )  # fmt: skip
-    else:
+    if MANY_ADAPTERS:
         # Rows of different adapters may be mixed: each adapter that has rows in this block is applied to its own rows.
-        which_of_row = tl.load(adapter + leading, mask=row_ok, other=-1)
-        for which in range(NUM_ADAPTERS):
-            mine = which_of_row == which
-            if tl.max(mine.to(tl.int32), axis=0) > 0:
+        for which in range(num_adapters):
+            uses = tl.zeros([BLOCK_M], dtype=tl.int32)
+            for k in range(fan_out):
+                chosen = tl.load(sample + leading * fan_out + k, mask=row_ok, other=0)
+                uses |= (tl.load(adapter + chosen, mask=row_ok, other=-1) == which).to(tl.int32)
+            if tl.max(uses, axis=0) > 0:
                 _project(
-                    y, x_rows, a_rows + which * RANK * d_in, lora_b + which * d_out * RANK, s, sample, mine, leading, token,
-                    ranks, rank_ok, first, last, scaling, fan_out, d_in, d_out, y_row, y_token, y_column, x_column, s_row,
-                    RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
+                    y, x_rows, a_rows + which * RANK * d_in, lora_b + which * d_out * RANK, s, sample, adapter, which,
+                    uses > 0, leading, token, ranks, rank_ok, first, last, scaling, fan_out, d_in, d_out,
+                    y_row, y_token, y_column, x_column, s_row,
+                    True, RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
                 )  # fmt: skip
+    else:
+        _project(
+            y, x_rows, a_rows, lora_b, s, sample, adapter, 0, row_ok, leading, token, ranks, rank_ok, first, last, scaling,
+            fan_out, d_in, d_out, y_row, y_token, y_column, x_column, s_row,
+            False, RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 def _as_rows(tensor: Tensor) -> Tensor | None:
@@ -179,6 +187,7 @@ def subspace_projection_fused(
         sample if adapter is None else adapter.contiguous(),
         scaling,
         num_rows,
+        num_adapters,
         tokens,
         into.shape[0] // groups,
         d_in,
@@ -189,7 +198,7 @@ def subspace_projection_fused(
         s.stride(0),
         RANK=rank,
         PADDED_RANK=padded_rank(rank),
-        NUM_ADAPTERS=num_adapters,
+        MANY_ADAPTERS=adapter is not None,
         BLOCK_M=shape.block_m,
         BLOCK_K=shape.block_k,
         BLOCK_N=shape.block_n,

@@ -69,6 +69,8 @@ def subspace_projection(
 ) -> Tensor:
     """y[m] + scaling * B (s[sample[m]] * (A x[m // F])) for every row m, without a copy of any weight per sample.
 
+    With several adapters, A and B are those of adapter[sample[m]].
+
     Args:
         y: [M, ..., d_out], the base layer's output.
         x: [M, ..., d_in], the base layer's input, of the same dtype and middle dimensions as y; or [M / F, ..., d_in] where
@@ -78,7 +80,7 @@ def subspace_projection(
         s: [S, R], the table of posterior samples of the R subspace scalars.
         sample: [M] int64, the row of `s` that each row of y uses.
         scaling: alpha / R.
-        adapter: [M / F] int64, the adapter of each row of x; None for one adapter.
+        adapter: [S] int64, the adapter that each row of `s` belongs to; None for one adapter.
         inplace: add into y and return it; otherwise y does not change.
 
     If any operand requires a gradient, the operation runs in plain torch.
@@ -110,8 +112,8 @@ def subspace_projection(
         )
     if y.shape != (rows, *x.shape[1:-1], d_out):
         raise ValueError(f"y has shape {tuple(y.shape)}, expected {(rows, *x.shape[1:-1], d_out)}")
-    if adapter is not None and adapter.shape != x.shape[:1]:
-        raise ValueError(f"adapter has shape {tuple(adapter.shape)}, expected one index for each of {x.shape[0]} rows of x")
+    if adapter is not None and adapter.shape != s.shape[:1]:
+        raise ValueError(f"adapter has shape {tuple(adapter.shape)}, expected one index for each of {s.shape[0]} rows of s")
     floating = (y, x, lora_a, lora_b, s)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floating):
         return subspace_projection_torch(y, x, lora_a, lora_b, s, sample, scaling, adapter, inplace=inplace)

@@ -116,8 +116,8 @@ def calibrate(
         answers,
     )
     scale, temperature = fit.posterior_scale, fit.temperature
-    fit_outcome = predictive(fit.fit_logits, temperature, draws.scheme)
-    outcome = predictive(fit.after, temperature, draws.scheme)
+    fit_outcome = predictive(fit.fit_logits, temperature, draws.scheme, draws.members)
+    outcome = predictive(fit.after, temperature, draws.scheme, draws.members)
     thresholds: dict[SetMethod, dict[str, float]] = {
         method: {
             f"{level:g}": conformal_threshold(_of_answers(set_scores(outcome.probabilities, method), answers), level)
@@ -144,7 +144,7 @@ def calibrate(
         thresholds=thresholds,
         abstain=abstain,
         quantiles={"mutual_information": _quantiles(outcome.mutual_information), "entropy": _quantiles(outcome.entropy)},
-        before=_fit_of(predictive(fit.before, 1.0, draws.scheme), answers),
+        before=_fit_of(predictive(fit.before, 1.0, draws.scheme, draws.members), answers),
         after=_fit_of(outcome, answers),
     )
     return Outcome(scale, temperature, calibration, fit.trials, notes, refusal)

@@ -80,7 +80,7 @@ def readings_of(
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
     """The predictive of N inputs from their logits [N, K, C], each over its own choices."""
-    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme)
+    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme, draws.members)
 
 
 def linearized_predictive(
@@ -120,7 +120,8 @@ def linearized_with_states(
     """
     outcomes: dict[int, Predictive] = {}
     states = torch.empty(len(encoded.sequences), model.state_width)
-    rows = model.num_choices if draws is None else max(model.num_choices, draws.num_samples)
+    rows = model.members * model.num_choices
+    rows = rows if draws is None else max(rows, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
         linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
@@ -170,4 +171,11 @@ def adaptive_predictive(
         )
         return without_absent(logits, encoded.num_choices[list(unsettled)])
 
-    return sample_adaptively(run, len(encoded.sequences), rule, temperature=model.config.temperature, scheme=draws.scheme)
+    return sample_adaptively(
+        run,
+        len(encoded.sequences),
+        rule,
+        temperature=model.config.temperature,
+        scheme=draws.scheme,
+        members=draws.members,
+    )

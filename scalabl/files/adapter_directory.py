@@ -131,21 +131,26 @@ def probe_prompt(model: ScalaBLModel) -> list[int]:
 
 
 def check_effect(model: ScalaBLModel) -> None:
-    """Check that an adapter changes the base model's logits, on a short test prompt under two draws.
+    """Check that each member of an adapter changes the base model's logits, on a short test prompt under two draws.
 
     Raises:
         AdapterError: the logits equal the base model's to the last bit, or they are not finite.
     """
     probe = probe_prompt(model)
     # Antithetic draws work for any number of scalars; Sobol draws do not.
-    adapted = model.logits(TokenBatch.of([probe]), model.draws(2, scheme="antithetic"))
+    draws = model.draws(2 * model.members, scheme="antithetic")
+    adapted = model.logits(TokenBatch.of([probe]), draws)[0]
     if not bool(torch.isfinite(adapted).all()):
         raise AdapterError(
             "the adapter gives logits that are not finite; its values are too large for the base model's dtype"
         )
-    # Two rows, as in the pass above: a matrix product of another shape may round differently.
-    if torch.equal(adapted[0], model.base_logits(TokenBatch.of([probe, probe]))):
-        raise AdapterError("the adapter changes no logit of the base model; was it saved before training or scaled to 0?")
+    # As many rows as in the pass above: a matrix product of another shape may round differently.
+    plain = model.base_logits(TokenBatch.of([probe] * draws.num_samples))
+    for member in range(model.members):
+        own = draws.member == member
+        if torch.equal(adapted[own], plain[own]):
+            name = "the adapter" if model.members == 1 else f"member {member + 1} of the adapter's {model.members}"
+            raise AdapterError(f"{name} changes no logit of the base model; was it saved before training or scaled to 0?")
 
 
 def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
@@ -158,11 +163,12 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
         AdapterError: the adapter is malformed or does not fit the base model.
     """
     config, weights = read_config(folder), read_weights(folder)
-    # Checked before any tensor of rank r is allocated, because a wrong r may be huge.
+    # Checked before any tensor of rank r is allocated, because a wrong r or number of members may be huge.
+    expected = [config.r] if config.members == 1 else [config.members, config.r]
     for name, tensor in weights.items():
-        if name.endswith(".s_mean") and list(tensor.shape) != [config.r]:
+        if name.endswith(".s_mean") and list(tensor.shape) != expected:
             raise AdapterError(
-                f"tensor {name!r} has shape {list(tensor.shape)}; the base model and {CONFIG_FILE} require [{config.r}]"
+                f"tensor {name!r} has shape {list(tensor.shape)}; the base model and {CONFIG_FILE} require {expected}"
             )
     if not any(name.endswith(".s_mean") for name in weights):
         raise AdapterError(f"{folder / WEIGHTS_FILE} has no tensor named <module>.s_mean; it is not a ScalaBL adapter")
@@ -199,5 +205,5 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
     """Write the `adapter_config.json` of an adapter directory. It is never seen half-written."""
-    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    text = json.dumps(config.as_written(), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text.encode())

@@ -22,6 +22,7 @@ from scalabl.files.atomic import SCRATCH, new_folder
 RUN_FILE = "training_run.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "runs"
+MEMBERS = "members"  # of a mixture: a folder for each training run
 REMEDY = "choose another --output, or add --overwrite to start anew"
 
 
@@ -53,7 +54,7 @@ def holds_adapter_or_checkpoints(folder: Path) -> bool:
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove adapter, checkpoints, logs and record of a training run. Other files stay.
+    """Remove adapter, checkpoints, logs and record of a training run, and the runs of its members. Other files stay.
 
     The record goes first: if the process is killed half way, what is left belongs to no run and is never resumed.
 
@@ -67,6 +68,8 @@ def remove_adapter(folder: Path) -> None:
             shutil.rmtree(checkpoint)
         for log in (folder / LOGS).glob("events.out.tfevents.*"):
             log.unlink()
+        for record in (folder / MEMBERS).glob(f"*/{RUN_FILE}"):
+            shutil.rmtree(record.parent)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], *, overwrite: bool = False) -> None:

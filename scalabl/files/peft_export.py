@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
 from scalabl.files.atomic import new_folder
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme
+from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Posterior, Scheme
 from scalabl.model.scalabl_model import ScalaBLModel
 
 EXPORT_FILE = "scalabl_export.json"
@@ -73,7 +73,8 @@ class LoraSamples:
     """K posterior samples of an adapter, each of which becomes one LoRA.
 
     Attributes:
-        modules: names of the adapted modules, in the order in which the draws are split over them.
+        scalars: [K, P], s of each sample.
+        modules: names of the adapted modules, in the order in which the scalars are split over them.
         settings: the content of each LoRA's `adapter_config.json`.
         vocabulary: the number of rows of the base model's head.
     """
@@ -81,6 +82,7 @@ class LoraSamples:
     config: AdapterConfig
     weights: Mapping[str, Tensor]
     draws: Draws
+    scalars: Tensor
     modules: tuple[str, ...]
     settings: Mapping[str, Any]
     head_name: str
@@ -104,21 +106,41 @@ class LoraSamples:
         except ValueError as error:
             raise AdapterError(str(error)) from None
         settings = _lora_config(model.config, list(modules), fan_in_fan_out=transposed)
-        return cls(model.config, weights, draws, modules, settings, head_name, vocabulary)
+        scalars = _posterior(model.config, weights, modules).sample(draws.epsilon, draws.member)
+        return cls(model.config, weights, draws, scalars, modules, settings, head_name, vocabulary)
+
+    @property
+    def posterior(self) -> Posterior:
+        """q(s) of the adapter."""
+        return _posterior(self.config, self.weights, self.modules)
+
+    def has_effect(self, module: str) -> bool:
+        """Whether the first sample changes a module: its B is not zero."""
+        up = self.weights[f"{module}.lora_B"]
+        return bool((up if self.config.members == 1 else up[0]).any())
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of one sample's LoRA: A_k = diag(s_k) A and B, where the head's B has a row for every token."""
         tensors = {}
-        parts = torch.split(self.draws.epsilon[index], self.config.r)
-        for module, noise in zip(self.modules, parts, strict=True):
-            sigma = self.weights[f"{module}.s_log_std"].exp()
-            s = self.weights[f"{module}.s_mean"] + self.config.posterior_scale * sigma * noise
-            up = self.weights[f"{module}.lora_B"]
+        member = int(self.draws.member[index])
+        parts = torch.split(self.scalars[index], self.config.r)
+        for module, s in zip(self.modules, parts, strict=True):
+            down, up = (self.weights[f"{module}.{kind}"] for kind in ("lora_A", "lora_B"))
+            if self.config.members > 1:
+                down, up = down[member], up[member]
             if module == self.head_name:
                 up = _all_tokens(up, self.config.task, self.vocabulary)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * self.weights[f"{module}.lora_A"]
+            tensors[f"base_model.model.{module}.lora_A.weight"] = s.unsqueeze(1) * down
             tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
         return tensors
+
+
+def _posterior(config: AdapterConfig, weights: Mapping[str, Tensor], modules: Sequence[str]) -> Posterior:
+    mean, log_std = (
+        torch.cat([weights[f"{module}.{kind}"].view(config.members, -1) for module in modules], dim=1)
+        for kind in ("s_mean", "s_log_std")
+    )
+    return Posterior(mean, log_std, config.posterior_scale)
 
 
 def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

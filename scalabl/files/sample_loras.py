@@ -55,9 +55,7 @@ class SampleLoras:
         """
         loras = LoraSamples.read(adapter, base, num_samples=num_samples, seed=seed, scheme=scheme)
         stem = f"scalabl-{_fingerprint(loras, adapter)}"
-        kinds = dict.fromkeys(
-            module.rpartition(".")[2] for module in loras.modules if bool(loras.weights[f"{module}.lora_B"].any())
-        )
+        kinds = dict.fromkeys(module.rpartition(".")[2] for module in loras.modules if loras.has_effect(module))
         names = tuple(f"{stem}-{index}" for index in range(num_samples))
         return cls(loras, names, {f"{stem}-only-{kind}": kind for kind in kinds})
 

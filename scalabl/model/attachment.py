@@ -42,11 +42,17 @@ class Host:
         return host
 
     @staticmethod
-    def forget(base: PreTrainedModel) -> None:
-        """Drop the host before modules of the base are replaced for good; existing adapters cannot be used afterwards."""
-        host: Host | None = base.__dict__.pop("_scalabl_host", None)
+    def free(base: PreTrainedModel) -> None:
+        """Detach the adapter that is attached to a base model, if there is one; its next pass attaches it again."""
+        host: Host | None = base.__dict__.get("_scalabl_host")
         if host is not None and host.attached is not None:
             host.attached.detach()
+
+    @staticmethod
+    def forget(base: PreTrainedModel) -> None:
+        """Drop the host before modules of the base are replaced for good; existing adapters cannot be used afterwards."""
+        Host.free(base)
+        base.__dict__.pop("_scalabl_host", None)
 
 
 class Hooks(Protocol):

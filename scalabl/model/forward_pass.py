@@ -7,9 +7,9 @@ need, they read from the pass that is running on their thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -17,6 +17,21 @@ from torch import Tensor
 
 from scalabl.model.packing import Packing
 from scalabl.model.past import Past
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One adapter's part of a pass that several adapters share.
+
+    Attributes:
+        rows: [M'] int64, the adapter's rows of the pass.
+        samples: the samples of these rows, with the adapter's own members.
+        head: ([M', D], samples) -> [M', C], the adapter's head.
+    """
+
+    rows: Tensor
+    samples: RowSamples
+    head: Callable[[Tensor, RowSamples], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +44,11 @@ class RowSamples:
         fan_out: the number of consecutive rows that are samples of one input; 1 if inputs have different numbers.
         inputs: [M] int64, the input of each row; None if each row has an input of its own.
         draws: `Draws.key` of the distinct draws, in the order of their samples in `s`; needed with a past.
+        member: [S] int64, the member of the posterior that each row of `s` is drawn from; None if there is only one.
+        shares: where the rows belong to several adapters (`passes.side_by_side`): each adapter's part of the pass, with
+            which the head is computed. Empty if all rows belong to the adapter that runs the pass.
+        matrices: with several adapters, the first column of a layer in `s` -> A [L, R, d_in] and B [L, d_out, R] of the
+            members of all adapters, which `member` counts together.
     """
 
     s: Tensor
@@ -36,6 +56,9 @@ class RowSamples:
     fan_out: int = 1
     inputs: Tensor | None = None
     draws: tuple[Hashable, ...] = ()
+    member: Tensor | None = None
+    shares: Sequence[Share] = ()
+    matrices: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

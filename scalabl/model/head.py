@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from scalabl.base.placement import device_of
-from scalabl.model.forward_pass import running
+from scalabl.model.forward_pass import RowSamples, Share, running
+from scalabl.model.layer import SubspaceLinear
 
 
 class ChoiceHead(nn.Module):
@@ -36,8 +39,27 @@ class ChoiceHead(nn.Module):
             picked = picked[forward_pass.inputs.to(picked.device)]
         if forward_pass.head_states is not None:
             forward_pass.head_states.rows = picked
-        logits: Tensor = self.inner(picked.to(self._device))
+        picked = picked.to(self._device)
+        if forward_pass.samples is not None and forward_pass.samples.shares:
+            return _of_shares(picked, forward_pass.samples.shares).unsqueeze(1)
+        logits: Tensor = self.inner(picked)
         return logits.unsqueeze(1)
+
+    def of_rows(self, picked: Tensor, samples: RowSamples) -> Tensor:
+        """[M, D] -> [M, C] for rows with these samples, of a pass that another adapter runs."""
+        logits: Tensor = (
+            self.inner.of_rows(picked, samples) if isinstance(self.inner, SubspaceLinear) else self.inner(picked)
+        )
+        return logits
+
+
+def _of_shares(picked: Tensor, shares: Sequence[Share]) -> Tensor:
+    """[M, D] -> [M, C], C the most choices of any adapter; zero for choices that a row's own adapter does not have."""
+    of_each = [share.head(picked[share.rows.to(picked.device)], share.samples) for share in shares]
+    logits = of_each[0].new_zeros(len(picked), max(part.shape[1] for part in of_each))
+    for share, part in zip(shares, of_each, strict=True):
+        logits[share.rows.to(picked.device), : part.shape[1]] = part
+    return logits
 
 
 def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:

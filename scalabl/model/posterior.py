@@ -1,4 +1,7 @@
-"""Posterior draws and the KL divergence to the prior, as pure functions. The adapter's parameters are in `layer`."""
+"""The posterior over the subspace scalars, its draws, and the KL divergence to the prior, as pure functions.
+
+The adapter's parameters are in `layer`. A posterior is a mixture of M members with equal weights; most have one.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +22,54 @@ DEFAULT_SCHEME: Scheme = "sobol"  # benchmarks/draws.py: the smallest error at K
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """K standard-normal draws, one epsilon for every adapted layer.
+    """K standard-normal draws, one epsilon for every adapted layer, of M members in turn.
 
     Attributes:
-        epsilon: [K, P] float32 on the CPU; P is the number of stochastic scalars, in the model's layer order.
-        start: the position of the first draw in the sequence that `draw` gives for seed and scheme; None for other draws.
+        epsilon: [K, P] float32 on the CPU; P is the number of a member's stochastic scalars, in the model's layer order.
+        start: the position of the first draw in the sequence that `draw_members` gives for seed, scheme and M; None for
+            other draws.
+        members: M; draw k belongs to member (first_member + k) mod M.
     """
 
     seed: int
     scheme: Scheme
     epsilon: Tensor
     start: int | None = None
+    members: int = 1
+    first_member: int = 0
 
     @property
     def num_samples(self) -> int:
         return int(self.epsilon.shape[0])
 
     @cached_property
+    def member(self) -> Tensor:
+        """[K] int64, the member that each draw belongs to."""
+        return (self.first_member + torch.arange(self.num_samples)) % self.members
+
+    @cached_property
     def key(self) -> Hashable:
         """Equal for equal draws: draws with the same key can share sampled scalars in a pass, and cached prefixes."""
+        members = self.members, self.first_member
         if self.start is None:
-            return blake2b(self.epsilon.numpy().tobytes(), digest_size=16).digest(), *self.epsilon.shape
-        return self.seed, self.scheme, self.start, *self.epsilon.shape
+            return blake2b(self.epsilon.numpy().tobytes(), digest_size=16).digest(), *members, *self.epsilon.shape
+        return self.seed, self.scheme, self.start, *members, *self.epsilon.shape
 
     def part(self, start: int, stop: int) -> Draws:
         """Draws `start` to `stop` - 1 of the same sequence."""
-        return replace(self, epsilon=self.epsilon[start:stop], start=None if self.start is None else self.start + start)
+        return replace(
+            self,
+            epsilon=self.epsilon[start:stop],
+            start=None if self.start is None else self.start + start,
+            first_member=(self.first_member + start) % self.members,
+        )
+
+    def of_member(self, member: int) -> Draws:
+        """The draws of one member, as draws for an adapter that has this member alone."""
+        own = self.epsilon[self.member == member]
+        first = (member - self.first_member) % self.members
+        start = None if self.start is None else (self.start + first) // self.members
+        return Draws(member_seed(self.seed, member), self.scheme, own, start)
 
     def scaled(self, factor: float) -> Draws:
         """The same draws times a factor: as drawn from a posterior whose sigma is larger by that factor."""
@@ -97,16 +122,85 @@ def _normals(seed: int, count: int, dimension: int) -> Tensor:
     return normal.view(count, dimension)
 
 
-def zero_draw(dimension: int) -> Draws:
-    """The single draw with epsilon = 0: every subspace scalar at its posterior mean."""
-    return Draws(0, "gaussian", torch.zeros(1, dimension))
+def member_seed(seed: int, member: int) -> int:
+    """The seed of a member's own sequence: member m draws as an adapter of its own does with seed + m."""
+    return (seed + member) % 2**63
+
+
+def draw_members(seed: int, num_samples: int, dimension: int, members: int = 1, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
+    """K draws for a mixture of M members, draw k for member k mod M. With one member they are those of `draw`.
+
+    Each member has a sequence of its own, so the first j of K draws do not depend on K, and any consecutive draws are shared
+    out evenly over the members, up to one.
+
+    Args:
+        members: M >= 1, at most K.
+
+    Raises:
+        ValueError: fewer samples than members; and as for `draw`.
+    """
+    if members == 1:
+        return draw(seed, num_samples, dimension, scheme)
+    if num_samples < members:
+        raise ValueError(
+            f"num_samples is {num_samples}, and the adapter is a mixture of {members} members, and each needs a sample; "
+            f"use at least {members}"
+        )
+    longest = -(-num_samples // members)
+    sequences = [draw(member_seed(seed, member), longest, dimension, scheme).epsilon for member in range(members)]
+    epsilon = torch.stack(sequences, dim=1).flatten(0, 1)[:num_samples]
+    return Draws(seed, scheme, epsilon.contiguous(), start=0, members=members)
+
+
+def zero_draw(dimension: int, members: int = 1) -> Draws:
+    """A draw with epsilon = 0 for each member: every subspace scalar at its mean in that member."""
+    return Draws(0, "gaussian", torch.zeros(members, dimension), members=members)
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """q(s) over the scalars of all adapted layers: a mixture with equal weights of N(mean_m, F_m F_m^T), m < M.
+
+    F_m, the factor, is tau * diag(sigma_m). Whatever depends on the form of the factor is in the two methods.
+
+    Attributes:
+        mean, log_std: [M, P]; sigma = exp(log_std).
+        scale: tau, the adapter's `posterior_scale`.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+    scale: float = 1.0
+
+    def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
+        """s = mean_m + F_m epsilon: [N, P] -> [N, P]; differentiable in mean and log_std.
+
+        Args:
+            member: [N] int64, the member of each row; None if there is only one.
+        """
+        deviation = self.scale * self.log_std.exp()
+        epsilon = epsilon.to(self.mean.device)
+        if member is None:
+            return self.mean + deviation * epsilon
+        member = member.to(self.mean.device)
+        return self.mean[member] + deviation[member] * epsilon
+
+    def by_deviations(self, jacobian: Tensor) -> Tensor:
+        """J F, the derivatives by epsilon instead of by s: [..., M, C, P] -> [..., M, C, P], in J's dtype and device."""
+        return jacobian * (self.scale * self.log_std.to(jacobian).exp()).unsqueeze(-2)
+
+    @property
+    def relative_spread(self) -> float:
+        """Median tau sigma / |mu| over all scalars of all members."""
+        mean, log_std = self.mean.detach(), self.log_std.detach()
+        return self.scale * float((log_std.exp() / mean.abs().clamp_min(1e-12)).median())
 
 
 KLDirection = Literal["q_p", "p_q"]
 
 
 def kl_divergence(mean: Tensor, log_std: Tensor, prior_std: float, direction: KLDirection = "q_p") -> Tensor:
-    """KL between q = N(mean, exp(log_std)^2) and p = N(0, prior_std^2), summed over all scalars, in nats.
+    """KL between q = N(mean, exp(log_std)^2) and p = N(0, prior_std^2), summed over all scalars, in nats; q is one member.
 
     `q_p` is KL(q || p), the one in the evidence lower bound. `p_q` is KL(p || q), which the authors' published code uses.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,11 +25,14 @@ from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Scheme, draw, zero_draw
+from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Posterior, Scheme, draw_members, zero_draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
 GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
+
+# Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
+SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
 
 def _layer_index(name: str) -> int | None:
@@ -100,13 +103,15 @@ class ScalaBLModel(nn.Module):
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
-            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r))
+            layer = SubspaceLinear(inner, config.r, config.scaling, slice(start, start + config.r), config.members)
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: ChoiceHead(cut)}, self.trunk)
+        head, self.head_name = ChoiceHead(cut), host.head_name
+        self.head_of_rows = head.of_rows  # for passes that another adapter runs
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
         if attach:
             self.attach()
 
@@ -120,8 +125,13 @@ class ScalaBLModel(nn.Module):
 
     @property
     def num_stochastic_parameters(self) -> int:
-        """P: the number of scalars that are drawn, R for each adapted layer."""
+        """P: the number of scalars that are drawn for a sample, R for each adapted layer."""
         return self.config.r * len(self.adapted)
+
+    @property
+    def members(self) -> int:
+        """M: the number of members of the posterior, each with scalars and matrices of its own."""
+        return self.config.members
 
     @property
     def num_choices(self) -> int:
@@ -163,26 +173,32 @@ class ScalaBLModel(nn.Module):
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
 
-    def posterior(self) -> tuple[Tensor, Tensor]:
-        """(mean [P], log_std [P]) of q(s) over all adapted layers, without `posterior_scale`; differentiable."""
+    def posterior(self) -> Posterior:
+        """q(s) over all adapted layers; differentiable in mu and ln sigma."""
         layers, device = list(self.adapted.values()), self.device
-        return (
-            torch.cat([layer.s_mean.to(device) for layer in layers]),
-            torch.cat([layer.s_log_std.to(device) for layer in layers]),
-        )
+        mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
+        log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
+        return Posterior(mean.view(self.members, -1), log_std.view(self.members, -1), self.config.posterior_scale)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
-        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of stochastic parameters)."""
-        return draw(seed, num_samples, self.num_stochastic_parameters, scheme)
+        """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of scalars and of members).
+
+        Raises:
+            ValueError: as for `draw_members`.
+        """
+        return draw_members(seed, num_samples, self.num_stochastic_parameters, self.members, scheme)
 
     def mean_draw(self) -> Draws:
-        """One draw with every scalar at its posterior mean."""
-        return zero_draw(self.num_stochastic_parameters)
+        """One draw for each member, with every scalar at its mean in that member."""
+        return zero_draw(self.num_stochastic_parameters, self.members)
 
-    def sample(self, epsilon: Tensor) -> Tensor:
-        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma."""
-        mean, log_std = self.posterior()
-        return mean + self.config.posterior_scale * log_std.exp() * epsilon.to(mean.device)
+    def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
+        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
+
+        Args:
+            member: [N] int64, the member of each row; needed if there are several.
+        """
+        return self.posterior().sample(epsilon, member)
 
     def warm_up(self) -> None:
         """Run the kernel at every launch shape that serving uses, so that no request waits for its compilation."""
@@ -239,7 +255,7 @@ class ScalaBLModel(nn.Module):
             ValueError: the base model computes no keys and values in one of its blocks.
         """
         ids, lengths = (tensor.to(self.device) for tensor in TokenBatch.of([tokens]).right_padded())
-        samples, _ = self._row_samples([draws])
+        samples, _ = self.row_samples([draws])
         cache = self._run(ForwardPass(ids, lengths, samples, past=past, keeps=True))[1]
         assert cache is not None  # because `keeps` is set
         return cache.prefix(self.shared_blocks)
@@ -267,20 +283,31 @@ class ScalaBLModel(nn.Module):
         """
         return [reading.logits for reading in self.readings(batch, draws, states, past)]
 
-    @torch.inference_mode()
     def readings(
         self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None, past: Past | None = None
     ) -> list[Reading]:
         """As `logits_each`, with the hidden state of each input beside its logits."""
+        if len(draws) != batch.input_ids.shape[0]:
+            raise ValueError(f"{len(draws)} draws were given for {batch.input_ids.shape[0]} inputs")
+        return self.run_inputs(batch, lambda order: self.row_samples([draws[place] for place in order]), states, past)
+
+    @torch.inference_mode()
+    def run_inputs(
+        self, batch: TokenBatch, sample_rows: SampleRows, states: Tensor | None = None, past: Past | None = None
+    ) -> list[Reading]:
+        """One forward pass over B inputs: logits [K_b, C] and hidden state of each.
+
+        Args:
+            sample_rows: makes the samples of the rows for the inputs in a given order.
+            states, past: as of `ForwardPass`, of a batch that is right-padded.
+        """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        if len(draws) != ids.shape[0]:
-            raise ValueError(f"{len(draws)} draws were given for {ids.shape[0]} inputs")
         if not self.packs:
-            samples, counts = self._row_samples(draws)
+            samples, counts = sample_rows(range(len(ids)))
             return self._read(ForwardPass(ids, lengths, samples, None, states, past), counts)
         order = torch.argsort(lengths, stable=True)
         places = order.tolist()
-        samples, counts = self._row_samples([draws[place] for place in places])
+        samples, counts = sample_rows(places)
         forward_pass = ForwardPass(
             ids[order],
             lengths[order],
@@ -301,7 +328,7 @@ class ScalaBLModel(nn.Module):
         parts = zip(torch.split(logits, list(counts)), rows, strict=True)
         return [Reading(of_input, states.mean(0)) for of_input, states in parts]
 
-    def _row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
+    def row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
         """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""
         tables: dict[Hashable, tuple[int, Draws]] = {}  # key of the draws -> (its first row in s, draws)
         first = 0
@@ -309,52 +336,61 @@ class ScalaBLModel(nn.Module):
             if of_input.key not in tables:
                 tables[of_input.key] = (first, of_input)
                 first += of_input.num_samples
-        s = self.sample(torch.cat([table.epsilon for _, table in tables.values()]))
+        epsilon, member = torch.cat([table.epsilon for _, table in tables.values()]), None
+        if self.members > 1:
+            member = torch.cat([table.member for _, table in tables.values()]).to(self.device)
+        s = self.sample(epsilon, member)
         counts = [of_input.num_samples for of_input in draws]
         sample = torch.cat([torch.arange(of_input.num_samples) + tables[of_input.key][0] for of_input in draws])
         inputs = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         fan_out = counts[0] if len(set(counts)) == 1 else 1
         spread = inputs if max(counts) > 1 else None
-        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables)), counts
+        return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables), member), counts
 
     @torch.enable_grad()
     def jacobian(
         self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of B inputs at the posterior mean, their derivatives by the subspace scalars, and the hidden states there.
+        """Logits of B inputs at each member's mean, their derivatives by the subspace scalars, and the hidden states there.
 
-        There is a row, with scalars of its own, for each active choice of each input. One reverse pass of the sum of the
-        rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit memory.
+        There is a row, with scalars of its own, for each member and active choice of each input. One reverse pass of the sum
+        of the rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit
+        memory.
 
         Args:
             active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
             max_tokens: rows x padded length in one graph; a single row may exceed it.
 
         Returns:
-            ([B, C], [B, C, P], [B, D]); derivatives are zero where not active.
+            ([B, M, C], [B, M, C, P], [B, D]): derivatives are zero where not active, states averaged over the members.
         """
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        inputs, choices = active.to(self.device).nonzero(as_tuple=True)  # [M]
-        mean = self.posterior()[0].detach()
+        shape = (len(active), self.members, self.num_choices)
+        of_rows = active.to(self.device).unsqueeze(1).expand(shape).nonzero()  # [rows, 3]: input, member, choice
+        mean = self.posterior().mean.detach()
         logits: list[Tensor] = []
         gradients: list[Tensor] = []
         states: list[Tensor] = []
-        size = max(1, max_tokens // ids.shape[1])
-        for inputs_m, choices_m in zip(torch.split(inputs, size), torch.split(choices, size), strict=True):
-            rows = torch.arange(len(inputs_m), device=self.device)
-            s = mean.expand(len(rows), -1).clone().requires_grad_()
+        for rows_m in torch.split(of_rows, max(1, max_tokens // ids.shape[1])):
+            inputs_m, members_m, choices_m = rows_m.unbind(1)
+            rows = torch.arange(len(rows_m), device=self.device)
+            s = mean[members_m].requires_grad_()
             first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
+            member = members_m if self.members > 1 else None
+            samples = RowSamples(s, rows, inputs=inputs_m - first, member=member)
             head_states = HeadStates()
-            samples = RowSamples(s, rows, inputs=inputs_m - first)
-            z = self.run(ForwardPass(ids[first:end], lengths[first:end], samples, head_states=head_states))  # [m, C]
+            z = self.run(ForwardPass(ids[first:end], lengths[first:end], samples, head_states=head_states))  # [rows, C]
             gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
             logits.append(z.detach())
             assert head_states.rows is not None  # every pass ends with the head
             states.append(head_states.rows.detach().float().to(self.device))
-        jacobian = mean.new_zeros(*active.shape, len(mean))
-        jacobian[inputs, choices] = torch.cat(gradients)
-        firsts = torch.searchsorted(inputs, torch.arange(len(active), device=self.device))
-        return torch.cat(logits)[firsts], jacobian, torch.cat(states)[firsts]
+        inputs, members, choices = of_rows.unbind(1)
+        jacobian = mean.new_zeros(*shape, mean.shape[1])
+        jacobian[inputs, members, choices] = torch.cat(gradients)
+        starts = torch.arange(shape[0] * shape[1], device=self.device)
+        firsts = torch.searchsorted(inputs * self.members + members, starts)
+        means = torch.cat(states)[firsts].view(*shape[:2], -1).mean(1)
+        return torch.cat(logits)[firsts].view(shape), jacobian, means
 
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:

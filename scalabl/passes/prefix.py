@@ -41,7 +41,10 @@ def _is_exact(model: ScalaBLModel, length: int) -> bool:
     tokens = torch.randint(vocabulary, (3, length), generator=generator)
     half = length // 2
     tokens[:, :half] = tokens[0, :half]
-    two, one = (Draws(0, "gaussian", torch.randn(n, model.num_stochastic_parameters, generator=generator)) for n in (2, 1))
+    two, one = (
+        Draws(0, "gaussian", torch.randn(n, model.num_stochastic_parameters, generator=generator), members=model.members)
+        for n in (2, 1)
+    )
     probes = (
         ([length], [two]),
         ([length - 1, half + 1], [two, two]),

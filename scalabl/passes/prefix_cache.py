@@ -164,7 +164,7 @@ class PrefixCache:
             self._blocks, self._shared = model.num_blocks, model.shared_blocks
             one = model.prefix([0], model.mean_draw())
             shared = sum(tensor.nbytes for layer in one.layers[: self._shared] for tensor in layer)
-            self._bytes = (shared, one.nbytes - shared)
+            self._bytes = (shared, (one.nbytes - shared) // model.members)
 
     @property
     def device(self) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalabl.base.int8 import rounds_activations, unrounded
-from scalabl.model.forward_pass import ForwardPass, RowSamples
+from scalabl.model.forward_pass import ForwardPass
 from scalabl.model.packed_attention import may_pack
 from scalabl.model.packing import Packing
+from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 
 PROBE_ERRORS = (
@@ -81,8 +82,8 @@ def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
     def run(count: int) -> int:
         ids, lengths = _inputs(model, count)
         packing = Packing.of(lengths, [1] * count)
-        s = model.sample(torch.zeros(1, model.num_stochastic_parameters))
-        model.run(ForwardPass(ids, lengths, RowSamples(s, torch.zeros_like(lengths)), packing))
+        samples, _ = model.row_samples([model.mean_draw().part(0, 1)] * count)
+        model.run(ForwardPass(ids, lengths, samples, packing))
         return packing.rows.tokens
 
     try:
@@ -94,7 +95,7 @@ def _packs_alike(model: ScalaBLModel, expected: list[Tensor]) -> bool:
 
 
 def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = False) -> list[Tensor]:
-    """Logits of a few inputs under two samples, with the given shortcuts turned on or off."""
+    """Logits of a few inputs under two samples or one of each member, with the given shortcuts turned on or off."""
     generator = torch.Generator().manual_seed(0)
     trunk = model.trunk
     before = trunk.verified, trunk.trims
@@ -103,10 +104,10 @@ def _probe(model: ScalaBLModel, *, fans_out: bool, trims: bool, packs: bool = Fa
         trunk.verified, trunk.trims = fans_out, trims
         for count in (1, 2, 3):
             ids, lengths = _inputs(model, count)
-            s = model.sample(torch.randn(2, model.num_stochastic_parameters, generator=generator))
-            rows = torch.arange(2 * count, device=model.device)
-            packing = Packing.of(lengths, [2] * count) if packs else None
-            logits.append(model.run(ForwardPass(ids, lengths, RowSamples(s, rows % 2, 2, rows // 2), packing)))
+            epsilon = torch.randn(max(2, model.members), model.num_stochastic_parameters, generator=generator)
+            samples, counts = model.row_samples([Draws(0, "gaussian", epsilon, members=model.members)] * count)
+            packing = Packing.of(lengths, counts) if packs else None
+            logits.append(model.run(ForwardPass(ids, lengths, samples, packing)))
     finally:
         trunk.verified, trunk.trims = before
     return logits

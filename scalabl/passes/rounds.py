@@ -63,6 +63,11 @@ class Rounds:
                 for group in grouped(cache, sequences, draws)
             ]
 
+    @property
+    def without_prefix(self) -> list[int]:
+        """The prompts that run from their first tokens, by their indices."""
+        return [index for part in self._parts if not part.start for index in part.indices]
+
     def readings(self, draws: Mapping[int, Draws]) -> dict[int, Reading]:
         """Run one round over the prompts in `draws`: index -> logits and hidden state, on the CPU."""
         readings: dict[int, Reading] = {}

@@ -30,6 +30,7 @@ from scalabl.files.output_folder import (
     remove_adapter,
     write_errors,
 )
+from scalabl.model.attachment import Host
 from scalabl.training.recipe import TrainingConfig
 
 # Options of the recipe that decide how a run is computed or logged, not what it learns. A run may resume with others.
@@ -129,7 +130,8 @@ class TrainingRun(Record):
 
 
 def fingerprint_of(base: PreTrainedModel) -> str:
-    """SHA-256 of a base model's configuration and weights, whatever folder they are in."""
+    """SHA-256 of a base model's configuration and weights, whatever folder they are in. Detaches an adapter."""
+    Host.free(base)
     config = {name: value for name, value in base.config.to_diff_dict().items() if name not in INCIDENTAL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     seen = set()

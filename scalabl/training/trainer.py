@@ -83,8 +83,8 @@ class VariationalModule(nn.Module):
         num_choices, labels = num_choices[of_row], labels[of_row]
         absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
         nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
-        mean, log_std = self.model.posterior()
-        kl = kl_divergence(mean, log_std, self.model.config.prior_std, self.recipe.kl_direction)
+        posterior = self.model.posterior()
+        kl = kl_divergence(posterior.mean, posterior.log_std, self.model.config.prior_std, self.recipe.kl_direction)
         weight = self.recipe.kl_weight / self.num_examples if self.recipe.kl_optimizer == "joint" else 0.0
         return {"loss": nll + weight * kl, "nll": nll, "kl": kl}
 
@@ -171,9 +171,9 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         outcome = predictive_of(logits, self.validation.num_choices, model, draws)
         metrics = {f"eval_{name}": value for name, value in scores(outcome, self.validation.answers).items()}
         metrics["eval_loss"] = metrics.pop("eval_nll")
-        mean, log_std = (tensor.detach() for tensor in model.posterior())
-        metrics["eval_median_sigma"] = float(log_std.exp().median())
-        metrics["eval_median_abs_mu"] = float(mean.abs().median())
+        posterior = model.posterior()
+        metrics["eval_median_sigma"] = float(posterior.log_std.detach().exp().median())
+        metrics["eval_median_abs_mu"] = float(posterior.mean.detach().abs().median())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -24,7 +24,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
-from scalabl.uncertainty.predictive import Predictive, independent_units, predictive, standard_error
+from scalabl.uncertainty.predictive import Predictive, degrees_of_freedom, predictive, standard_error
 
 Target = Literal["decision", "probabilities", "mutual_information"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -93,17 +93,21 @@ class Rule:
         return next(count for count in self.rounds() if count > num_samples)
 
 
-def settled(outcome: Predictive, rule: Rule, scheme: Scheme) -> Tensor:
-    """Whether K samples are enough, for each of B inputs: [B] bool. False where K is too small for a standard error."""
+def settled(outcome: Predictive, rule: Rule, scheme: Scheme, members: int = 1) -> Tensor:
+    """Whether K samples are enough, for each of B inputs: [B] bool. False where K is too small for a standard error.
+
+    Args:
+        members: M; sample k is of member k mod M.
+    """
     samples = outcome.sample_probabilities  # [B, K, C]
     agree = (samples.amax(1) - samples.amin(1)).amax(-1) <= AGREEMENT
-    degrees = independent_units(samples.shape[1], scheme) - 1
+    degrees = degrees_of_freedom(samples.shape[1], scheme, members)
     if degrees < 1:
         return torch.zeros_like(agree)
     looks = len(rule.rounds())
     if rule.target == "decision":
         others = samples.shape[2] - 1
-        return agree | _separated(samples, t_quantile(rule.allowed / looks / others, degrees), scheme)
+        return agree | _separated(samples, t_quantile(rule.allowed / looks / others, degrees), scheme, members)
     critical = t_quantile(INTERVAL_ERROR / looks / 2, degrees)
     half_width = NormalDist().inv_cdf(1 - INTERVAL_ERROR / 2) * rule.allowed
     if rule.target == "probabilities":
@@ -117,12 +121,12 @@ def settled(outcome: Predictive, rule: Rule, scheme: Scheme) -> Tensor:
     return agree | (above + missing <= half_width)
 
 
-def _separated(samples: Tensor, critical: float, scheme: Scheme) -> Tensor:
+def _separated(samples: Tensor, critical: float, scheme: Scheme, members: int) -> Tensor:
     """Whether the top choice's lead over each other is above `critical` standard errors and above 1 / K: [B]."""
     top = samples.mean(1).argmax(-1)  # [B]
     leads = samples.gather(2, top.view(-1, 1, 1).expand(-1, samples.shape[1], 1)) - samples  # [B, K, C]
     lead = leads.mean(1)
-    errors = standard_error(leads.transpose(1, 2), scheme)
+    errors = standard_error(leads.transpose(1, 2), scheme, members)
     clear = (lead > critical * errors) & (lead > 1 / samples.shape[1])
     return clear.scatter(1, top.unsqueeze(1), True).all(-1)
 
@@ -153,7 +157,13 @@ RunRound = Callable[[Sequence[int], int, int], Tensor]
 
 
 def sample_adaptively(
-    run: RunRound, count: int, rule: Rule, *, temperature: float = 1.0, scheme: Scheme = DEFAULT_SCHEME
+    run: RunRound,
+    count: int,
+    rule: Rule,
+    *,
+    temperature: float = 1.0,
+    scheme: Scheme = DEFAULT_SCHEME,
+    members: int = 1,
 ) -> list[Estimate]:
     """Run rounds for `count` inputs until each meets the rule or has `rule.most` samples."""
     unsettled = list(range(count))
@@ -165,8 +175,9 @@ def sample_adaptively(
             break
         for index, more in zip(unsettled, run(unsettled, start, stop), strict=True):
             logits[index].append(more)
-        outcome = predictive(torch.stack([torch.cat(logits[index]) for index in unsettled]), temperature, scheme)
-        enough = settled(outcome, rule, scheme).tolist()
+        stacked = torch.stack([torch.cat(logits[index]) for index in unsettled])
+        outcome = predictive(stacked, temperature, scheme, members)
+        enough = settled(outcome, rule, scheme, members).tolist()
         for row, index in enumerate(unsettled):
             if enough[row] or stop == rule.most:
                 estimates[index] = Estimate(outcome.of_input(row), stop, enough[row])

@@ -62,7 +62,7 @@ class Predictive:
         )
 
 
-def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gaussian") -> Predictive:
+def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gaussian", members: int = 1) -> Predictive:
     """The Bayesian model average and its uncertainty.
 
     Mutual information is computed as mean_k KL(p_k || mean p), as a sum of terms that are each non-negative, and not as
@@ -70,12 +70,14 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
 
     The standard errors are first-order (delta method): with p the mean, H(p) varies with sample k as the cross-entropy
     -sum_c p_kc ln p_c, and mutual information as KL(p_k || p). The two draws of an antithetic pair count as one.
-    For Sobol draws the independent-sample formula is used, which overstates the error.
+    For Sobol draws the independent-sample formula is used, which overstates the error. The members of a mixture are strata:
+    each has its share of every K samples, so that only the spread within members is an error (`standard_error`).
 
     Args:
         logits: [B, K, C] (or any leading dimensions in place of B), finite.
         temperature: T > 0, divides the logits.
         scheme: how the K samples were drawn.
+        members: M; sample k is of member k mod M.
 
     Raises:
         ValueError: logits that are not finite, fewer than two classes, or no sample.
@@ -109,7 +111,7 @@ def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gauss
         expected_entropy=entropy - mutual_information,
         mutual_information=mutual_information,
         sample_probabilities=p,
-        standard_error=standard_errors(p, cross_entropy, sample_entropy, divergence, scheme),
+        standard_error=standard_errors(p, cross_entropy, sample_entropy, divergence, scheme, members),
     )
 
 
@@ -118,23 +120,43 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum(dtype=torch.float64)))
 
 
-def independent_units(num_samples: int, scheme: Scheme) -> int:
-    """The number of independent units among K samples: pairs if they are antithetic, else the samples."""
-    return num_samples // 2 if scheme == "antithetic" and num_samples > 1 else num_samples
+def degrees_of_freedom(num_samples: int, scheme: Scheme, members: int = 1) -> int:
+    """The degrees of freedom of `standard_error`; below 1 if it is NaN.
+
+    A member's independent units are its pairs if they are antithetic, else its samples. Of several members the one with the
+    fewest units counts: its spread may be most of the whole, and then the error is no better known than that spread
+    (Welch's approximation lies between this and the sum over members).
+    """
+    own = num_samples // members
+    units = own // 2 if scheme == "antithetic" and own > 1 else own
+    return units - 1
 
 
 def standard_errors(
-    probabilities: Tensor, entropy: Tensor, expected_entropy: Tensor, mutual_information: Tensor, scheme: Scheme
+    probabilities: Tensor,
+    entropy: Tensor,
+    expected_entropy: Tensor,
+    mutual_information: Tensor,
+    scheme: Scheme,
+    members: int = 1,
 ) -> StandardErrors:
     """Standard errors of the means over the samples of probabilities [..., K, C] and of the other three [..., K]."""
     terms = [probabilities, entropy.unsqueeze(-1), expected_entropy.unsqueeze(-1), mutual_information.unsqueeze(-1)]
-    errors = standard_error(torch.cat(terms, dim=-1).transpose(-1, -2), scheme)
+    errors = standard_error(torch.cat(terms, dim=-1).transpose(-1, -2), scheme, members)
     return StandardErrors(errors[..., :-3], errors[..., -3], errors[..., -2], errors[..., -1])
 
 
-def standard_error(values: Tensor, scheme: Scheme) -> Tensor:
-    """Standard error of the mean over the last dimension [..., K] -> [...]; NaN with fewer than two independent units."""
+def standard_error(values: Tensor, scheme: Scheme, members: int = 1) -> Tensor:
+    """Standard error of the mean over the last dimension [..., K] -> [...]; NaN with fewer than two units in a member.
+
+    With M members it is that of a stratified sample: sqrt(sum_m (n_m / K)^2 e_m^2), e_m the standard error of the mean of
+    member m's n_m values (Cochran, Sampling Techniques, 1977, eq. 5.6). Value k is of member k mod M.
+    """
     count = values.shape[-1]
+    if members > 1:
+        strata = [values[..., member::members] for member in range(members)]
+        errors = [stratum.shape[-1] / count * standard_error(stratum, scheme) for stratum in strata]
+        return torch.stack(errors).square().sum(0).sqrt()
     if scheme == "antithetic" and count > 1:
         # Pairs are independent, but not the two draws of a pair. The last of an odd number of draws has no partner.
         paired = count // 2 * 2

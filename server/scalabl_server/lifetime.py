@@ -115,6 +115,7 @@ class ServerLifetime:
             target_tokens=engine.target_batch_tokens,
             max_tokens=self.settings.max_batch_tokens,
             pads=lambda served: served.pads,
+            shape=lambda served: served.shape,
             rest=rest,
         )
         predictor = Predictor(

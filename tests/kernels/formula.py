@@ -36,7 +36,7 @@ def make_operands(
         "sample": torch.randint(samples, (rows,), generator=generator),
     }
     if adapters is not None:
-        made["adapter"] = torch.randint(adapters, (rows // fan_out,), generator=generator)
+        made["adapter"] = torch.arange(samples) % adapters
     return made
 
 
@@ -49,6 +49,6 @@ def by_formula(
     result = y.clone()
     for row, k in enumerate(sample.tolist()):
         of = row // fan_out
-        a, b = (lora_a, lora_b) if adapter is None else (lora_a[adapter[of]], lora_b[adapter[of]])
+        a, b = (lora_a, lora_b) if adapter is None else (lora_a[adapter[k]], lora_b[adapter[k]])
         result[row] += x[of] @ (SCALING * b @ torch.diag(s[k]) @ a).T
     return result

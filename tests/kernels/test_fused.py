@@ -61,7 +61,9 @@ def on_device(operands: dict[str, Tensor], step: int = 1) -> tuple[dict[str, Ten
         placed[name], _ = window(operands[name], torch.nan, step)
     # Read as they are when contiguous, so the poison stands before and after. An index read too far leads to NaN in s.
     beyond = operands["s"].shape[0]
-    for name, poison in (("lora_a", torch.nan), ("lora_b", torch.nan), ("sample", beyond)):
+    for name, poison in (("lora_a", torch.nan), ("lora_b", torch.nan), ("sample", beyond), ("adapter", beyond)):
+        if name not in operands:
+            continue
         tensor = operands[name]
         margin = torch.full((70 * tensor.shape[-1],), poison, dtype=tensor.dtype)
         memory = torch.cat([margin, tensor.flatten(), margin]).to(DEVICE)
@@ -168,6 +170,10 @@ FAULTS = {
     "no rank mask on A": ("mask=inner_ok[:, None] & rank_ok[None, :]", "mask=inner_ok[:, None]"),
     "no rank mask on s": ("mask=mine[:, None] & rank_ok[None, :]", "mask=mine[:, None]"),
     "no column mask on x": ("mask=mine[:, None] & inner_ok[None, :]", "mask=mine[:, None]"),
+    "rows of every adapter": ("own = mine & (tl.load(adapter + chosen, mask=mine, other=-1) == which)", "own = mine"),
+    "the first adapter's A for all": ("a_rows + which * RANK * d_in", "a_rows"),
+    "the first adapter's B for all": ("lora_b + which * d_out * RANK", "lora_b"),
+    "only the first sample's adapter": ("uses |= (", "uses = (k == 0) * ("),
     "no column mask on B and y": ("outer_ok = outer < d_out", "outer_ok = outer >= 0"),
     "no row mask": ("row_ok = rows < num_rows", "row_ok = rows >= 0"),
     "the row's number for its sample": (
@@ -205,7 +211,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 
 
 def _exercise() -> None:
-    kinds: list[dict[str, Any]] = [{}, {"fan_out": 4}]
+    kinds: list[dict[str, Any]] = [{}, {"fan_out": 4}, {"fan_out": 4, "adapters": 3}]
     for kind in kinds:
         # Few rows with a ragged last tile in every direction, and x narrower than y.
         check(make_operands(20, (2,), 72, 200, 5, 5, **kind), inplace=True)
@@ -225,7 +231,7 @@ def test_a_planted_fault_is_caught(fault: str, broken: Callable[[str, str], Modu
 
 # Faults whose values can be right: only a checker of memory sees them.
 MEMORY_FAULTS = {
-    "no column mask on y": ("y_ok = mine[:, None] & outer_ok[None, :]", "y_ok = mine[:, None]"),
+    "no column mask on y": ("y_ok = own[:, None] & outer_ok[None, :]", "y_ok = own[:, None]"),
     "no row mask": ("row_ok = rows < num_rows", "row_ok = rows >= 0"),
     "programs along the columns repeat the first": ("first = tl.program_id(1) * blocks", "first = tl.program_id(1) * 0"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scalabl_kernels import subspace_projection
-from scalabl_kernels.reference import subspace_projection_torch
+from scalabl_kernels.reference import WIDEST, subspace_projection_torch
 from torch import Tensor
 
 from tests.kernels.formula import SCALING, by_formula, make_operands
@@ -84,6 +84,14 @@ def test_in_place_it_makes_nothing_larger_than_the_scaled_subspace() -> None:
             {"sample": torch.zeros(6, dtype=torch.int64)},
             "sample has 6 entries, expected one, or the same number .* each of 7 rows",
         ),
+        (
+            {
+                "lora_a": torch.ones(2, 8, 24),
+                "lora_b": torch.ones(2, 20, 8),
+                "adapter": torch.zeros(7, dtype=torch.int64),
+            },
+            r"adapter has shape \(7,\), expected one index for each of 3 rows of s",
+        ),
     ],
 )
 def test_operands_that_do_not_fit_are_named(changes: dict[str, Tensor], message: str) -> None:
@@ -99,18 +107,36 @@ def test_a_sample_that_is_not_in_the_table_is_an_error() -> None:
 
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("fan_out", [1, 4])
-@pytest.mark.parametrize("adapters", [None, 3])
-def test_rows_may_share_an_input_and_have_adapters_of_their_own(adapters: int | None, fan_out: int, inplace: bool) -> None:
-    operands = make_operands(12, (2,), 24, 20, 8, 5, fan_out=fan_out, adapters=adapters)
+@pytest.mark.parametrize(("adapters", "rank"), [(None, 8), (3, 8), (WIDEST // 8 + 1, 8)])
+def test_rows_may_share_an_input_and_have_adapters_of_their_own(
+    adapters: int | None, rank: int, fan_out: int, inplace: bool
+) -> None:
+    operands = make_operands(12, (2,), 24, 20, rank, 40, fan_out=fan_out, adapters=adapters)
     expected = by_formula(**operands)
     result = subspace_projection(**operands, scaling=SCALING, inplace=inplace)
     assert torch.allclose(result.double(), expected, atol=1e-4)
 
 
-def test_an_adapter_without_rows_changes_nothing() -> None:
-    operands = make_operands(6, (), 24, 20, 8, 5, adapters=2) | {"adapter": torch.ones(6, dtype=torch.int64)}
-    operands["lora_a"][0] = torch.nan
-    assert subspace_projection(**operands, scaling=SCALING, inplace=True).isfinite().all()
+def test_an_adapter_with_large_values_changes_only_its_own_rows() -> None:
+    operands = make_operands(6, (), 24, 20, 8, 5, adapters=2)
+    operands["lora_a"][0] = 1e30
+    expected = by_formula(**operands)
+    own = operands["adapter"][operands["sample"]] == 1
+    result = subspace_projection(**operands, scaling=SCALING, inplace=True)
+    assert torch.allclose(result[own].double(), expected[own], atol=1e-4)
+
+
+def test_gradients_with_several_adapters_are_those_of_the_formula() -> None:
+    made = make_operands(4, (2,), 5, 3, 2, 3, adapters=2)
+    operands = {name: t.double() if t.is_floating_point() else t for name, t in made.items()}
+    names = [name for name in operands if name not in ("sample", "adapter")]
+    whole = {name: operands[name] for name in ("sample", "adapter")}
+
+    def run(*values: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(zip(names, values, strict=True)) | whole
+        return subspace_projection(**given, scaling=SCALING, inplace=False)
+
+    assert torch.autograd.gradcheck(run, [operands[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("inplace", [True, False])

@@ -104,7 +104,7 @@ class GatedEngine(TransformersEngine):
     broken: threading.Event
     entered: threading.Event
 
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    def run(self, served: Sequence[Served], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         self.entered.set()
         assert self.gate.wait(30)
         if self.broken.is_set():

@@ -71,7 +71,7 @@ def compile_for(
         "x_column": 1,
         "RANK": rank,
         "PADDED_RANK": pad or padded_rank(rank),
-        "NUM_ADAPTERS": num_adapters,
+        "MANY_ADAPTERS": num_adapters > 1,
         "BLOCK_M": shape.block_m,
         "BLOCK_K": shape.block_k,
         "BLOCK_N": shape.block_n,

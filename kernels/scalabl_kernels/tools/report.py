@@ -63,13 +63,14 @@ class Line:
 
 
 def cases() -> Iterator[Case]:
-    """Every entry of the launch table with every rank, and once with two adapters."""
+    """Every entry of the launch table with every rank, and with several adapters at the usual rank and the widest."""
     for architecture in TABLE:
         for dtype in BYTES:
             for rows in ("few", "many"):
                 for rank in RANKS:
                     yield Case(architecture, dtype, rows, rank)
-                yield Case(architecture, dtype, rows, 16, num_adapters=2)
+                for rank in (RANKS[0], WIDE_RANK, MAX_RANK):
+                    yield Case(architecture, dtype, rows, rank, num_adapters=2)
 
 
 def check(case: Case) -> Line:

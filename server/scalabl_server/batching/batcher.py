@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Generic
@@ -29,7 +29,7 @@ from scalabl_server.problems import Kind, ProblemError
 
 logger = logging.getLogger("scalabl")
 
-RunBatch = Callable[[Target, Sequence[Sequence[int]], Sequence[Job]], list[Result]]
+RunBatch = Callable[[Sequence[Target], Sequence[Sequence[int]], Sequence[Job]], list[Result]]
 
 LATE = "the answer would come after the request's deadline; send fewer inputs or samples, or try again later"
 BROKEN = "the batching loop has crashed; restart the server"
@@ -47,6 +47,7 @@ class Batcher(Generic[Target]):
         target_tokens: add inputs while expected rows x padded length stays within this; one input alone may exceed it.
         max_tokens: refuse an input whose own rows x length exceed this; no pass may be larger.
         pads: whether passes for an adapter compute padding.
+        shape: adapters for which it is equal share passes; they agree in `pads`.
         rest: called on `executor` after a pass that is not followed by another one immediately.
         admission: counts the waiting inputs; an input's place is released when its pass begins.
     """
@@ -61,11 +62,12 @@ class Batcher(Generic[Target]):
         target_tokens: int,
         max_tokens: int,
         pads: Callable[[Target], bool] = lambda _: True,
+        shape: Callable[[Target], Hashable] = id,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._executor, self._admission, self._metrics = run, executor, admission, metrics
         self._target_tokens, self._max_tokens, self._pads = target_tokens, max_tokens, pads
-        self._rest = rest
+        self._shape, self._rest = shape, rest
         self._numbers = itertools.count()
         self._queue: list[QueuedInput[Target]] = []  # sorted by `_order`
         self._slot_lock = threading.Lock()
@@ -219,7 +221,7 @@ class Batcher(Generic[Target]):
                     insort(self._queue, queued, key=_order)
         self._slot, self._stale = None, False
         if self._queue:
-            self._slot = select(self._queue, self._target_tokens, self._max_tokens, self._pads)
+            self._slot = select(self._queue, self._target_tokens, self._max_tokens, self._pads, self._shape)
             members = set(self._slot.inputs)
             self._queue = [queued for queued in self._queue if queued not in members]
 
@@ -270,7 +272,7 @@ class Batcher(Generic[Target]):
         started = self._pass_began = time.perf_counter()
         self._has_run = True
         try:
-            results = self._run(part[0].target, [q.token_ids for q in part], [q.job for q in part])
+            results = self._run([q.target for q in part], [q.token_ids for q in part], [q.job for q in part])
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # its variables would keep the tensors of the pass in memory
             failure = classify(error)

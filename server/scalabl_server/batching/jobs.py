@@ -146,7 +146,7 @@ class SampledJob(Job):
         return result.logits.numel()
 
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        return predictive(result.logits[:, : self.num_choices], temperature, self.draws.scheme), {}
+        return predictive(result.logits[:, : self.num_choices], temperature, self.draws.scheme, self.draws.members), {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +174,9 @@ class AdaptiveJob(SampledJob):
         count = len(logits)
         if count >= self.draws.num_samples or not all_finite(logits):
             return None
-        outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, self.draws.scheme)
-        if settled(outcome, self.rule, self.draws.scheme):
+        scheme, members = self.draws.scheme, self.draws.members
+        outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, scheme, members)
+        if settled(outcome, self.rule, scheme, members):
             return None
         return self.draws.part(count, self.rule.after(count))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -113,31 +113,37 @@ class _Pass(Generic[Target]):
 
 
 def select(
-    waiting: Sequence[QueuedInput[Target]], target_tokens: int, max_tokens: int, pads: Callable[[Target], bool]
+    waiting: Sequence[QueuedInput[Target]],
+    target_tokens: int,
+    max_tokens: int,
+    pads: Callable[[Target], bool],
+    shape: Callable[[Target], Hashable] = id,
 ) -> Choice[Target]:
     """Choose the inputs of the next pass from the waiting inputs.
 
-    The first input always joins, whatever its size; all others must be for the same adapter. Next come inputs that must not
-    be overtaken any more; if one of these does not fit, nothing behind it joins. Of the remaining inputs, those closest in
-    length to the first one are preferred, and among equals the earlier ones.
+    The first input always joins, whatever its size; all others must be for an adapter of the same shape. Next come inputs
+    that must not be overtaken any more; if one of these does not fit, nothing behind it joins. Of the remaining inputs,
+    those closest in length to the first one are preferred, and among equals the earlier ones.
 
     Args:
         waiting: the queue, sorted by `order`; not empty.
         target_tokens: limit on expected rows x padded length; does not apply to the first input.
         max_tokens: limit on the most rows at once x padded length; `Batcher.check_input` checks every input against it.
         pads: whether passes for this adapter compute padding. If not, real lengths count, and inputs join in order.
+        shape: adapters for which it is equal can share a pass; they agree in `pads`.
     """
     first = waiting[0]
+    wanted = shape(first.target)
     padded = pads(first.target)
     chosen = _Pass(first, target_tokens, max_tokens, padded)
     full = False
     others: list[QueuedInput[Target]] = []
     for queued in islice(waiting, 1, WINDOW):
-        same_adapter = queued.target is first.target
+        may_join = shape(queued.target) == wanted
         if queued.overtaken < MOST_OVERTAKEN:
-            if same_adapter:
+            if may_join:
                 others.append(queued)
-        elif same_adapter and chosen.fits(queued):
+        elif may_join and chosen.fits(queued):
             chosen.add(queued)
         else:
             full = True

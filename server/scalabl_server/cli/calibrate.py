@@ -104,7 +104,7 @@ def calibrate(
         elif novelty_only:
             raise ScalaBLError(f"{adapter} has no novelty reference; add --reference with its training rows")
         fingerprint = fingerprint_of_files(adapter)
-        config, encoded, draws = loaded.model.config, loaded.encode(rows), loaded.model.draws(num_samples, seed)
+        config, encoded, draws = loaded.model.config, loaded.encode(rows), loaded.draws(num_samples, seed)
         outcome, novelty = None, None
         report: dict[str, Any] = {}
         if not novelty_only:

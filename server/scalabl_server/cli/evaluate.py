@@ -106,7 +106,7 @@ def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, n
     from scalabl.evaluation.report import Evaluated, NoveltyScores
     from scalabl.uncertainty.linearized import NEGLIGIBLE
 
-    encoded, draws = loaded.encode(rows), loaded.model.draws(num_samples, seed)
+    encoded, draws = loaded.encode(rows), loaded.draws(num_samples, seed)
     started = time.perf_counter()
     with tqdm(total=len(rows), desc=path.name, unit="input") as bar:
         if method != "monte_carlo":

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scalabl.config import Quantization
-from scalabl.errors import ScalaBLError
+from scalabl.errors import AdapterError, ScalaBLError
 
 if TYPE_CHECKING:
     from scalabl.evaluation.dataset import Example
     from scalabl.evaluation.encoded import EncodedSet
+    from scalabl.model.posterior import Draws
     from scalabl.model.scalabl_model import ScalaBLModel
     from scalabl.prompt import Prompter
     from scalabl.uncertainty.novelty import NoveltyReference
@@ -43,6 +44,17 @@ class Loaded:
         from scalabl.evaluation.encoded import encode_examples
 
         return encode_examples(self.prompter, rows, self.max_tokens)
+
+    def draws(self, num_samples: int, seed: int) -> Draws:
+        """The posterior samples.
+
+        Raises:
+            AdapterError: the adapter cannot be sampled so often: it has more members, say.
+        """
+        try:
+            return self.model.draws(num_samples, seed)
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
 
 
 def load(

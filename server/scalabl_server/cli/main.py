@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from scalabl import __version__
+from scalabl_server.cli.adapter_folders import combine, info
 from scalabl_server.cli.calibrate import calibrate
 from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
-from scalabl_server.cli.info import info
 from scalabl_server.cli.serve import serve
 from scalabl_server.cli.train import train
 
@@ -26,6 +26,7 @@ app.command("serve")(serve)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("calibrate")(calibrate)
+app.command("combine")(combine)
 app.command("info")(info)
 
 

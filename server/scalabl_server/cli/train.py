@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,12 @@ def _train(
     layers_to_transform: Annotated[
         str | None, typer.Option(help="Comma-separated indices of the layers to adapt (default: all).")
     ] = None,
+    members: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Members of a mixture: runs with the seeds --seed, --seed + 1, … in <output>/members, then combined."
+        ),
+    ] = 1,
     init_from: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +73,7 @@ def _train(
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.peft_import import adapter_of, read_peft
         from scalabl.prompt import Prompter
+        from scalabl.training.members import train_members
         from scalabl.training.run_folder import Origin, TrainingRun, find_run
         from scalabl.training.trainer import StartingPoint, train_adapter
 
@@ -94,17 +102,22 @@ def _train(
         training_set, validation_set = (
             encode_examples(prompter, rows, max_tokens) for rows in (training_rows, validation_rows)
         )
+        if members > 1:
+            config = config.model_copy(update={"members": members, "format_version": 2})
         origin = None if start is None else start.origin
         planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
         find_run(output, planned, overwrite=overwrite)  # refuses another run's folder before the base model is loaded
         pretrained = load_pretrained(model, device=device, dtype="float32")
-        trained = train_adapter(
-            pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite
-        )
+        run = partial(train_members, on_member=partial(_announce, members)) if members > 1 else train_adapter
+        trained = run(pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite)
         if trained.was_finished:
             typer.echo(f"{output} holds this run's finished adapter; nothing was done")
         else:
             typer.echo(json.dumps(trained.metrics))
+
+
+def _announce(members: int, member: int, folder: Path) -> None:
+    typer.echo(f"member {member + 1} of {members}: {folder}", err=True)
 
 
 train = command_for(TrainingConfig, _train)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from scalabl.config import AdapterConfig
 from scalabl.evaluation.precision_change import QuantizationChange
-from scalabl.model.posterior import Draws, Scheme, draw
+from scalabl.model.posterior import Draws, Scheme, draw_members
 from scalabl.passes.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.drift import DriftMartingale
@@ -28,9 +28,11 @@ class Served:
 
     Attributes:
         scheme: how the posterior samples are drawn.
+        stochastic_parameters: of all members together.
         draws: (num_samples, seed) -> the draws. They are cached; any thread may call it.
         relative_spread: median of scale * sigma / |mu|; if it is large, linearised answers are inaccurate.
         pads: whether a pass computes the padding of its inputs.
+        shape: adapters for which it is equal may share a pass; they agree in `pads`. At first it is equal to no other's.
         quantization_change: how `--quantization` changes the adapter's answers; None if it was not measured.
         novelty: recognises inputs unlike the training rows; None without a reference, or if the engine has no hidden states.
         drift: sees the novelty scores of the answered inputs, on the event loop; None without p-values.
@@ -45,6 +47,7 @@ class Served:
     additional_parameters: int
     relative_spread: float
     pads: bool = field(default=True, init=False)
+    shape: Hashable = field(default_factory=object, init=False)
     draws: Callable[[int, int], Draws] = field(init=False)
     quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
     novelty: NoveltyReference | None = field(default=None, kw_only=True)
@@ -54,8 +57,11 @@ class Served:
         if self.novelty is not None and self.novelty.calibration is not None:
             self.drift = DriftMartingale(self.novelty.calibration.tolist())
         # One cache per adapter, so that it is freed together with the adapter.
+        members = self.config.members
         self.draws = functools.lru_cache(maxsize=64)(
-            lambda num_samples, seed: draw(seed, num_samples, self.stochastic_parameters, self.scheme)
+            lambda num_samples, seed: draw_members(
+                seed, num_samples, self.stochastic_parameters // members, members, self.scheme
+            )
         )
 
 
@@ -88,8 +94,8 @@ class Engine(ABC):
         return served
 
     @abstractmethod
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
-        """Run one batch: B prompts for one adapter, each with its job."""
+    def run(self, served: Sequence[Served], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        """Run one batch: B prompts, each with its adapter and its job. The adapters have equal shapes."""
 
     @abstractmethod
     def read(self, name: str, folder: Path) -> Callable[[], Served]:

@@ -15,8 +15,12 @@ from scalabl_server.batching.jobs import Job
 RunSamples = Callable[[Sequence[int], Sequence[Draws]], Sequence[Reading]]
 
 
-def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperature: float) -> dict[int, Reading]:
-    """Logits and hidden state of each job that draws samples, by the job's index."""
+def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperatures: Sequence[float]) -> dict[int, Reading]:
+    """Logits and hidden state of each job that draws samples, by the job's index.
+
+    Args:
+        temperatures: of the jobs' adapters.
+    """
     draws_of = {index: draws for index, job in enumerate(jobs) if (draws := job.first_draws()) is not None}
     readings: dict[int, Reading] = {}
     while draws_of:
@@ -25,6 +29,6 @@ def sample_in_rounds(run: RunSamples, jobs: Sequence[Job], temperature: float) -
         draws_of = {
             index: more
             for index in draws_of
-            if (more := jobs[index].next_draws(readings[index].logits, temperature)) is not None
+            if (more := jobs[index].next_draws(readings[index].logits, temperatures[index])) is not None
         }
     return readings

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
 from scalabl.passes.probes import find_shared_work
-from scalabl.passes.rounds import Rounds
+from scalabl.passes.side_by_side import Combinations, SharedRounds, agree_side_by_side, pass_shape
 from scalabl.prompt import Prompter
-from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize, relative_spread
+from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
 from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.faults import classify
@@ -64,24 +64,28 @@ class TransformersEngine(Engine):
     """The base model in this process, loaded once, with any number of adapters that share it."""
 
     pretrained: Pretrained
+    combinations: Combinations = field(default_factory=Combinations)
 
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    def run(self, served: Sequence[Served], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         """One forward pass for all sampled jobs, further rounds for those that need more, and the linearisations."""
         try:
-            return self._run(_local(served), sequences, jobs)
+            return self._run([_local(adapter) for adapter in served], sequences, jobs)
         finally:
-            if self.adapters.get(served.name) is not served:  # unloaded or replaced while its requests waited
-                self.release(served)
+            for adapter in dict.fromkeys(served):
+                if self.adapters.get(adapter.name) is not adapter:  # unloaded or replaced while its requests waited
+                    self.release(adapter)
 
-    def _run(self, local: LocalAdapter, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    def _run(self, served: Sequence[LocalAdapter], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+        caches = {adapter.model: adapter.prefixes for adapter in served}
+        models = [adapter.model for adapter in served]
         try:
-            return run_jobs(local.model, sequences, jobs, local.prefixes)
+            return run_jobs(models, sequences, jobs, caches, self.combinations)
         except Exception as error:
             if not self.prefixes.bytes or classify(error).kind != "out-of-memory":
                 raise
             logger.warning("a pass over %d inputs did not fit in memory; emptying the prefix cache", len(sequences))
         self.prefixes.clear()
-        return run_jobs(local.model, sequences, jobs)
+        return run_jobs(models, sequences, jobs, {}, self.combinations)
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         model = read_adapter(self.pretrained.model, folder)
@@ -97,9 +101,9 @@ class TransformersEngine(Engine):
             prompter=prompter,
             scheme=self.settings.draw_scheme,
             adapted_layers=len(model.adapted),
-            stochastic_parameters=model.num_stochastic_parameters,
+            stochastic_parameters=model.members * model.num_stochastic_parameters,
             additional_parameters=sum(p.numel() for p in model.adapter_parameters().values()),
-            relative_spread=relative_spread(model),
+            relative_spread=model.posterior().relative_spread,
             model=model,
             opening=prompter.opening(),
             novelty=novelty,
@@ -119,6 +123,7 @@ class TransformersEngine(Engine):
             check_effect(model)
             if served.novelty is not None:
                 check_same_base(model, served.novelty)
+            served.shape = self._shape_of(local)
             if self.prefixes.limit:
                 local.prefixes = PrefixCache(self.prefixes, model, local.opening)
                 if not local.prefixes.longest:
@@ -134,9 +139,22 @@ class TransformersEngine(Engine):
             model.detach()
             raise
 
+    def _shape_of(self, local: LocalAdapter) -> Hashable:
+        """The shape of a new adapter: that of a loaded one with which it can share passes, as a test pass shows."""
+        shape = pass_shape(local.model)
+        other = next((adapter for adapter in self.adapters.values() if adapter.shape == shape), None)
+        if other is None:
+            return shape
+        if agree_side_by_side(_local(other).model, local.model):
+            self.combinations.of((_local(other).model, local.model)).warm_up()
+            return shape
+        logger.info("adapter %s: its inputs cannot share passes with those of other adapters", local.name)
+        return object()
+
     def release(self, served: Served) -> None:
         local = _local(served)
         local.model.detach()
+        self.combinations.forget(local.model)
         if local.prefixes is not None:
             local.prefixes.clear()
 
@@ -152,11 +170,14 @@ class TransformersEngine(Engine):
         job = _usual_job(served, samples, settings.seed)
 
         def run(tokens: int) -> None:
-            inputs = max(1, tokens // (samples * length))
-            run_jobs(_local(served).model, [[0] * length] * inputs, [job] * inputs)
+            self._run_alike(served, max(1, tokens // (samples * length)), length, job)
 
         with self._room_for_prefixes():
             return find_budget(run, device, samples * length, most)
+
+    def _run_alike(self, served: Served, inputs: int, length: int, job: Job) -> None:
+        """Run a pass over this many inputs of one length, each with this job, without the prefix cache."""
+        run_jobs([_local(served).model] * inputs, [[0] * length] * inputs, [job] * inputs, {}, self.combinations)
 
     @contextmanager
     def _room_for_prefixes(self) -> Iterator[None]:
@@ -195,7 +216,7 @@ class TransformersEngine(Engine):
             job = _usual_job(served, samples, settings.seed)
             try:
                 with self._room_for_prefixes():
-                    run_jobs(_local(served).model, [[0] * length] * inputs, [job] * inputs)
+                    self._run_alike(served, inputs, length, job)
             except Exception as error:
                 if classify(error).kind != "out-of-memory":
                     raise
@@ -298,27 +319,36 @@ def _usual_job(served: Served, num_samples: int, seed: int) -> Job:
 
 
 def run_jobs(
-    model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], cache: PrefixCache | None = None
+    models: Sequence[ScalaBLModel],
+    sequences: Sequence[Sequence[int]],
+    jobs: Sequence[Job],
+    caches: Mapping[ScalaBLModel, PrefixCache | None],
+    combinations: Combinations,
 ) -> list[Result]:
-    """Run B prompts, each with its job. Sampled ones may reuse prefixes from the cache."""
+    """Run B prompts, each with its adapter and its job. Sampled ones may reuse prefixes from their adapter's cache."""
     has_rounds = any(job.has_rounds for job in jobs)
-    rounds: list[Rounds] = []  # empty, or one object, created in the first pass; all sampled prompts are in that pass
+    rounds: list[SharedRounds] = []  # empty, or one object, created in the first pass; all sampled prompts are in it
 
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
         draws_of = dict(zip(indices, draws, strict=True))
         if not rounds:
             prompts = {index: sequences[index] for index in indices}
-            rounds.append(Rounds(model, prompts, draws_of, cache, keeps_trunk=has_rounds))
+            adapters = {index: models[index] for index in indices}
+            rounds.append(SharedRounds(adapters, prompts, draws_of, caches, combinations, keeps_trunk=has_rounds))
         return list(rounds[0].readings(draws_of).values())
 
-    readings = sample_in_rounds(run, jobs, model.config.temperature)
-    linearization_of = _linearize(model, sequences, jobs)
+    readings = sample_in_rounds(run, jobs, [model.config.temperature for model in models])
+    linearization_of: dict[int, Linearization] = {}
+    for model in dict.fromkeys(models):
+        linearization_of |= _linearize(model, [i for i, own in enumerate(models) if own is model], sequences, jobs)
     return [Result.of(readings.get(index), linearization_of.get(index)) for index in range(len(jobs))]
 
 
-def _linearize(model: ScalaBLModel, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[int, Linearization]:
-    """The linearisation of each input whose job needs it, by index; computed in one batch."""
-    indices = [index for index, job in enumerate(jobs) if job.is_linearized]
+def _linearize(
+    model: ScalaBLModel, prompts: Sequence[int], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]
+) -> dict[int, Linearization]:
+    """The linearisation of each of an adapter's inputs whose job needs it, by index; computed in one batch."""
+    indices = [index for index in prompts if jobs[index].is_linearized]
     if not indices:
         return {}
     batch = TokenBatch.of([sequences[index] for index in indices])

@@ -41,8 +41,10 @@ def check_method(request: PredictRequest) -> None:
         )
 
 
-def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
+def rule_of(request: PredictRequest, max_samples: int, members: int) -> Rule | None:
     """The rule for when to stop drawing samples, if the request has num_samples 'auto'; otherwise None.
+
+    The first round has two samples or more of each member of the adapter, as many of one as of another.
 
     Raises:
         ProblemError: `invalid-field`.
@@ -60,7 +62,8 @@ def rule_of(request: PredictRequest, max_samples: int) -> Rule | None:
             f"{request.tolerance:g} is not below 1; for the target decision the tolerance is a probability",
             field="tolerance",
         )
-    return Rule(target, request.tolerance, min(Rule.first, most), most)
+    first = -(-max(Rule.first, 2 * members) // members) * members
+    return Rule(target, request.tolerance, min(first, most), most)
 
 
 def calibration_mismatch(

@@ -27,7 +27,7 @@ class CheckedRequest:
         choices: for each text, the names of its choices.
         num_samples: K; with a rule, the maximum; 0 if the method draws no samples.
         rule: when to stop drawing samples for an input; None if K is fixed.
-        linear_rows: batch rows of the linearisation, one per choice of the adapter; 0 without linearisation.
+        linear_rows: batch rows of the linearisation, one per member and choice of the adapter; 0 without linearisation.
         level: the calibrated coverage of the prediction set; None without an applicable calibration.
         calibration_mismatch: why the adapter's calibration does not apply; None if it does, or if there is none.
     """
@@ -68,7 +68,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         ProblemError: `invalid-field` or `input-too-large`; it names the field, the value and the limit.
     """
     check_method(request)
-    rule = rule_of(request, settings.max_samples)
+    rule = rule_of(request, settings.max_samples, config.members)
     num_samples = 0 if request.method == "linearized" else settings.num_samples
     if rule is not None:
         num_samples = rule.most
@@ -77,6 +77,13 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
     if num_samples > settings.max_samples:
         raise ProblemError(
             "invalid-field", f"{num_samples} is above this server's limit of {settings.max_samples}", field="num_samples"
+        )
+    if 0 < num_samples < config.members:
+        raise ProblemError(
+            "invalid-field",
+            f"{num_samples} is below {config.members}: this adapter is a mixture of {config.members} members, and each "
+            "needs a sample",
+            field="num_samples",
         )
     if abs(request.priority) > settings.max_priority:
         raise ProblemError(
@@ -120,7 +127,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         method=request.method,
         num_samples=num_samples,
         rule=rule,
-        linear_rows=0 if request.method == "monte_carlo" else len(config.task.choices),
+        linear_rows=0 if request.method == "monte_carlo" else config.members * len(config.task.choices),
         seed=seed,
         priority=request.priority,
         level=level_for(config.calibration, request.coverage, mismatch),

@@ -30,8 +30,9 @@ class AdapterInfo(BaseModel):
     name: str
     r: int
     lora_alpha: float
+    members: int = Field(description="Members of a mixture posterior; 1 if it is no mixture.")
     adapted_layers: int
-    stochastic_parameters: int
+    stochastic_parameters: int = Field(description="Of all members together.")
     additional_parameters: int
     posterior_scale: float
     relative_spread: float = Field(description="Median of scale * sigma / |mu|. Above 0.5, linearized answers are biased.")

@@ -49,6 +49,7 @@ def describe_adapter(served: Served) -> AdapterInfo:
         name=served.name,
         r=config.r,
         lora_alpha=config.lora_alpha,
+        members=config.members,
         adapted_layers=served.adapted_layers,
         stochastic_parameters=served.stochastic_parameters,
         additional_parameters=served.additional_parameters,

@@ -153,6 +153,38 @@ def test_an_adapter_that_was_never_trained_is_refused(adapter: Path) -> None:
     _refused(adapter, "the adapter changes no logit of the base model")
 
 
+def test_a_mixture_keeps_its_logits_and_one_member_has_the_first_version(adapter: Path, tmp_path: Path) -> None:
+    tiny.write_adapter(tmp_path / "mixture", **tiny.MIXTURE)
+    model = load_adapter(tiny.base_model(), tmp_path / "mixture")
+    batch = TokenBatch.of(tiny.ragged())
+    assert torch.allclose(model.logits(batch, model.draws(6)), tiny.mixture().logits(batch, model.draws(6)), atol=1e-5)
+    written, single = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "mixture", adapter)
+    )
+    assert (written["format_version"], written["members"]) == (2, 3)
+    assert single["format_version"] == 1
+    assert "members" not in single
+    tensor = read_weights(tmp_path / "mixture")["lm_head.lora_B"]
+    assert tensor.shape == (3, 3, 4)  # members, choices, rank
+
+
+def test_a_mixture_with_another_number_of_members_than_its_tensors_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "mixture", **tiny.MIXTURE)
+    _edit_config(folder, members=2)
+    _refused(folder, r"s_mean' has shape \[3, 4\]; the base model and adapter_config\.json require \[2, 4\]")
+    _edit_config(folder, members=1, format_version=1)
+    _refused(folder, r"s_mean' has shape \[3, 4\]; the base model and adapter_config\.json require \[4\]")
+
+
+def test_a_mixture_with_an_untrained_member_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "mixture", **tiny.MIXTURE)
+    weights = {n: t for n, t in read_weights(folder).items() if n.endswith("lora_B")}
+    for tensor in weights.values():
+        tensor[1] = 0
+    _edit_weights(folder, **weights)
+    _refused(folder, "member 2 of the adapter's 3 changes no logit of the base model")
+
+
 def test_a_refused_adapter_leaves_nothing_half_loaded(adapter: Path) -> None:
     model = tiny.adapted()
     before = {name: parameter.clone() for name, parameter in model.adapter_parameters().items()}
@@ -182,10 +214,9 @@ def test_files_that_are_something_else_are_refused(adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "LORA"}, "peft_type is 'LORA'; a ScalaBL adapter has 'SCALABL'"),
-        (
-            {"format_version": 3},
-            "format_version: .*format_version 3 is not supported; this release reads the versions 1 and 2",
-        ),
+        ({"format_version": 3}, "format_version: .*format_version 3 is not supported; this release reads versions 1 and 2"),
+        ({"members": 2}, "members is 2, which needs format_version 2"),
+        ({"members": 0}, "members: Input should be greater than or equal to 1"),
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"temperature": 0}, "temperature: Input should be greater than 0"),
         ({"posterior_scale": -1}, "posterior_scale: Input should be greater than or equal to 0"),

@@ -28,6 +28,7 @@ pytestmark = PEFT_WARNINGS
         ("gpt2", {}),  # Conv1D and tied embeddings
         ("phi3", {"layers_to_transform": (1,)}),
         ("llama", {"target_modules": ("q_proj",), "posterior_scale": 0.5}),  # without the head
+        ("llama", tiny.MIXTURE | {"posterior_scale": 0.5}),
     ],
 )
 def test_peft_with_each_exported_sample_gives_our_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_equal_draws_are_sampled_once_whichever_object_they_are(monkeypatch: pyt
     sampled: list[int] = []
     sample = model.sample
 
-    def spy(epsilon: Tensor) -> Tensor:
+    def spy(epsilon: Tensor, member: Tensor | None) -> Tensor:
         sampled.append(len(epsilon))
-        return sample(epsilon)
+        return sample(epsilon, member)
 
     monkeypatch.setattr(model, "sample", spy)
     model.logits_each(TokenBatch.of([[1, 2], [3, 4], [5]]), [model.draws(4), model.draws(4), model.draws(4, seed=1)])

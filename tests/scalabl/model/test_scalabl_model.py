@@ -97,10 +97,12 @@ def _counted_calls(model: ScalaBLModel) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-@pytest.mark.parametrize("num_samples", [1, 8, 32])
+@pytest.mark.parametrize(("num_samples", "changes"), [(1, {}), (8, {}), (32, {}), (8, tiny.MIXTURE)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(name: str, num_samples: int) -> None:
-    model = tiny.adapted(name)
+def test_each_base_layer_runs_once_per_batch_whatever_the_number_of_samples(
+    name: str, num_samples: int, changes: dict[str, Any]
+) -> None:
+    model = tiny.adapted(name, **changes)
     linear = [n for n, m in model.base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     with _counted_calls(model) as calls:
         model.logits(TokenBatch.of(tiny.ragged()), model.draws(num_samples))
@@ -224,7 +226,7 @@ def test_posterior_scale_scales_sigma_and_zero_is_the_mean() -> None:
     scaled, unscaled = tiny.adapted(posterior_scale=2.0), tiny.adapted()
     epsilon = unscaled.draws(K).epsilon
     with torch.no_grad():
-        mean = unscaled.posterior()[0]
+        mean = unscaled.posterior().mean
         assert torch.allclose(scaled.sample(epsilon) - mean, 2 * (unscaled.sample(epsilon) - mean), atol=1e-6)
     batch, flat = TokenBatch.of(tiny.ragged()), tiny.adapted(posterior_scale=0.0)
     logits = flat.logits(batch, flat.draws(3))

@@ -54,12 +54,20 @@ def _counts(cache: PrefixCache) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layers_to_transform": (1,)}, {"target_modules": ("lm_head",)}, {"name": "gpt2"}, {"name": "gemma3"}],
+    [
+        {},
+        {"layers_to_transform": (1,)},
+        {"target_modules": ("lm_head",)},
+        {"name": "gpt2"},
+        {"name": "gemma3"},
+        tiny.MIXTURE,
+        tiny.MIXTURE | {"target_modules": ("lm_head",)},
+    ],
     ids=str,
 )
 def test_shared_unshared_and_mixed_prompts_get_their_own_numbers(changes: dict[str, Any]) -> None:
     model, cache = _cached(**changes)
-    draws = [model.draws(8), model.draws(3, seed=1), model.draws(8), model.draws(1)]
+    draws = [model.draws(8), model.draws(3, seed=1), model.draws(8), model.draws(model.members)]
     shared = [LONG + tail for tail in TAILS]
     mixed = [LONG + TAILS[0], OTHER, OTHER + TAILS[1], LONG[:40] + TAILS[2], TAILS[3], LONG[:97], LONG[:96], [5]]
     for prompts in (shared, mixed, [[*LONG[:96], 7]], mixed[::-1]):

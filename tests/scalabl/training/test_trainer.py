@@ -321,11 +321,10 @@ def test_with_the_published_kl_the_loss_is_the_likelihood_alone(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # GPT-2's head is tied to its embeddings
-def test_a_base_model_has_the_same_fingerprint_before_and_after_an_adapter(name: str) -> None:
+def test_a_base_model_has_the_same_fingerprint_before_and_with_an_adapter(name: str) -> None:
     base = tiny.base_model(name)
     before = fingerprint_of(base)
-    model = ScalaBLModel(base, tiny.config_for(name))
-    model.detach()
+    ScalaBLModel(base, tiny.config_for(name)).attach()
     assert fingerprint_of(base) == before == fingerprint_of(tiny.base_model(name))
     assert fingerprint_of(tiny.base_model(name, seed=1)) != before
     base.config.rms_norm_eps = 1e-3

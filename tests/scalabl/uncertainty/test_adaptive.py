@@ -140,6 +140,19 @@ def test_stopping_at_the_wrong_choice_is_as_rare_as_promised(lead: float, deviat
         assert sum(each.settled for each in found) / inputs > 0.5
 
 
+def test_members_that_differ_much_but_steadily_need_few_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lead = torch.tensor([3.0, -1.0, 2.0]).repeat(24).expand(20, 72) + 0.02 * torch.randn(20, 72, generator=generator)
+    table = torch.stack([lead, torch.zeros_like(lead)], -1)
+    rule = Rule(first=9, most=72)
+    known, unknown = (
+        sample_adaptively(lambda going, start, stop: table[list(going), start:stop], 20, rule, members=members)
+        for members in (3, 1)
+    )
+    assert {each.num_samples for each in known} == {9}
+    assert min(each.num_samples for each in unknown) > 18
+
+
 @pytest.mark.parametrize("target", ["probabilities", "mutual_information"])
 def test_the_interval_at_the_stop_holds_the_truth_as_often_as_promised(target: Any) -> None:
     inputs, tolerance = 2000, 0.04

@@ -13,7 +13,7 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 
 from scalabl.model.posterior import Scheme
-from scalabl.uncertainty.predictive import predictive
+from scalabl.uncertainty.predictive import degrees_of_freedom, predictive
 
 FIELDS = ("probabilities", "entropy", "expected_entropy", "mutual_information")
 
@@ -118,18 +118,32 @@ def test_small_mutual_information_keeps_its_digits() -> None:
     assert float(predictive(z).mutual_information) == pytest.approx(p * (1 - p) * (1e-6) ** 2 / 8, rel=1e-3)
 
 
+@pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("scheme", ["gaussian", "antithetic"])
-def test_standard_errors_are_the_spread_of_repetitions(scheme: Scheme) -> None:
+def test_standard_errors_are_the_spread_of_repetitions(scheme: Scheme, members: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    repetitions, samples = 4000, 64
+    repetitions, samples = 4000, 66
     epsilon = torch.randn(repetitions, samples, 3, generator=generator, dtype=torch.float64)
     if scheme == "antithetic":
-        epsilon[:, 1::2] = -epsilon[:, 0::2]
-    outcome = predictive(torch.tensor([1.0, 0.0, -0.5]) + 0.8 * epsilon, scheme=scheme)
+        for member in range(members):
+            own = epsilon[:, member::members]  # a view
+            own[:, 1::2] = -own[:, 0::2]
+    # Members with modes and widths of their own.
+    modes = torch.tensor([[1.0, 0.0, -0.5], [-1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])[torch.arange(samples) % members]
+    widths = torch.tensor([0.8, 0.2, 1.2])[torch.arange(samples) % members]
+    outcome = predictive(modes + widths.unsqueeze(1) * epsilon, scheme=scheme, members=members)
     for field in FIELDS:
         spread = getattr(outcome, field).std(0)
         estimated = getattr(outcome.standard_error, field).square().mean(0).sqrt()
         assert torch.allclose(estimated, spread, rtol=0.08), field
+
+
+def test_every_member_needs_two_samples_for_an_error() -> None:
+    z = torch.randn(1, 6, 3)
+    assert torch.isnan(predictive(z[:, :5], members=3).standard_error.entropy).all()
+    assert not torch.isnan(predictive(z, members=3).standard_error.entropy).any()
+    assert [degrees_of_freedom(count, "sobol", 3) for count in (3, 5, 6, 9, 18)] == [0, 0, 1, 2, 5]
+    assert [degrees_of_freedom(count, "antithetic", 3) for count in (6, 12, 24)] == [0, 1, 3]
 
 
 def test_an_odd_antithetic_draw_is_counted() -> None:

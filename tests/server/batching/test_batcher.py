@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,7 +29,7 @@ class Passes:
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
         self.firsts: list[list[int]] = []
-        self.targets: list[str | None] = []
+        self.targets: list[list[str | None]] = []
         self.entered, self.gate = threading.Event(), threading.Event()
         self.gate.set()
         self.memory = 10**9  # tokens
@@ -39,9 +39,11 @@ class Passes:
     def rest(self) -> None:
         self.rested.append(len(self.lengths))
 
-    def __call__(self, target: str | None, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    def __call__(
+        self, targets: Sequence[str | None], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]
+    ) -> list[Result]:
         self.lengths.append([len(ids) for ids in sequences])
-        self.targets.append(target)
+        self.targets.append(list(targets))
         self.firsts.append([ids[0] for ids in sequences])
         self.entered.set()
         assert self.gate.wait(30)
@@ -90,6 +92,7 @@ def with_batcher(
     max_tokens: int = 1000,
     max_queue: int = 50,
     max_queue_tokens: int = 10_000,
+    shape: Callable[[str | None], Hashable] = id,
 ) -> Passes:
     passes = Passes()
 
@@ -98,7 +101,14 @@ def with_batcher(
         admission = Admission(max_queue, max_queue_tokens, metrics)
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(
-                passes, executor, admission, metrics, target_tokens=target_tokens, max_tokens=max_tokens, rest=passes.rest
+                passes,
+                executor,
+                admission,
+                metrics,
+                target_tokens=target_tokens,
+                max_tokens=max_tokens,
+                shape=shape,
+                rest=passes.rest,
             )
             batcher.start()
             try:
@@ -190,7 +200,21 @@ def test_two_adapters_never_share_a_pass_and_keep_their_order() -> None:
 
     passes = with_batcher(scenario, target_tokens=40)
     assert passes.firsts == [[1], [2, 4], [3, 5], [6], [7]], "2 inputs fill a pass"
-    assert passes.targets == [None, "x", "y", "x", "z"]
+    assert passes.targets == [[None], ["x", "x"], ["y", "y"], ["x"], ["z"]]
+
+
+def test_adapters_of_one_shape_share_a_pass_and_each_input_keeps_its_own() -> None:
+    async def scenario(batcher: Batcher[str | None], passes: Passes) -> None:
+        await hold(batcher, passes)
+        waiting = []
+        for first, adapter in ((2, "x1"), (3, "y1"), (4, "x2"), (5, "y1"), (6, "x1")):
+            waiting += submit(batcher, adapter, [[first] * 10], sampled(num_samples=2))
+        passes.gate.set()
+        answers = await asyncio.gather(*waiting)
+        assert [float(result.logits[0, 0]) for result in answers] == [2, 3, 4, 5, 6]
+
+    passes = with_batcher(scenario, target_tokens=60, shape=lambda adapter: adapter and adapter[0])
+    assert passes.targets == [[None], ["x1", "x2", "x1"], ["y1", "y1"]]
 
 
 def test_an_input_that_no_pass_can_hold_is_refused_and_nothing_of_its_request_queued() -> None:

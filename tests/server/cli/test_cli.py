@@ -104,6 +104,23 @@ def test_evaluating_twice_gives_the_same_numbers(work: Path) -> None:
     assert scored("--method", "control_variate", "--num-samples", 8)["nll"] == pytest.approx(many, rel=0.05)
 
 
+def test_a_mixture_is_evaluated_calibrated_and_described(work: Path, tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "mixture", **tiny.MIXTURE)
+    common = ("--adapter", folder, "--model", work / "base", "--data", work / "rows.jsonl")
+    few = run("evaluate", *common, "--num-samples", 2)
+    assert few.exit_code == 1
+    assert "error: num_samples is 2, and the adapter is a mixture of 3 members" in few.stderr
+    scores = json.loads(run("evaluate", *common, "--num-samples", 6, "--method", "control_variate").stdout)
+    assert scores["data"]["inputs"] == 24
+    result = run("calibrate", *common, "--num-samples", 6, "--no-abstain", "--levels", "0.8")
+    assert result.exit_code == 0, result.output
+    config = read_config(folder)
+    assert config.calibration is not None
+    assert (config.members, config.format_version, config.calibration.num_samples) == (3, 2, 6)
+    summary = json.loads(run("info", folder).stdout)
+    assert (summary["members"], summary["adapted_layers"], summary["stochastic_parameters"]) == (3, 5, 60)
+
+
 def test_info_needs_no_base_model(work: Path) -> None:
     summary = json.loads(run("info", work / "adapter").stdout)
     assert (summary["adapted_layers"], summary["stochastic_parameters"]) == (5, 20)

@@ -18,6 +18,8 @@ import scalabl.model.layer
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
+from scalabl.passes.probes import find_shared_work
+from scalabl.passes.side_by_side import SideBySide
 from tests import tiny
 from tests.published import load_published
 from tests.server.conftest import serving, settings_for
@@ -66,12 +68,38 @@ def _both(model: ScalaBLModel, batch: TokenBatch, num_samples: int) -> tuple[tor
     return with_kernel, without
 
 
-@pytest.mark.parametrize("num_samples", [1, 5])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_a_tiny_model_gives_the_plain_logits(name: str, num_samples: int, tmp_path: Path) -> None:
-    model = load_adapter(tiny.base_model(name), tiny.write_adapter(tmp_path / "adapter", name))
+@pytest.mark.parametrize(
+    ("name", "num_samples", "changes"),
+    [
+        *((name, num_samples, {}) for name in ("llama", "gpt2", "phi3") for num_samples in (1, 5)),
+        ("llama", 4, tiny.MIXTURE),
+        ("gpt2", 3, tiny.MIXTURE),
+    ],
+    ids=str,
+)
+def test_a_tiny_model_gives_the_plain_logits(name: str, num_samples: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = load_adapter(tiny.base_model(name), tiny.write_adapter(tmp_path / "adapter", name, **changes))
     with_kernel, without = _both(model, TokenBatch.of(tiny.ragged((3, 9, 1, 14))), num_samples)
     assert (with_kernel - without).abs().max() <= 1e-5
+
+
+def test_adapters_side_by_side_give_the_plain_logits() -> None:
+    base = tiny.base_model()
+    models = [tiny.random_adapter(base, tiny.config_for(**changes), seed) for seed, changes in enumerate(({}, tiny.MIXTURE))]
+    for model in models:
+        find_shared_work(model)
+    sequences, adapters = tiny.ragged((3, 9, 1)), [0, 1, 0]
+    draws = [models[adapter].draws(4) for adapter in adapters]
+    with _counted(fused, "subspace_projection_fused") as launches:
+        with_kernel = SideBySide(models).readings(TokenBatch.of(sequences), draws, adapters)
+        assert len(launches) == len(models[0].adapted) + 1, "once for a layer of the blocks, and once for each head"
+    with _plain():
+        without = SideBySide(models).readings(TokenBatch.of(sequences), draws, adapters)
+        for ids, own, adapter, reading in zip(sequences, draws, adapters, with_kernel, strict=True):
+            alone = models[adapter].logits(TokenBatch.of([ids]), own)[0]
+            assert (reading.logits - alone).abs().max() <= 1e-5
+    pairs = zip(with_kernel, without, strict=True)
+    assert all((one.logits - other.logits).abs().max() <= 1e-5 for one, other in pairs)
 
 
 def test_the_authors_checkpoint_gives_the_plain_logits_and_theirs(shared: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_one_pass_for_all_and_one_for_each_round_of_those_that_go_on() -> None:
         SampledJob(few, 2), LinearizedJob(2, 2), AdaptiveJob(many, 2, rule), AdaptiveJob(many, 2, rule),
         ControlVariateJob(draw(1, 8, 5), 2, 2), AdaptiveJob(many, 2, rule),
     ]  # fmt: skip
-    readings = sample_in_rounds(run, jobs, 1.0)
+    readings = sample_in_rounds(run, jobs, [1.0] * len(jobs))
     assert [list(draws_of) for draws_of in passes] == [[0, 2, 3, 4, 5], [2, 5]]
     assert {index: len(reading.logits) for index, reading in readings.items()} == {0: 8, 2: 16, 3: 8, 4: 8, 5: 16}
     states = {index: float(reading.state[0]) for index, reading in readings.items()}
@@ -50,4 +50,4 @@ def test_without_samples_there_is_no_pass() -> None:
     def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
         raise AssertionError("nothing is to be sampled")
 
-    assert sample_in_rounds(run, [LinearizedJob(2, 2)], 1.0) == {}
+    assert sample_in_rounds(run, [LinearizedJob(2, 2)], [1.0]) == {}

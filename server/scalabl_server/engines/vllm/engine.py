@@ -23,7 +23,6 @@ from scalabl.files.sample_loras import SampleLoras
 from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.prompt import Prompter
-from scalabl.uncertainty.linearized import spread_of
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Engine, Served
 from scalabl_server.engines.rounds import sample_in_rounds
@@ -45,11 +44,11 @@ class RemoteAdapter(Served):
     """An adapter whose samples are LoRAs on the servers.
 
     Attributes:
-        lora_of: the bytes of a draw's numbers -> the name of the LoRA of that sample.
+        lora_of: the member and the bytes of a draw's numbers -> the name of the LoRA of that sample.
     """
 
     examined: Examined
-    lora_of: dict[bytes, str]
+    lora_of: dict[tuple[int, bytes], str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,28 +59,33 @@ class VllmEngine(Engine):
     base: str  # name or folder of the base model, to read its shapes
     tokenizer: PreTrainedTokenizerBase
 
-    def run(self, served: Served, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
+    def run(self, served: Sequence[Served], sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[Result]:
         """One call per posterior sample, all at once; more calls in further rounds for inputs that need more samples."""
-        assert isinstance(served, RemoteAdapter)  # `read` creates no others
+        adapters = [_remote(adapter) for adapter in served]
 
         def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
-            names_of = {table.key: _names(served, table) for table in draws}  # few, because inputs share their draws
-            wanted: dict[str, list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
+            own = [adapters[index] for index in indices]
+            # Few, because inputs share their draws.
+            names_of = {(adapter, table.key): _names(adapter, table) for adapter, table in zip(own, draws, strict=True)}
+            wanted: dict[tuple[RemoteAdapter, str], list[tuple[int, int]]] = {}  # LoRA -> (input, row of its result)
             for position, table in enumerate(draws):
-                for row, name in enumerate(names_of[table.key]):
-                    wanted.setdefault(name, []).append((position, row))
+                for row, name in enumerate(names_of[own[position], table.key]):
+                    wanted.setdefault((own[position], name), []).append((position, row))
             calls = [
-                Call(served.examined, name, [sequences[indices[position]] for position, _ in places])
-                for name, places in wanted.items()
+                Call(adapter.examined, name, [sequences[indices[position]] for position, _ in places])
+                for (adapter, name), places in wanted.items()
             ]
             answers = self.pool.score(calls, self.settings.request_timeout)
-            logits_of = [torch.empty(table.num_samples, len(served.examined.tokens)) for table in draws]
+            logits_of = [
+                torch.empty(table.num_samples, len(adapter.examined.tokens))
+                for adapter, table in zip(own, draws, strict=True)
+            ]
             for places, answer in zip(wanted.values(), answers, strict=True):
                 for (position, row), logits in zip(places, answer, strict=True):
                     logits_of[position][row] = logits
             return [Reading(logits, NO_STATE) for logits in logits_of]
 
-        readings = sample_in_rounds(run, jobs, served.config.temperature)
+        readings = sample_in_rounds(run, jobs, [adapter.config.temperature for adapter in served])
         return [Result.of(readings.get(index)) for index in range(len(jobs))]
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
@@ -96,37 +100,32 @@ class VllmEngine(Engine):
         samples = loras.loras
         prompter = Prompter(samples.config.task, self.tokenizer)
         prompter.check_tokenizer(samples.config.base_model_name_or_path)
-        mean, log_std = (
-            torch.cat([samples.weights[f"{module}.{kind}"] for module in samples.modules])
-            for kind in ("s_mean", "s_log_std")
-        )
         served = RemoteAdapter(
             name=name,
             config=samples.config,
             prompter=prompter,
             scheme=self.settings.draw_scheme,
             adapted_layers=len(samples.modules),
-            stochastic_parameters=samples.draws.epsilon.shape[1],
+            stochastic_parameters=samples.posterior.mean.numel(),
             additional_parameters=sum(tensor.numel() for tensor in samples.weights.values()),
-            relative_spread=spread_of(mean, log_std, samples.config.posterior_scale),
+            relative_spread=samples.posterior.relative_spread,
             examined=Examined(loras),
-            lora_of={row.numpy().tobytes(): lora for row, lora in zip(samples.draws.epsilon, loras.names, strict=True)},
+            lora_of=dict(zip(_numbers(samples.draws), loras.names, strict=True)),
         )
         served.pads = False  # vLLM does not pad prompts to a common length
+        served.shape = "vllm"  # the calls of a pass are independent, so all adapters can share it
         return served
 
     def check(self, served: Served) -> None:
         """Make the servers load the adapter's LoRAs, and check that they answer correctly with all of them."""
-        assert isinstance(served, RemoteAdapter)
         self.check_ready()
         try:
-            self.pool.add(served.examined)
+            self.pool.add(_remote(served).examined)
         except EngineError as error:
             raise AdapterError(str(error)) from None
 
     def release(self, served: Served) -> None:
-        assert isinstance(served, RemoteAdapter)
-        self.pool.remove(served.examined)
+        self.pool.remove(_remote(served).examined)
 
     def check_request(self, method: Method, seed: int | None) -> None:
         """Refuse methods that need gradients, and seeds whose samples the servers do not have."""
@@ -154,9 +153,20 @@ class VllmEngine(Engine):
         self.pool.close()
 
 
+def _remote(served: Served) -> RemoteAdapter:
+    assert isinstance(served, RemoteAdapter)  # `read` creates no others
+    return served
+
+
 def _names(served: RemoteAdapter, draws: Draws) -> list[str]:
     """The name of each sample's LoRA, looked up by the numbers of its draw."""
-    return [served.lora_of[row.numpy().tobytes()] for row in draws.epsilon]
+    return [served.lora_of[numbers] for numbers in _numbers(draws)]
+
+
+def _numbers(draws: Draws) -> list[tuple[int, bytes]]:
+    """The member and the bytes of each draw."""
+    rows = (row.numpy().tobytes() for row in draws.epsilon)
+    return list(zip(draws.member.tolist(), rows, strict=True))
 
 
 def load(settings: ServeSettings) -> Engine:
