@@ -99,7 +99,7 @@ class ScalaBLModel(nn.Module):
         except ValueError as error:
             raise AdapterError(str(error)) from None
         cut: nn.Module = linear
-        self._state_width = linear.in_features
+        self.state_width = linear.in_features  # D, of the hidden states that the head reads
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -136,11 +136,6 @@ class ScalaBLModel(nn.Module):
     @property
     def num_choices(self) -> int:
         return len(self.config.task.choices)
-
-    @property
-    def state_width(self) -> int:
-        """D: the width of the hidden states that the head reads."""
-        return self._state_width
 
     @property
     def device(self) -> torch.device:

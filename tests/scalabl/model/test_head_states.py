@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,8 +44,9 @@ def test_adapted_heads_alone_share_one_state_over_all_samples() -> None:
         torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-5)
 
 
-def test_a_linearisation_has_the_state_at_the_posterior_mean() -> None:
-    model, batch = tiny.adapted(), TokenBatch.of(tiny.ragged(LENGTHS))
+@pytest.mark.parametrize("changes", [{}, tiny.MIXTURE], ids=["one member", "mixture"])
+def test_a_linearisation_has_the_state_at_the_posterior_mean(changes: dict[str, Any]) -> None:
+    model, batch = tiny.adapted(**changes), TokenBatch.of(tiny.ragged(LENGTHS))
     linear = linearize(model, batch)
     assert linear.state is not None
     for row, reading in enumerate(model.readings(batch, [model.mean_draw()] * 4)):
