@@ -15,7 +15,7 @@ from scalabl.errors import AdapterError, CalibrationError
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import readings_of
 from scalabl.files.adapter_directory import probe_prompt
-from scalabl.files.novelty_file import weights_sha256
+from scalabl.files.novelty_file import save_novelty, weights_sha256
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.uncertainty.novelty import NEIGHBOURS, NoveltyReference, covering_rows, fit_reference, rows_for_level
@@ -63,6 +63,16 @@ def description_of(folder: Path, config: AdapterConfig, encoded: EncodedSet, ref
         rows=len(reference.rows),
         neighbours=NEIGHBOURS,
     )
+
+
+def write_reference(folder: Path, model: ScalaBLModel, encoded: EncodedSet, *, most_rows: int) -> None:
+    """Make a novelty reference from training rows, and write it beside the adapter in a folder.
+
+    Raises:
+        CalibrationError: the rows cannot give a reference.
+    """
+    reference = make_reference(model, encoded, most_rows=most_rows)
+    save_novelty(folder, model.config, description_of(folder, model.config, encoded, reference), reference)
 
 
 def check_rows_for_level(rows: int, level: float) -> None:

@@ -32,10 +32,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from scalabl.config import AdapterConfig
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
-from scalabl.evaluation.novelty_fit import description_of, make_reference
+from scalabl.evaluation.novelty_fit import write_reference
 from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
-from scalabl.files.novelty_file import save_novelty
 from scalabl.files.output_folder import CHECKPOINTS, LOGS
 from scalabl.files.peft_import import relative_log_std
 from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
@@ -334,9 +333,7 @@ def train_adapter(
     metrics = trainer.evaluate()
     save_adapter(output, config, dict(model.adapter_parameters()))
     if recipe.novelty:
-        model.eval()
-        reference = make_reference(model, train, most_rows=recipe.novelty_rows)
-        save_novelty(output, config, description_of(output, config, train, reference), reference)
+        write_reference(output, model.eval(), train, most_rows=recipe.novelty_rows)
     metrics["stochastic_parameters"] = model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
     finish(output, run, metrics)
