@@ -69,12 +69,6 @@ class NoveltyReference:
         """Conformal p-values [B] float64 of scores [B]; None if there is no calibration."""
         return None if self.calibration is None else p_values(self.calibration, scores)
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in memory in bytes."""
-        tensors = (self.mean, self.projection, self.rows, self.probe, self.calibration)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """(1 + #{calibration >= score}) / (1 + n): scores [B] -> [B] float64, in (0, 1].
