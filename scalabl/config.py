@@ -5,8 +5,9 @@ The file itself is read and written in `files.adapter_directory`.
 
 from __future__ import annotations
 
+import datetime
 import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +16,10 @@ FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest t
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
+SpecialTokensInText = Literal["text", "control"]
+HeadKind = Literal["vocabulary", "own"]
+Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
+PrecisionOrigin = Literal["evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -33,6 +38,12 @@ class Task(BaseModel):
     `choice_prefix` is the text between the prompt and the choice (a space after "Label:", say, or the first characters of
     a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice; only their rows of the model's
     output head are used.
+
+    `special_tokens_in_text`: whether a special token that stands in an input or a choice is encoded as the text that it is,
+    or as a control token. `chat_date` is the date in prompts whose chat template asks for the current date, the date of the
+    training. `head`: whether the choices' rows of the output head are the base model's, for the choice tokens, or `own`: the
+    tensor `head.weight` [C, D] of the adapter, read where the prompt ends, without choice tokens. These three are left out
+    of the file where they have their defaults, as in adapters of format version 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +54,9 @@ class Task(BaseModel):
     choice_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     chat: bool = False
     choice_prefix: str = " "
+    special_tokens_in_text: SpecialTokensInText = Field(default="control", exclude_if=lambda value: value == "control")
+    chat_date: datetime.date | None = Field(default=None, exclude_if=lambda value: value is None)
+    head: HeadKind = Field(default="vocabulary", exclude_if=lambda value: value == "vocabulary")
 
     @field_validator("template")
     @classmethod
@@ -66,6 +80,10 @@ class Task(BaseModel):
             raise ValueError("template has no {choices} placeholder, which multiple_choice needs; add it")
         if len(set(self.choices)) != len(self.choices):
             raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice; rename one")
+        if self.head == "own" and (self.kind != "classification" or self.choice_tokens is not None):
+            raise ValueError(
+                "head is 'own', which is for classification without choice_tokens; remove head or choice_tokens"
+            )
         if self.choice_tokens is not None:
             if len(self.choice_tokens) != len(self.choices):
                 raise ValueError(
@@ -77,6 +95,11 @@ class Task(BaseModel):
                     raise ValueError(f"choices {seen[token]!r} and {choice!r} share the token {token}; rename one of them")
                 seen[token] = choice
         return self
+
+    @property
+    def needs_version_2(self) -> bool:
+        """Whether the task has fields that format version 1 does not know."""
+        return self.special_tokens_in_text != "control" or self.chat_date is not None or self.head != "vocabulary"
 
 
 def _first_repeated(items: tuple[str, ...]) -> str:
@@ -213,13 +236,36 @@ class Novelty(BaseModel):
     calibration: NoveltyCalibration | None = None
 
 
+class PosteriorFit(BaseModel):
+    """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
+
+    `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
+    `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of
+    the scalars the rows determine, rather than the prior.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: Literal["laplace"] = "laplace"
+    covariance: Covariance
+    data: str
+    rows: int = Field(ge=1)
+    total_rows: int = Field(ge=1)
+    prior_precision: float = Field(gt=0)
+    precision_from: PrecisionOrigin
+    log_evidence: float
+    determined_scalars: float = Field(ge=0)
+
+
 class AdapterConfig(BaseModel):
     """The contents of `adapter_config.json`, with PEFT's field names where PEFT has such a field.
 
     `prior_std` is the standard deviation of the prior p(s). `posterior_scale` (tau) multiplies sigma and `temperature`
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
     It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
-    of a mixture posterior. An adapter with several members or with `novelty` has format version 2.
+    of a mixture posterior. With the `covariance` full, q(s) has a covariance across all adapted layers, whose factor is
+    among the tensors. `posterior_fit` says how a posterior was fitted that was not trained, `novelty` how the reference for
+    unfamiliar inputs was made. More than one member, a full covariance, a fit and novelty need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -231,13 +277,15 @@ class AdapterConfig(BaseModel):
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    members: int = Field(default=1, ge=1)
+    members: int = Field(default=1, ge=1, exclude_if=lambda members: members == 1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
-    novelty: Novelty | None = None
+    novelty: Novelty | None = Field(default=None, exclude_if=lambda novelty: novelty is None)
+    covariance: Covariance = Field(default="diagonal", exclude_if=lambda covariance: covariance == "diagonal")
+    posterior_fit: PosteriorFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
 
     @field_validator("format_version")
     @classmethod
@@ -249,21 +297,28 @@ class AdapterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _version_has_the_fields(self) -> Self:
-        if self.format_version < 2 and self.members > 1:
-            raise ValueError(f"members is {self.members}, which needs format_version 2")
-        if self.format_version < 2 and self.novelty is not None:
+        later = {"members": self.members > 1, "covariance": self.covariance == "full"}
+        later |= {"posterior_fit": self.posterior_fit is not None, "novelty": self.novelty is not None}
+        named = [name for name, is_set in later.items() if is_set]
+        if self.format_version < 2 and named == ["novelty"]:
             raise ValueError("novelty needs format_version 2; set it, or remove novelty")
+        if self.format_version < 2 and named:
+            raise ValueError(f"{named[0]} is {getattr(self, named[0])}, which needs format_version 2")
+        if self.members > 1 and self.task.head == "own":
+            raise ValueError("a mixture of several members cannot have a head of its own; set members to 1, or task.head")
         return self
 
-    def as_written(self) -> dict[str, Any]:
-        """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
-        unset = {"members"} if self.members == 1 else set()
-        return self.model_dump(mode="json", exclude=unset | ({"novelty"} if self.novelty is None else set()))
+    @property
+    def lowest_format_version(self) -> int:
+        """The lowest format version that has all fields of this adapter; at least `format_version`."""
+        has_later = self.members > 1 or self.covariance == "full" or self.posterior_fit is not None
+        has_later = has_later or self.novelty is not None
+        return max(self.format_version, 2 if self.task.needs_version_2 or has_later else 1)
 
     def with_novelty(self, novelty: Novelty | None) -> Self:
-        """The same configuration with another novelty reference, or with none, in the format version that this needs."""
-        version = 1 if novelty is None and self.members == 1 else 2
-        return self.model_copy(update={"novelty": novelty, "format_version": version})
+        """The same configuration with another novelty reference, or with none, in the lowest format version that has it."""
+        changed = self.model_copy(update={"novelty": novelty, "format_version": 1})
+        return changed.model_copy(update={"format_version": changed.lowest_format_version})
 
     @property
     def novelty_level(self) -> float | None:

@@ -44,5 +44,9 @@ class CalibrationError(ScalaBLError):
     """Held-out data that do not suffice: too few rows for a coverage level, or no threshold that reaches a target risk."""
 
 
+class FitError(ScalaBLError):
+    """A posterior that cannot be fitted with these settings or from these rows."""
+
+
 class OutputError(ScalaBLError):
     """A folder that cannot be written into: it holds something else, or the file system refuses."""

@@ -14,12 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.parts import add_only, chosen_parts
 from benchmarks.results.execute import execute, save_ensemble
+from benchmarks.results.fitted import measure_all
 from benchmarks.results.plan import Run, our_runs, peer_runs, sweep_runs
 from benchmarks.results.precision import SCALES, Precision
 from benchmarks.results.saved import scores_of
 from benchmarks.results.study import Study
 
-PARTS = ("peers", "sweep", "ours", "precision", "times", "page")
+PARTS = ("peers", "sweep", "ours", "fitted", "precision", "times", "page")
 MAIN = "train-scalabl-0"
 
 
@@ -46,6 +47,8 @@ def main() -> None:
     if "peers" in parts:
         for rows in ("train", "few"):
             save_ensemble(study, rows)
+    if "fitted" in parts:
+        measure_all(study, options.data, options.seeds)
     main_run = next(run for run in our_runs() if run.name == MAIN)
     for scale in SCALES:
         if "precision" in parts:

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.results.fitted import section
 from benchmarks.results.plan import SEEDS, STEPS, sweep_runs
 from benchmarks.results.precision import SCALES
 from benchmarks.results.saved import scores_of
@@ -54,6 +55,7 @@ def write() -> None:
         _table("train"),
         f"## {FEW} training rows\n",
         _table("few"),
+        section(),
         _conformal(),
         _sweep(),
         _precision(),

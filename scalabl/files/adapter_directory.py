@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.files.atomic import write_file
+from scalabl.model.posterior import FACTOR
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
@@ -97,6 +98,8 @@ def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
     """
     parameters = model.adapter_parameters()
     unknown = sorted(weights.keys() - parameters.keys())
+    if FACTOR in unknown:
+        raise AdapterError(f"tensor {FACTOR!r} needs the covariance 'full', and {CONFIG_FILE} has 'diagonal'")
     if unknown:
         module = unknown[0].rpartition(".")[0]
         raise AdapterError(
@@ -119,6 +122,8 @@ def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
                 raise AdapterError(f"tensor {name!r} has a sigma that is not finite (ln sigma is {float(tensor.max())})")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"tensor {name!r} has values that are not finite")
+    if FACTOR in parameters:
+        _check_factor(weights[FACTOR], torch.cat([weights[f"{name}.s_log_std"] for name in model.adapted], -1))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -128,6 +133,21 @@ def probe_prompt(model: ScalaBLModel) -> list[int]:
     """Token ids of a short prompt that any base model can run, to test an adapter with."""
     vocabulary = model.base.get_input_embeddings().weight.shape[0]
     return [(7 * i + 3) % vocabulary for i in range(8)]
+
+
+def _check_factor(factor: Tensor, log_std: Tensor) -> None:
+    """Check that F [..., P, P] is a lower triangle whose F F^T has the variances exp(log_std)^2, log_std [..., P].
+
+    Raises:
+        AdapterError: it is not.
+    """
+    if bool(factor.triu(1).any()):
+        raise AdapterError(f"tensor {FACTOR!r} has values above its diagonal; it must be lower triangular")
+    if not bool((factor.diagonal(dim1=-2, dim2=-1) > 0).all()):
+        raise AdapterError(f"tensor {FACTOR!r} has a diagonal that is not above 0")
+    sigma = factor.double().square().sum(-1).sqrt()
+    if not torch.allclose(sigma, log_std.double().exp(), rtol=1e-3):
+        raise AdapterError(f"tensor {FACTOR!r} has other standard deviations than the s_log_std of the modules")
 
 
 def check_effect(model: ScalaBLModel) -> None:
@@ -178,6 +198,8 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)
         layer.requires_grad_(False)
+    if model.own_head is not None:
+        model.own_head.requires_grad_(False)
     return model
 
 
@@ -187,7 +209,23 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
     Raises:
         AdapterError: the adapter is malformed, does not fit the base model, or has no effect.
     """
-    model = read_adapter(base, folder)
+    return _made_ready(read_adapter(base, folder))
+
+
+def adapter_from(base: PreTrainedModel, config: AdapterConfig, weights: Mapping[str, Tensor]) -> ScalaBLModel:
+    """As `load_adapter`, from a configuration and tensors instead of a folder; the tensors stay in float32.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    model = ScalaBLModel(base, config)
+    load_weights(model, weights)
+    for layer in model.adapted.values():
+        layer.requires_grad_(False)
+    return _made_ready(model)
+
+
+def _made_ready(model: ScalaBLModel) -> ScalaBLModel:
     model.eval()
     find_shared_work(model)
     check_effect(model)
@@ -204,6 +242,7 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
-    """Write the `adapter_config.json` of an adapter directory. It is never seen half-written."""
-    text = json.dumps(config.as_written(), indent=2) + "\n"
+    """Write the `adapter_config.json` of an adapter directory, in its lowest format version. It is never half-written."""
+    config = config.model_copy(update={"format_version": config.lowest_format_version})
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text.encode())

@@ -17,7 +17,7 @@ from scalabl.files.adapter_directory import WEIGHTS_FILE, read_config, read_weig
 from scalabl.files.output_folder import check_unused, write_adapter
 
 # What the members of a mixture have in common, besides the fields of the task.
-IN_COMMON = ("base_model_name_or_path", "r", "lora_alpha", "target_modules", "layers_to_transform")
+IN_COMMON = ("base_model_name_or_path", "r", "lora_alpha", "target_modules", "layers_to_transform", "covariance")
 SHOWN = 80  # characters of a value in a message
 
 
@@ -56,7 +56,8 @@ def mixture_of(
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The configuration and tensors of the mixture of adapters that agree (`combine`).
 
-    The priors' standard deviations, which only training uses, become their geometric mean.
+    The priors' standard deviations, which only training uses, become their geometric mean. How members' posteriors were
+    fitted is not recorded.
     """
     stacked = [
         {name: tensor if config.members > 1 else tensor.unsqueeze(0) for name, tensor in tensors.items()}
@@ -73,6 +74,7 @@ def mixture_of(
         "temperature": 1.0,
         "calibration": None,
         "novelty": None,
+        "posterior_fit": None,
     }
     return configs[0].model_copy(update=fields), merged
 

@@ -21,6 +21,7 @@ from scalabl.files.atomic import SCRATCH, new_folder
 
 RUN_FILE = "training_run.json"
 CHECKPOINTS = "checkpoints"
+FIT_STATE = "posterior_fit.safetensors"  # in the checkpoints: what a fit of a posterior has computed so far
 LOGS = "runs"
 MEMBERS = "members"  # of a mixture: a folder for each training run
 REMEDY = "choose another --output, or add --overwrite to start anew"
@@ -66,6 +67,7 @@ def remove_adapter(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             shutil.rmtree(checkpoint)
+        (folder / CHECKPOINTS / FIT_STATE).unlink(missing_ok=True)
         for log in (folder / LOGS).glob("events.out.tfevents.*"):
             log.unlink()
         for record in (folder / MEMBERS).glob(f"*/{RUN_FILE}"):
@@ -87,8 +89,23 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Ten
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
             save_adapter(Path(scratch), config, weights)
             remove_adapter(folder)
-            for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder without its configuration is not read as an adapter
-                os.replace(Path(scratch) / name, folder / name)
+            _move_adapter(Path(scratch), folder)
+
+
+def replace_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
+    """Replace the adapter in a folder by another one, once that is complete. Everything else in the folder stays.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with write_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+        save_adapter(Path(scratch), config, weights)
+        _move_adapter(Path(scratch), folder)
+
+
+def _move_adapter(draft: Path, folder: Path) -> None:
+    for name in (WEIGHTS_FILE, CONFIG_FILE):  # the configuration last: without one a folder is not read as an adapter
+        os.replace(draft / name, folder / name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
 from scalabl.files.atomic import new_folder
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Posterior, Scheme
+from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme
 from scalabl.model.scalabl_model import ScalaBLModel
 
 EXPORT_FILE = "scalabl_export.json"
@@ -95,9 +95,15 @@ class LoraSamples:
         Raises:
             AdapterError: the adapter is malformed or does not fit, or has more scalars than the draw scheme supports.
         """
+        config = read_config(adapter)
+        if config.task.head == "own":
+            raise AdapterError(
+                f"{adapter} has a head of its own (task.head is 'own'), which a LoRA for text generation cannot carry; "
+                "serve it with --engine transformers"
+            )
         head_name, vocabulary = output_head(base)
         transposed = any(isinstance(module, Conv1D) for module in base.modules())
-        model = ScalaBLModel(base, read_config(adapter))
+        model = ScalaBLModel(base, config)
         weights = read_weights(adapter)
         load_weights(model, weights)
         modules = tuple(model.adapted)
@@ -140,7 +146,8 @@ def _posterior(config: AdapterConfig, weights: Mapping[str, Tensor], modules: Se
         torch.cat([weights[f"{module}.{kind}"].view(config.members, -1) for module in modules], dim=1)
         for kind in ("s_mean", "s_log_std")
     )
-    return Posterior(mean, log_std, config.posterior_scale)
+    factor = weights[FACTOR].view(*mean.shape, -1) if config.covariance == "full" else None
+    return Posterior(mean, log_std, config.posterior_scale, factor)
 
 
 def write_lora(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

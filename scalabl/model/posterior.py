@@ -17,6 +17,7 @@ from torch import Tensor
 
 Scheme = Literal["gaussian", "antithetic", "sobol"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+FACTOR = "posterior.covariance_factor"  # the factor's name among an adapter's tensors
 DEFAULT_SCHEME: Scheme = "sobol"  # benchmarks/draws.py: the smallest error at K = 16
 
 
@@ -161,16 +162,19 @@ def zero_draw(dimension: int, members: int = 1) -> Draws:
 class Posterior:
     """q(s) over the scalars of all adapted layers: a mixture with equal weights of N(mean_m, F_m F_m^T), m < M.
 
-    F_m, the factor, is tau * diag(sigma_m). Whatever depends on the form of the factor is in the two methods.
+    Scalars are independent, F_m = tau diag(sigma_m), or have a full covariance, F_m = tau factor_m. Whatever depends on this
+    is in the methods.
 
     Attributes:
-        mean, log_std: [M, P]; sigma = exp(log_std).
+        mean, log_std: [M, P]; sigma = exp(log_std) are the standard deviations, whether scalars are independent or not.
         scale: tau, the adapter's `posterior_scale`.
+        factor: [M, P, P], lower triangular; None for independent scalars.
     """
 
     mean: Tensor
     log_std: Tensor
     scale: float = 1.0
+    factor: Tensor | None = None
 
     def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
         """s = mean_m + F_m epsilon: [N, P] -> [N, P]; differentiable in mean and log_std.
@@ -178,16 +182,42 @@ class Posterior:
         Args:
             member: [N] int64, the member of each row; None if there is only one.
         """
-        deviation = self.scale * self.log_std.exp()
         epsilon = epsilon.to(self.mean.device)
+        if self.factor is not None:
+            return self._correlated(epsilon, member)
+        deviation = self.scale * self.log_std.exp()
         if member is None:
             return self.mean + deviation * epsilon
         member = member.to(self.mean.device)
         return self.mean[member] + deviation[member] * epsilon
 
+    def _correlated(self, epsilon: Tensor, member: Tensor | None) -> Tensor:
+        assert self.factor is not None
+        if member is None:
+            return self.mean + self.scale * epsilon @ self.factor[0].T
+        member = member.to(self.mean.device)
+        s = self.mean[member]
+        for which, factor in enumerate(self.factor):
+            own = member == which
+            s[own] = s[own] + self.scale * epsilon[own] @ factor.T
+        return s
+
     def by_deviations(self, jacobian: Tensor) -> Tensor:
         """J F, the derivatives by epsilon instead of by s: [..., M, C, P] -> [..., M, C, P], in J's dtype and device."""
+        if self.factor is not None:
+            return self.scale * jacobian @ self.factor.to(jacobian)
         return jacobian * (self.scale * self.log_std.to(jacobian).exp()).unsqueeze(-2)
+
+    def by_covariance(self, jacobian: Tensor) -> Tensor:
+        """J F F^T: [..., M, C, P] -> [..., M, C, P], in J's dtype and device."""
+        if self.factor is not None:
+            return self.scale * self.by_deviations(jacobian) @ self.factor.to(jacobian).mT
+        return self.by_deviations(self.by_deviations(jacobian))
+
+    def detached(self) -> Posterior:
+        """The same numbers without a graph, on the CPU."""
+        mean, log_std = (tensor.detach().cpu() for tensor in (self.mean, self.log_std))
+        return Posterior(mean, log_std, self.scale, None if self.factor is None else self.factor.detach().cpu())
 
     @property
     def relative_spread(self) -> float:
@@ -215,3 +245,8 @@ def kl_divergence(mean: Tensor, log_std: Tensor, prior_std: float, direction: KL
     else:
         raise ValueError(f"kl direction {direction!r} is unknown; use q_p or p_q")
     return terms.sum()
+
+
+def prior_penalty(mean: Tensor, prior_std: float) -> Tensor:
+    """-ln p(mu) for the prior N(0, prior_std^2) without its constant, in nats: the sum of mu^2 / (2 prior_std^2)."""
+    return (mean / prior_std).square().sum() / 2

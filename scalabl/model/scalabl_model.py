@@ -19,18 +19,17 @@ from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, HeadStates, Reading, RowSamples, enter
-from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
 from scalabl.model.pass_cache import PassCache
 from scalabl.model.past import Past, Prefix
-from scalabl.model.posterior import DEFAULT_SCHEME, Draws, Posterior, Scheme, draw_members, zero_draw
+from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Scheme, draw_members, zero_draw
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
-GRADIENT_TOKENS = 2048  # rows x padded length in one graph for derivatives
-
+HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
 # Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
 SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
@@ -40,9 +39,20 @@ def _layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def _check_layers(host: Host, layers: Sequence[int] | None) -> None:
+    """Raise AdapterError for an index that is not that of a layer of the base model."""
+    indices = {index for name in host.modules if (index := _layer_index(name)) is not None}
+    absent = [index for index in layers or () if index not in indices]
+    if absent and indices:
+        raise AdapterError(
+            f"layers_to_transform names layer {absent[0]}, but the base model's layers are {min(indices)} to {max(indices)}"
+        )
+
+
 def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
     """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
     layers = config.layers_to_transform
+    _check_layers(host, layers)
     chosen, matched, seen_layers = [], set(), set()
     for name, module in host.modules.items():
         targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
@@ -83,7 +93,8 @@ class ScalaBLModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, config: AdapterConfig, *, attach: bool = True) -> None:
         super().__init__()
-        if config.task.choice_tokens is None:
+        tokens = config.task.choice_tokens
+        if tokens is None and config.task.head == "vocabulary":
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
         self.base = base
@@ -95,11 +106,13 @@ class ScalaBLModel(nn.Module):
         names = _select(host, config, type(base).__name__)
         try:
             with weights_of(host.head):
-                linear = cut_head(host.head, config.task.choice_tokens)
+                rows = own_head(host.head, len(config.task.choices)) if tokens is None else cut_head(host.head, tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
-        cut: nn.Module = linear
-        self.state_width = linear.in_features  # D, of the hidden states that the head reads
+        self.own_head = rows if tokens is None else None
+        self._backbone = _backbone(base) if tokens is None else None
+        cut: nn.Module = rows
+        self.state_width = rows.in_features  # D, of the hidden states that the head reads
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -107,11 +120,14 @@ class ScalaBLModel(nn.Module):
             self.adapted[name] = layer
             if name == host.head_name:
                 cut = layer
+        self.covariance_factor: nn.Parameter | None = None  # [P, P], or [M, P, P] with more than one member
+        if config.covariance == "full":
+            shape = [*([config.members] if config.members > 1 else []), *2 * [self.num_stochastic_parameters]]
+            self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        head, self.head_name = ChoiceHead(cut), host.head_name
-        self.head_of_rows = head.of_rows  # for passes that another adapter runs
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
+        self.head, self.head_name = ChoiceHead(cut), host.head_name
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
         if attach:
             self.attach()
 
@@ -155,25 +171,38 @@ class ScalaBLModel(nn.Module):
         return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
-        return {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in self.adapted.items()
-            for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
-        }
+        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on; the own head's first."""
+        parameters: dict[str, nn.Parameter] = {}
+        if self.own_head is not None:
+            parameters[HEAD_WEIGHT] = self.own_head.weight  # type: ignore[assignment]  # a parameter
+        for name, layer in self.adapted.items():
+            parameters |= {f"{name}.{kind}": getattr(layer, kind) for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")}
+        if self.covariance_factor is not None:
+            parameters[FACTOR] = self.covariance_factor
+        return parameters
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
-        """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
+        """Reset to an untrained adapter with the paper's initialisation, in which B = 0.
+
+        A head of its own starts as in transformers' models for sequence classification: N(0, `initializer_range`^2).
+        """
         generator = torch.Generator().manual_seed(seed)
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
+        if self.own_head is not None:
+            spread = getattr(self.base.config.get_text_config(), "initializer_range", 0.02)
+            initial = torch.empty(self.own_head.weight.shape).normal_(0.0, spread, generator=generator)
+            self.own_head.weight.data.copy_(initial)
 
     def posterior(self) -> Posterior:
         """q(s) over all adapted layers; differentiable in mu and ln sigma."""
         layers, device = list(self.adapted.values()), self.device
         mean = torch.cat([layer.s_mean.to(device) for layer in layers], dim=-1)
         log_std = torch.cat([layer.s_log_std.to(device) for layer in layers], dim=-1)
-        return Posterior(mean.view(self.members, -1), log_std.view(self.members, -1), self.config.posterior_scale)
+        shape, factor = (self.members, mean.shape[-1]), None
+        if self.covariance_factor is not None:
+            factor = self.covariance_factor.to(device).view(*shape, -1)
+        return Posterior(mean.view(shape), log_std.view(shape), self.config.posterior_scale, factor)
 
     def draws(self, num_samples: int, seed: int = 0, scheme: Scheme = DEFAULT_SCHEME) -> Draws:
         """K draws for this adapter: a pure function of (seed, num_samples, scheme, number of scalars and of members).
@@ -188,7 +217,7 @@ class ScalaBLModel(nn.Module):
         return zero_draw(self.num_stochastic_parameters, self.members)
 
     def sample(self, epsilon: Tensor, member: Tensor | None = None) -> Tensor:
-        """s = mu + tau * sigma * epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
+        """s = mu + F epsilon: [N, P] -> [N, P]; differentiable in mu and sigma.
 
         Args:
             member: [N] int64, the member of each row; needed if there are several.
@@ -216,9 +245,12 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
-        logits: Tensor = output.logits[:, 0].float()
-        return logits.to(self.device), cache
+            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **places}
+            if self._backbone is None:
+                logits: Tensor = self.base(**arguments).logits
+            else:  # what some architectures do to the logits of their vocabulary (scales, caps) is not for other heads
+                logits = self.head(self._backbone(**arguments).last_hidden_state)
+        return logits[:, 0].float().to(self.device), cache
 
     def _fitted(self, wanted: ForwardPass) -> ForwardPass:
         """The pass in the form that this base model supports: if rows cannot fan out, inputs are copied before the pass."""
@@ -342,56 +374,23 @@ class ScalaBLModel(nn.Module):
         spread = inputs if max(counts) > 1 else None
         return RowSamples(s, sample.to(self.device), fan_out, spread, tuple(tables), member), counts
 
-    @torch.enable_grad()
-    def jacobian(
-        self, batch: TokenBatch, active: Tensor, *, max_tokens: int = GRADIENT_TOKENS
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of B inputs at each member's mean, their derivatives by the subspace scalars, and the hidden states there.
-
-        There is a row, with scalars of its own, for each member and active choice of each input. One reverse pass of the sum
-        of the rows' logits, each of its own choice, therefore gives all of J. Rows are split into several graphs to limit
-        memory.
-
-        Args:
-            active: [B, C] bool, the choices whose derivatives to compute, at least one for each input.
-            max_tokens: rows x padded length in one graph; a single row may exceed it.
-
-        Returns:
-            ([B, M, C], [B, M, C, P], [B, D]): derivatives are zero where not active, states averaged over the members.
-        """
-        ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
-        shape = (len(active), self.members, self.num_choices)
-        of_rows = active.to(self.device).unsqueeze(1).expand(shape).nonzero()  # [rows, 3]: input, member, choice
-        mean = self.posterior().mean.detach()
-        logits: list[Tensor] = []
-        gradients: list[Tensor] = []
-        states: list[Tensor] = []
-        for rows_m in torch.split(of_rows, max(1, max_tokens // ids.shape[1])):
-            inputs_m, members_m, choices_m = rows_m.unbind(1)
-            rows = torch.arange(len(rows_m), device=self.device)
-            s = mean[members_m].requires_grad_()
-            first, end = int(inputs_m[0]), int(inputs_m[-1]) + 1
-            member = members_m if self.members > 1 else None
-            samples = RowSamples(s, rows, inputs=inputs_m - first, member=member)
-            head_states = HeadStates()
-            z = self.run(ForwardPass(ids[first:end], lengths[first:end], samples, head_states=head_states))  # [rows, C]
-            gradients += torch.autograd.grad(z[rows, choices_m].sum(), s)
-            logits.append(z.detach())
-            assert head_states.rows is not None  # every pass ends with the head
-            states.append(head_states.rows.detach().float().to(self.device))
-        inputs, members, choices = of_rows.unbind(1)
-        jacobian = mean.new_zeros(*shape, mean.shape[1])
-        jacobian[inputs, members, choices] = torch.cat(gradients)
-        starts = torch.arange(shape[0] * shape[1], device=self.device)
-        firsts = torch.searchsorted(inputs * self.members + members, starts)
-        means = torch.cat(states)[firsts].view(*shape[:2], -1).mean(1)
-        return torch.cat(logits)[firsts].view(shape), jacobian, means
-
     @torch.inference_mode()
     def base_logits(self, batch: TokenBatch) -> Tensor:
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         return self.run(ForwardPass(ids, lengths))
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The base model without its head: what transformers' models for sequence classification run.
+
+    Raises:
+        AdapterError: the base model's class does not have this part.
+    """
+    backbone: nn.Module = base.base_model
+    if backbone is base:
+        raise AdapterError(f"{type(base).__name__} has no part without its head; task.head 'own' needs it")
+    return backbone
 
 
 def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -34,15 +35,16 @@ from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
 from scalabl.evaluation.novelty_fit import write_reference
 from scalabl.evaluation.scoring import scores
-from scalabl.files.adapter_directory import load_weights, read_weights, save_adapter
+from scalabl.files.adapter_directory import adapter_from, load_weights, read_weights, save_adapter
 from scalabl.files.output_folder import CHECKPOINTS, LOGS
 from scalabl.files.peft_import import relative_log_std
 from scalabl.model.forward_pass import ForwardPass, RowSamples, checkpoint_contexts
-from scalabl.model.posterior import kl_divergence
+from scalabl.model.posterior import kl_divergence, prior_penalty
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.trunk_cache import TrunkCache, trunk_cache
+from scalabl.training.posterior_fit import check_size, fit_posterior, forget_state
 from scalabl.training.published import KLSteps
 from scalabl.training.recipe import TrainingConfig
 from scalabl.training.run_folder import Origin, TrainingRun, begin, find_run, finish
@@ -54,6 +56,7 @@ class VariationalModule(nn.Module):
     Loss per batch, in nats: the mean over examples and samples of -log p(y | x, s), plus beta * KL(q||p) / N, with N the
     number of training examples (Samplawski et al. 2025, section 3). Every row draws its own s, so that the gradient's
     noise averages out within the batch. With `kl_optimizer` sgd the loss is the first part alone (`published.KLSteps`).
+    With `posterior` laplace it is the loss of a MAP estimate: s is at its mean, and the KL is -ln p(mu), without sigma.
 
     Args:
         trunk: the cached trunk states of the training set's rows; None without a cache.
@@ -74,7 +77,8 @@ class VariationalModule(nn.Module):
         """
         count, repeat = len(input_ids), self.recipe.train_samples
         of_row = torch.arange(count, device=input_ids.device).repeat_interleave(repeat)  # [M]
-        epsilon = torch.randn(len(of_row), self.model.num_stochastic_parameters, device=input_ids.device)
+        shape = len(of_row), self.model.num_stochastic_parameters
+        epsilon = (torch.zeros if self.recipe.posterior == "laplace" else torch.randn)(shape, device=input_ids.device)
         sample = torch.arange(len(of_row), device=input_ids.device)
         samples = RowSamples(self.model.sample(epsilon), sample, repeat, of_row if repeat > 1 else None)
         states = None if self._trunk is None or row is None else self._trunk.of(row, input_ids.shape[1])
@@ -82,8 +86,11 @@ class VariationalModule(nn.Module):
         num_choices, labels = num_choices[of_row], labels[of_row]
         absent = torch.arange(logits.shape[1], device=logits.device) >= num_choices.unsqueeze(1)
         nll = nn.functional.cross_entropy(logits.masked_fill(absent, -math.inf), labels)
-        posterior = self.model.posterior()
-        kl = kl_divergence(posterior.mean, posterior.log_std, self.model.config.prior_std, self.recipe.kl_direction)
+        posterior, prior_std = self.model.posterior(), self.model.config.prior_std
+        if self.recipe.posterior == "laplace":
+            kl = prior_penalty(posterior.mean, prior_std)
+        else:
+            kl = kl_divergence(posterior.mean, posterior.log_std, prior_std, self.recipe.kl_direction)
         weight = self.recipe.kl_weight / self.num_examples if self.recipe.kl_optimizer == "joint" else 0.0
         return {"loss": nll + weight * kl, "nll": nll, "kl": kl}
 
@@ -165,7 +172,8 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
         """Scores of the K-sample predictive on the validation set; `eval_loss` is its NLL."""
         model, recipe = self.module.model, self.module.recipe
         model.eval()
-        draws = model.draws(recipe.eval_samples, seed=recipe.seed)
+        has_posterior = recipe.posterior == "variational" or model.config.posterior_fit is not None
+        draws = model.draws(recipe.eval_samples, seed=recipe.seed) if has_posterior else model.mean_draw()
         logits = logits_of(model, self.validation.sequences, draws, states=self._states)
         outcome = predictive_of(logits, self.validation.num_choices, model, draws)
         metrics = {f"eval_{name}": value for name, value in scores(outcome, self.validation.answers).items()}
@@ -180,16 +188,18 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             parameters = self.module.model.adapter_parameters().items()
-            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": []}
+            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": [], "weight": []}
             for name, parameter in parameters:
                 groups[name.rpartition(".")[2]].append(parameter)
             rate, decay = self.args.learning_rate, self.args.weight_decay
+            head_rate = self.module.recipe.head_learning_rate
             self.optimizer = torch.optim.AdamW(
                 [
                     {"params": groups["lora_A"] + groups["lora_B"], "lr": rate, "weight_decay": decay},
                     # No weight decay: the prior regularises the scalars.
                     {"params": groups["s_mean"], "lr": rate, "weight_decay": 0.0},
                     {"params": groups["s_log_std"], "lr": self.module.recipe.sigma_learning_rate, "weight_decay": 0.0},
+                    *([{"params": groups["weight"], "lr": head_rate, "weight_decay": decay}] if groups["weight"] else []),
                 ]
             )
         return self.optimizer
@@ -201,6 +211,15 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.module.model, read_weights(Path(resume_from_checkpoint)))
 
+    def finish_training(self, checkpoint: str | None) -> None:
+        """Train on from a checkpoint, or from the start, and end with the weights of the best validation."""
+        state = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state is None or state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+        else:  # transformers would take one more step
+            self.state = state
+            self._load_best_model()
+
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -211,7 +230,7 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
     for name, parameter in model.adapter_parameters().items():
         if name in start:
             parameter.copy_(start[name])
-        else:
+        elif name.endswith(".s_log_std"):
             mean = start[name.replace(".s_log_std", ".s_mean")].to(parameter.device)
             parameter.copy_(relative_log_std(mean, parameter.exp()))
 
@@ -274,6 +293,7 @@ def train_adapter(
 
     Raises:
         OutputError: `output` belongs to another run, or cannot be written.
+        FitError: more scalars than the fit's covariance supports.
     """
     run = TrainingRun.of(config, recipe, train, validation, None if start is None else start.origin, base)
     previous = find_run(output, run, overwrite=overwrite)
@@ -285,6 +305,8 @@ def train_adapter(
     if start is not None:
         _start_from(model, start.tensors)
     find_shared_work(model)
+    if recipe.posterior == "laplace":
+        check_size(model.num_stochastic_parameters, recipe.fit, "--fit-covariance")
     if previous is None:
         begin(output, run)
     if recipe.gradient_checkpointing:
@@ -329,11 +351,15 @@ def train_adapter(
     trainer = VariationalTrainer(
         module, validation, trunks[1], args=arguments, train_dataset=_rows(train), callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    trainer.finish_training(_last_whole_checkpoint(checkpoints))
+    if recipe.posterior == "laplace":
+        fitted = fit_posterior(model, train, recipe.fit, output)
+        model = module.model = adapter_from(base, fitted.config, fitted.weights)
     metrics = trainer.evaluate()
-    save_adapter(output, config, dict(model.adapter_parameters()))
+    save_adapter(output, model.config, dict(model.adapter_parameters()))
     if recipe.novelty:
         write_reference(output, model.eval(), train, most_rows=recipe.novelty_rows)
+    forget_state(output)
     metrics["stochastic_parameters"] = model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
     finish(output, run, metrics)

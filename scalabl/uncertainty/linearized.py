@@ -10,15 +10,18 @@ Gaussians. Whole data sets are linearised in `evaluation.inference`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from scalabl.model.posterior import Draws, draw_members
+from scalabl.model.derivatives import jacobian
+from scalabl.model.posterior import Draws, Posterior, draw_members
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.absent_choices import ABSENT
+from scalabl.uncertainty.absent_choices import ABSENT, OwnChoices, columns_of, presence
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
@@ -32,16 +35,22 @@ class Linearization:
 
     Attributes:
         mean: [B, M, C], the logits at s = mu; `ABSENT` for a choice that an input does not have.
-        scaled_jacobian: [B, M, C, P], dz/ds F, the derivatives by epsilon: how much one standard deviation of a scalar
-            changes each logit.
+        jacobian: [B, M, C, P], dz/ds.
+        posterior: q(s), whose deviations from the mean the logits follow.
         layers: name of an adapted layer -> its columns of P.
         state: [B, D] float32, the hidden state that the head reads at s = mu; None if it is not known.
     """
 
     mean: Tensor
-    scaled_jacobian: Tensor
+    jacobian: Tensor
+    posterior: Posterior
     layers: dict[str, slice]
     state: Tensor | None = None
+
+    @cached_property
+    def scaled_jacobian(self) -> Tensor:
+        """[B, M, C, P], dz/ds F, the derivatives by epsilon: how much one standard deviation changes each logit."""
+        return self.posterior.by_deviations(self.jacobian)
 
     def logits_at(self, draws: Draws) -> Tensor:
         """[B, K, C]: the linearised logits of the same samples that `ScalaBLModel.logits` uses for these draws."""
@@ -59,11 +68,12 @@ class Linearization:
         """The linearisation of one input, with B = 1."""
         one = slice(index, index + 1)
         state = None if self.state is None else self.state[one]
-        return replace(self, mean=self.mean[one], scaled_jacobian=self.scaled_jacobian[one], state=state)
+        return replace(self, mean=self.mean[one], jacobian=self.jacobian[one], state=state)
 
-    def of_choices(self, count: int) -> Linearization:
-        """The linearisation of the first `count` choices only, for inputs that have no others."""
-        return replace(self, mean=self.mean[..., :count], scaled_jacobian=self.scaled_jacobian[..., :count, :])
+    def of_choices(self, choices: OwnChoices) -> Linearization:
+        """The linearisation over these choices only, for inputs that have no others."""
+        columns = columns_of(choices)
+        return replace(self, mean=self.mean[..., columns], jacobian=self.jacobian[..., columns, :])
 
     def covariance(self) -> Tensor:
         """Cov(z) = (J F) (J F)^T of each member, [B, M, C, C]."""
@@ -89,40 +99,67 @@ class Linearization:
     def layer_shares(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """The share of each adapted layer in the posterior variance of the probabilities, [B] each; they sum to 1.
 
-        It is the variance of softmax(z / T) to first order, summed over choices and members. The scalars of a member are
-        independent, so their variances add up. How much the members differ from each other is no layer's.
+        It is the variance of softmax(z / T) to first order, summed over choices and members. The variances of independent
+        scalars add up. With a full covariance a layer's share is the covariance of its part of the probabilities with their
+        whole, over the variance of the whole. These add up too; one is below 0 where the other layers balance that layer.
+        How much the members differ from each other is no layer's.
         """
         p = torch.softmax(self.mean / temperature, -1).unsqueeze(-1)  # [B, M, C, 1]
-        moved = p * (self.scaled_jacobian - (p * self.scaled_jacobian).sum(-2, keepdim=True))  # [B, M, C, P], over T
-        variance = moved.square().sum((1, 2))  # [B, P]
+
+        def of_probabilities(of_logits: Tensor) -> Tensor:  # [B, M, C, P], over T
+            return p * (of_logits - (p * of_logits).sum(-2, keepdim=True))
+
+        covaried = of_probabilities(self.posterior.by_covariance(self.jacobian))
+        variance = (of_probabilities(self.jacobian) * covaried).sum((1, 2))  # [B, P]
         total = variance.sum(1).clamp_min(1e-300)
         return {name: variance[:, columns].sum(1) / total for name, columns in self.layers.items()}
 
 
 def linearize(
-    model: ScalaBLModel, batch: TokenBatch, *, num_choices: Tensor | None = None, negligible: float = 0.0
+    model: ScalaBLModel,
+    batch: TokenBatch,
+    *,
+    choices: Sequence[OwnChoices] | None = None,
+    negligible: float = 0.0,
+    states: Tensor | None = None,
 ) -> Linearization:
-    """Linearise B inputs: a forward and a reverse pass with a row for each member and choice of each input.
+    """Linearise B inputs around the mean of each member. The arguments are those of `slopes`."""
+    mean, derivatives, state = slopes(model, batch, choices=choices, negligible=negligible, states=states)
+    columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
+    return Linearization(mean, derivatives, model.posterior().detached(), columns, state)
+
+
+def slopes(
+    model: ScalaBLModel,
+    batch: TokenBatch,
+    *,
+    choices: Sequence[OwnChoices] | None = None,
+    negligible: float = 0.0,
+    states: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z(mu) [B, M, C], dz/ds there [B, M, C, P] and the hidden states [B, D] that the head reads there.
+
+    There is a row of the passes for each member and choice of each input.
 
     Args:
-        num_choices: [B], the number of choices of each input; None for all of the task's.
+        choices: the choices of each input; None for all of the task's. Others have the logit `ABSENT`.
         negligible: choices with a lower probability at every member's mean are not linearised and cost no row, except for
             each member's two most probable. Finding them takes one more forward pass over B * M rows.
+        states: as of `ForwardPass`, of a batch that is right-padded.
+
+    Returns:
+        On the CPU: float64, the hidden states float32 and averaged over the members.
     """
     present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
-    if num_choices is not None:
-        present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
+    if choices is not None:
+        present = presence(choices, model.num_choices)
     active = present
     if negligible > 0:
-        z = model.logits(batch, model.mean_draw()).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]
+        z = model.logits(batch, model.mean_draw(), states).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
         active = likely.scatter(2, z.topk(2, dim=-1).indices, True).any(1) & present
-    mean, jacobian, states = model.jacobian(batch, active)
-    columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    mean = mean.double().cpu().masked_fill(~present.unsqueeze(1), ABSENT)
-    with torch.no_grad():
-        scaled = model.posterior().by_deviations(jacobian.double().cpu())
-    return Linearization(mean, scaled, columns, states.cpu())
+    mean, derivatives, read = jacobian(model, batch, active, states=states)
+    return mean.double().cpu().masked_fill(~present.unsqueeze(1), ABSENT), derivatives.double().cpu(), read.cpu()
 
 
 def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature: float = 1.0) -> Predictive:

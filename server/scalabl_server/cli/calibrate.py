@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,21 +13,27 @@ from scalabl.config import Novelty, SetMethod
 from scalabl.errors import ScalaBLError
 from scalabl.uncertainty.novelty import MOST_ROWS
 from scalabl_server.cli.labelled_data import (
+    ROWS_HELP,
     Adapter,
     Device,
+    LabelColumn,
     Loaded,
     Model,
     NumSamples,
     Precision,
     Seed,
-    data_name,
+    TextColumn,
+    columns_of,
+    examples_for,
     load,
     plots_module,
+    warn,
 )
-from scalabl_server.cli.options import errors_as_messages, split
+from scalabl_server.cli.options import LARGEST_SEED, errors_as_messages, split
 
 if TYPE_CHECKING:
     from scalabl.evaluation.calibration import Options, Outcome
+    from scalabl.evaluation.dataset.examples import Rows
     from scalabl.evaluation.encoded import EncodedSet
     from scalabl.model.posterior import Draws
     from scalabl.uncertainty.novelty import NoveltyReference
@@ -38,8 +43,10 @@ PLOT_FILES = (".png", ".svg", ".pdf")
 
 def calibrate(
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help="Labelled rows that were not used in training, JSONL.")],
+    data: Annotated[str, typer.Option(help=f"Labelled rows that were not used in training: {ROWS_HELP}.")],
     model: Model = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
     levels: Annotated[str, typer.Option(help="Comma-separated coverage levels for prediction sets.")] = "0.8,0.9,0.95",
@@ -53,11 +60,14 @@ def calibrate(
     ] = 0.9,
     abstain: Annotated[bool, typer.Option(help="Fit an abstention threshold.")] = True,
     split_seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the random split into rows for the fit and rows for the thresholds.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Seed of the random split into rows for the fit and rows for the thresholds."
+        ),
     ] = 0,
     reference: Annotated[
-        Path | None,
-        typer.Option(help="Training rows, JSONL, from which to make the novelty reference, in place of one that is there."),
+        str | None,
+        typer.Option(help="Training rows, as --data, from which to make the novelty reference, in place of an old one."),
     ] = None,
     novelty_rows: Annotated[
         int, typer.Option(min=2, help="The most rows that a reference made from --reference keeps.")
@@ -90,26 +100,31 @@ def calibrate(
         raise typer.BadParameter("there is no fit to plot with --novelty-only; leave one of them out", param_hint="--plot")
     with errors_as_messages():
         from scalabl.evaluation.calibration import Options
-        from scalabl.evaluation.dataset import read_examples
+        from scalabl.evaluation.dataset import review
+        from scalabl.evaluation.dataset.examples import read_rows
         from scalabl.evaluation.novelty_fit import check_rows_for_level
-        from scalabl.files.adapter_directory import fingerprint_of_files, save_config
+        from scalabl.files.adapter_directory import fingerprint_of_files, read_config, save_config
         from scalabl.files.novelty_file import save_novelty
 
         plots = plots_module() if plot is not None else None
-        rows, reference_rows = read_examples(data), read_examples(reference) if reference is not None else None
+        columns, task = columns_of(text_column, label_column), read_config(adapter).task
+        rows = read_rows(data, columns)
+        examples = examples_for(task, rows)
+        warn(review.repeated_texts(rows.name, examples))
+        known = None if reference is None else examples_for(task, read_rows(reference, columns))
         # An old reference is not read where a new one replaces it, so that a broken one can be made again.
-        loaded = load(adapter, model, device, quantization, with_novelty=reference is None)
-        if loaded.novelty is not None or reference is not None:
-            check_rows_for_level(len(rows), novelty_level)
+        loaded = load(adapter, model, device, quantization, with_novelty=known is None)
+        if loaded.novelty is not None or known is not None:
+            check_rows_for_level(len(examples), novelty_level)
         elif novelty_only:
             raise ScalaBLError(f"{adapter} has no novelty reference; add --reference with its training rows")
         fingerprint = fingerprint_of_files(adapter)
-        config, encoded, draws = loaded.model.config, loaded.encode(rows), loaded.draws(num_samples, seed)
+        config, encoded, draws = loaded.model.config, loaded.encode(examples), loaded.draws(num_samples, seed)
         outcome, novelty = None, None
         report: dict[str, Any] = {}
         if not novelty_only:
             options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
-            outcome = _fit(loaded, encoded, draws, options, data)
+            outcome = _fit(loaded, encoded, draws, options, rows)
             fitted = {
                 "posterior_scale": outcome.posterior_scale,
                 "temperature": outcome.temperature,
@@ -120,8 +135,8 @@ def calibrate(
             report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
             report["notes"] = outcome.notes
         loaded.model.config = config
-        if loaded.novelty is not None or reference_rows is not None:
-            made_from = None if reference_rows is None else loaded.encode(reference_rows)
+        if loaded.novelty is not None or known is not None:
+            made_from = None if known is None else loaded.encode(known)
             novelty = _novelty(loaded, adapter, encoded, draws, novelty_level, made_from, novelty_rows)
             report["novelty"] = novelty[0].model_dump(mode="json")
         if fingerprint_of_files(adapter) != fingerprint:
@@ -141,7 +156,7 @@ def calibrate(
             )
 
 
-def _fit(loaded: Loaded, encoded: EncodedSet, draws: Draws, options: Options, data: Path) -> Outcome:
+def _fit(loaded: Loaded, encoded: EncodedSet, draws: Draws, options: Options, rows: Rows) -> Outcome:
     """Scale, temperature and thresholds from the rows of a file, starting from the posterior as trained."""
     from tqdm import tqdm
 
@@ -150,14 +165,14 @@ def _fit(loaded: Loaded, encoded: EncodedSet, draws: Draws, options: Options, da
     loaded.model.config = loaded.model.config.model_copy(
         update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None}
     )
-    with tqdm(desc=data.name, unit="input") as bar:
+    with tqdm(desc=Path(rows.name).name, unit="input") as bar:
         return calibration.calibrate(
             loaded.model,
             encoded,
             draws,
             options,
-            name=data_name(data),
-            sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+            name=rows.name,
+            sha256=rows.sha256,
             on_progress=bar.update,
         )
 

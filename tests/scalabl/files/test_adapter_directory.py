@@ -217,6 +217,7 @@ def test_files_that_are_something_else_are_refused(adapter: Path) -> None:
         ({"format_version": 3}, "format_version: .*format_version 3 is not supported; this release reads versions 1 and 2"),
         ({"members": 2}, "members is 2, which needs format_version 2"),
         ({"members": 0}, "members: Input should be greater than or equal to 1"),
+        ({"covariance": "full"}, "covariance is full, which needs format_version 2"),
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"temperature": 0}, "temperature: Input should be greater than 0"),
         ({"posterior_scale": -1}, "posterior_scale: Input should be greater than or equal to 0"),
