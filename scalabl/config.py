@@ -191,6 +191,51 @@ class Calibration(BaseModel):
         return "0.9" if "0.9" in self.levels else next(iter(self.levels))
 
 
+class NoveltyData(BaseModel):
+    """A data file from which a part of the novelty reference comes: its name, the SHA-256 of its prompts, its rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
+    rows: int
+
+
+class NoveltyCalibration(BaseModel):
+    """The held-out rows that give the p-values, and the posterior draws under which they were scored.
+
+    An input is novel when its p-value is at most `level`. Of inputs like these rows at most this share is called novel.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: NoveltyData
+    level: float = Field(gt=0, lt=1)
+    num_samples: int = Field(ge=1)
+    seed: int
+    draw_scheme: str
+
+
+class Novelty(BaseModel):
+    """How the tensors in `novelty.safetensors` were made, and what they belong to.
+
+    They hold for one base model and for the adapter weights with this SHA-256. `data` are the training rows, of which `rows`
+    are kept as unit vectors with `components` numbers; `width` is that of the base model's hidden states, `neighbours` the
+    number of nearest rows that a score averages. `calibration` is None as long as there are no p-values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: NoveltyData
+    base_model_name_or_path: str
+    weights_sha256: str
+    width: int = Field(ge=1)
+    components: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    neighbours: int = Field(ge=1)
+    calibration: NoveltyCalibration | None = None
+
+
 class PosteriorFit(BaseModel):
     """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
 
@@ -219,8 +264,8 @@ class AdapterConfig(BaseModel):
     divides the logits; calibration sets both. `layers_to_transform` lists the decoder layers to adapt (None: all of them).
     It does not apply to the output head, which is adapted when `target_modules` names it. `members` is the number of members
     of a mixture posterior. With the `covariance` full, q(s) has a covariance across all adapted layers, whose factor is
-    among the tensors. `posterior_fit` says how a posterior was fitted that was not trained. More than one member, a full
-    covariance and a fit need format version 2.
+    among the tensors. `posterior_fit` says how a posterior was fitted that was not trained, `novelty` how the reference for
+    unfamiliar inputs was made. More than one member, a full covariance, a fit and novelty need format version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -238,6 +283,7 @@ class AdapterConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
+    novelty: Novelty | None = Field(default=None, exclude_if=lambda novelty: novelty is None)
     covariance: Covariance = Field(default="diagonal", exclude_if=lambda covariance: covariance == "diagonal")
     posterior_fit: PosteriorFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
 
@@ -252,8 +298,10 @@ class AdapterConfig(BaseModel):
     @model_validator(mode="after")
     def _version_has_the_fields(self) -> Self:
         later = {"members": self.members > 1, "covariance": self.covariance == "full"}
-        later["posterior_fit"] = self.posterior_fit is not None
+        later |= {"posterior_fit": self.posterior_fit is not None, "novelty": self.novelty is not None}
         named = [name for name, is_set in later.items() if is_set]
+        if self.format_version < 2 and named == ["novelty"]:
+            raise ValueError("novelty needs format_version 2; set it, or remove novelty")
         if self.format_version < 2 and named:
             raise ValueError(f"{named[0]} is {getattr(self, named[0])}, which needs format_version 2")
         if self.members > 1 and self.task.head == "own":
@@ -264,7 +312,18 @@ class AdapterConfig(BaseModel):
     def lowest_format_version(self) -> int:
         """The lowest format version that has all fields of this adapter; at least `format_version`."""
         has_later = self.members > 1 or self.covariance == "full" or self.posterior_fit is not None
+        has_later = has_later or self.novelty is not None
         return max(self.format_version, 2 if self.task.needs_version_2 or has_later else 1)
+
+    def with_novelty(self, novelty: Novelty | None) -> Self:
+        """The same configuration with another novelty reference, or with none, in the lowest format version that has it."""
+        changed = self.model_copy(update={"novelty": novelty, "format_version": 1})
+        return changed.model_copy(update={"format_version": changed.lowest_format_version})
+
+    @property
+    def novelty_level(self) -> float | None:
+        """The level at which inputs are called novel; None if there are no p-values."""
+        return None if self.novelty is None or self.novelty.calibration is None else self.novelty.calibration.level
 
     @property
     def scaling(self) -> float:

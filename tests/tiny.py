@@ -27,8 +27,12 @@ from benchmarks.random_model import (
     fill as fill,
 )
 from scalabl.config import AdapterConfig, Task
-from scalabl.files.adapter_directory import save_adapter
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.evaluation.novelty_fit import calibrated_reference, calibration_of, description_of, make_reference
+from scalabl.files.adapter_directory import load_adapter, save_adapter
+from scalabl.files.novelty_file import save_novelty
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.uncertainty.novelty import NoveltyReference
 
 
 def base_model(name: str = "llama", seed: int = 0) -> PreTrainedModel:
@@ -91,6 +95,41 @@ def write_adapter(folder: Path, name: str = "llama", task: Task = CLASSIFICATION
     model = adapted(name, task, **changes)
     save_adapter(folder, model.config, dict(model.adapter_parameters()))
     return folder
+
+
+def add_novelty(
+    folder: Path,
+    name: str = "llama",
+    *,
+    calibrated: bool = True,
+    level: float = 0.1,
+    num_samples: int = 8,
+    prompts: tuple[EncodedSet, EncodedSet] | None = None,
+) -> NoveltyReference:
+    """Give an adapter of `write_adapter` a novelty reference.
+
+    Args:
+        prompts: of the reference and of its calibration; by default some that `encoded_rows` makes.
+    """
+    model = load_adapter(base_model(name), folder)
+    rows, held_out = prompts or (encoded_rows(60), encoded_rows(40, seed=1))
+    reference = make_reference(model, rows, most_rows=50)
+    novelty = description_of(folder, model.config, rows, reference)
+    if calibrated:
+        draws = model.draws(num_samples)
+        reference = calibrated_reference(model, held_out, draws, reference)
+        novelty = novelty.model_copy(update={"calibration": calibration_of(held_out, draws, level)})
+    save_novelty(folder, model.config, novelty, reference)
+    return reference
+
+
+def encoded_rows(count: int, seed: int = 0) -> EncodedSet:
+    """Prompts of one kind with answers: each holds one of few tokens, repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(len(SPECIAL), len(SPECIAL) + 6, (count,), generator=generator).tolist()
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    sequences = [[token] * length for token, length in zip(tokens, lengths, strict=True)]
+    return EncodedSet(sequences, torch.tensor(tokens) % 3, torch.full((count,), 3), "rows.jsonl")
 
 
 def ragged(lengths: Sequence[int] = (3, 9, 1, 14), seed: int = 0) -> list[list[int]]:

@@ -36,7 +36,7 @@ class Run:
     def training(self) -> TrainingConfig:
         """The whole recipe."""
         steps = STEPS[self.rows]
-        common = {"max_steps": steps, "eval_steps": steps // 4, "eval_samples": 8, "seed": self.seed}
+        common = {"max_steps": steps, "eval_steps": steps // 4, "eval_samples": 8, "seed": self.seed, "novelty": False}
         return TrainingConfig.model_validate(common | dict(self.recipe))
 
     @property

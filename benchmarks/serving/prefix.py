@@ -43,9 +43,9 @@ def prefix(options: argparse.Namespace, line: Line) -> list[dict[str, Any]]:
                 draws_of, probabilities = dict.fromkeys(prompts, draws), []
                 for name, used in (("without", None), ("with", cache)):
                     began = time.perf_counter()
-                    logits = Rounds(model, prompts, draws_of, used, keeps_trunk=False).logits(draws_of)
+                    readings = Rounds(model, prompts, draws_of, used, keeps_trunk=False).readings(draws_of)
                     seconds[name].append(time.perf_counter() - began)
-                    probabilities.append({index: logits[index].softmax(-1) for index in prompts})
+                    probabilities.append({index: readings[index].logits.softmax(-1) for index in prompts})
                 one, other = probabilities
                 difference = max(difference, *(float((one[index] - other[index]).abs().max()) for index in prompts))
             row: dict[str, Any] = {"prompts": kind, "num_samples": count, "tokens": TOKENS[kind], "bytes": cache.store.bytes}

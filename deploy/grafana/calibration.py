@@ -218,6 +218,23 @@ def _uncertainty(board: dashboard.Dashboard) -> None:
     for title, name, text in kinds:
         expr = f"sum by (le) (increase(scalabl_prediction_{name}_nats_bucket{ONE}[$__rate_interval]))"
         board.with_panel(clouds(title, f"{text} In nats.", expr, "none"))
+    expr = f"sum by (le) (increase(scalabl_novelty_p_value_bucket{ONE}[$__rate_interval]))"
+    text = "Even from 0 to 1 if the inputs are like the calibration data; near 0 for strange inputs. Empty without novelty."
+    board.with_panel(clouds("Novelty p-values", text, expr, "none"))
+    queries = [
+        Query(f"adapter:scalabl_novel_share:now{ONE}", "Novel"),
+        Query(f"max(scalabl_novelty_level{ONE})", "Level"),
+    ]
+    text = "Share of the inputs of the last hour that are novel, and the share among inputs like the calibration data."
+    board.with_panel(
+        lines("Novel inputs", text, queries, "percentunit", low=0, width=6, looks=[Look("Level", dashed=True, color="red")])
+    )
+    query = Query(f"log10(adapter:scalabl_novelty_martingale:now{ONE})", "log10 of the martingale")
+    text = (
+        "Evidence that the inputs have changed since the servers started. The alert fires above 2, a gain of a hundredfold. "
+        "Without a change the probability of that is at most 1%."
+    )
+    board.with_panel(lines("Evidence of a change", text, [query], "none", width=6))
     for title, name, text in kinds:
         query = Query(f"adapter_quantile:scalabl_{name}_nats:now{ONE}", "p{{quantile}}")
         board.with_panel(

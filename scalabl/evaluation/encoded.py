@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scalabl.config import NoveltyData
 from scalabl.errors import DatasetError, PromptError
 from scalabl.evaluation.dataset import Example
 from scalabl.prompt import Prompter
@@ -25,6 +27,14 @@ class EncodedSet:
     answers: Tensor
     num_choices: Tensor
     name: str = "the data"
+
+    @property
+    def description(self) -> NoveltyData:
+        """The data as `adapter_config.json` names it: the hash is that of token ids and answers, not of the file."""
+        digest = hashlib.sha256()
+        for ids, answer in zip(self.sequences, self.answers.tolist(), strict=True):
+            digest.update(f"{answer} {' '.join(map(str, ids))}\n".encode())
+        return NoveltyData(name=self.name, sha256=digest.hexdigest(), rows=len(self.sequences))
 
 
 def encode_examples(prompter: Prompter, examples: Sequence[Example], max_tokens: int | None = None) -> EncodedSet:

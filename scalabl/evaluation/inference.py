@@ -6,6 +6,7 @@ Results are scored in `scoring`. How logits become a predictive is in `uncertain
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,21 +34,50 @@ def logits_of(
     on_progress: Callable[[int], object] | None = None,
     states: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """Logits [N, K, C] of N prompts.
+    """Logits [N, K, C] of N prompts; see `readings_of`."""
+    return readings_of(
+        model, sequences, draws, max_batch_tokens=max_batch_tokens, on_progress=on_progress, states=states
+    ).logits
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What passes compute for N prompts: logits [N, K, C], and the hidden states [N, D] that the head reads.
+
+    States are averaged over the samples of an input. Both are float32 on the CPU.
+    """
+
+    logits: Tensor
+    states: Tensor
+
+
+def readings_of(
+    model: ScalaBLModel,
+    sequences: Sequence[Sequence[int]],
+    draws: Draws,
+    *,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+    states: Callable[[Tensor, int], Tensor] | None = None,
+) -> Readings:
+    """Logits and hidden states of N prompts.
 
     Args:
         max_batch_tokens: the most tokens in a batch, counting every sample and padding.
         on_progress: called after each batch with its number of inputs.
         states: looks up cached trunk states: (indices [B], width T) -> [B, T, D] (`trunk_cache.TrunkCache.of`).
     """
-    result = torch.empty(len(sequences), draws.num_samples, model.num_choices)
+    logits = torch.empty(len(sequences), draws.num_samples, model.num_choices)
+    head_states = torch.empty(len(sequences), model.state_width)
     for batch in batches([len(ids) for ids in sequences], draws.num_samples, max_batch_tokens):
         tokens = TokenBatch.of([sequences[i] for i in batch])
         trunk_states = states(torch.tensor(batch), tokens.input_ids.shape[1]) if states is not None else None
-        result[batch] = model.logits(tokens, draws, trunk_states).cpu()
+        readings = model.readings(tokens, [draws] * len(batch), trunk_states)
+        logits[batch] = torch.stack([reading.logits for reading in readings]).cpu()
+        head_states[batch] = torch.stack([reading.state for reading in readings]).cpu()
         if on_progress is not None:
             on_progress(len(batch))
-    return result
+    return Readings(logits, head_states)
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
@@ -73,27 +103,51 @@ def linearized_predictive(
     max_batch_tokens: int = 4096,
     on_progress: Callable[[int], object] | None = None,
 ) -> Predictive:
-    """The linearised predictive of a data set, each input over its own choices.
+    """The linearised predictive of a data set, each input over its own choices; see `linearized_with_states`."""
+    return linearized_with_states(
+        model,
+        encoded,
+        draws=draws,
+        negligible=negligible,
+        max_batch_tokens=max_batch_tokens,
+        on_progress=on_progress,
+    )[0]
+
+
+def linearized_with_states(
+    model: ScalaBLModel,
+    encoded: EncodedSet,
+    *,
+    draws: Draws | None = None,
+    negligible: float = 0.0,
+    max_batch_tokens: int = 4096,
+    on_progress: Callable[[int], object] | None = None,
+) -> tuple[Predictive, Tensor]:
+    """The linearised predictive of a data set, and the hidden states [N, D] that the head reads, as a server has them.
 
     Args:
         draws: if given, sample with these draws and use the linearisation only as a control variate (`controlled`).
         negligible: as of `linearize`.
     """
     outcomes: dict[int, Predictive] = {}
+    states = torch.empty(len(encoded.sequences), model.state_width)
     rows = model.members * model.num_choices
     rows = rows if draws is None else max(rows, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
         linear = linearize(model, tokens, choices=counts.tolist(), negligible=negligible)
         if draws is None:
-            outcome = linear.predictive(model.config.temperature)
+            assert linear.state is not None  # `linearize` sets it
+            outcome, states[batch] = linear.predictive(model.config.temperature), linear.state
         else:
-            logits = without_absent(model.logits(tokens, draws).cpu(), counts)
+            readings = [reading.cpu() for reading in model.readings(tokens, [draws] * len(batch))]
+            logits = without_absent(torch.stack([reading.logits for reading in readings]), counts)
             outcome = controlled(logits, linear, draws, model.config.temperature)
+            states[batch] = torch.stack([reading.state for reading in readings])
         outcomes |= {index: outcome.of_input(row) for row, index in enumerate(batch)}
         if on_progress is not None:
             on_progress(len(batch))
-    return Predictive.stack([outcomes[index] for index in range(len(outcomes))])
+    return Predictive.stack([outcomes[index] for index in range(len(outcomes))]), states
 
 
 def adaptive_predictive(

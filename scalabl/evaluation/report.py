@@ -20,12 +20,30 @@ from scalabl.uncertainty.predictive import Predictive
 from scalabl.uncertainty.selective import doubts, risk_coverage
 
 BLOCK = 4_000_000  # bootstrap weights in memory at once
+ALPHAS = (0.01, 0.05, 0.1)  # at which the guarantee of novelty p-values is compared with the data
 COVERAGES = tuple(step / 20 for step in range(1, 21))
 
 
 @dataclass(frozen=True)
+class NoveltyScores:
+    """The novelty of N inputs: scores [N], and p-values [N] with the adapter's level, both None before a calibration."""
+
+    scores: Tensor
+    p_values: Tensor | None = None
+    level: float | None = None
+
+    @property
+    def novel(self) -> Tensor | None:
+        """[N] bool: which inputs the adapter calls novel; None if it cannot tell."""
+        return None if self.p_values is None or self.level is None else self.p_values <= self.level
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """One data set with its predictions. An answer [N] of -1 is none of the choices; `tokens` counts prompt tokens."""
+    """One data set with its predictions. An answer [N] of -1 is none of the choices; `tokens` counts prompt tokens.
+
+    `novelty` is None if the adapter has no novelty reference.
+    """
 
     name: str
     outcome: Predictive
@@ -33,6 +51,7 @@ class Evaluated:
     num_choices: Tensor
     tokens: int
     seconds: float
+    novelty: NoveltyScores | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -56,9 +75,7 @@ def report(
             for name, doubt in doubts(inside.outcome).items()
         },
     }
-    if calibration is not None:
-        data["prediction_sets"] = [_sets(inside, calibration, level) for level in calibration.levels]
-        data["abstention"] = _abstention(inside, calibration)
+    data |= _decided(inside, calibration)
     return {
         "data": {**_cost(inside), **data},
         "ood": [_outside(inside, evaluated, calibration, repeats, seed) for evaluated in outside],
@@ -68,16 +85,37 @@ def report(
 def _outside(
     inside: Evaluated, outside: Evaluated, calibration: Calibration | None, repeats: int, seed: int
 ) -> dict[str, Any]:
+    scores = [evaluated.novelty.scores for evaluated in (inside, outside) if evaluated.novelty is not None]
+    novelty = (scores[0], scores[1]) if len(scores) == 2 else None
     summary = {
         **_cost(outside),
         **_scored(
-            lambda *w: outside_scores(inside.outcome, outside.outcome, *w), (len(inside), len(outside)), repeats, seed
+            lambda *w: outside_scores(inside.outcome, outside.outcome, *w, novelty=novelty),
+            (len(inside), len(outside)),
+            repeats,
+            seed,
         ),
     }
+    return summary | _decided(outside, calibration)
+
+
+def _decided(evaluated: Evaluated, calibration: Calibration | None) -> dict[str, Any]:
+    """What a calibrated adapter decides about the inputs: prediction sets, novelty and abstention."""
+    decided: dict[str, Any] = {}
     if calibration is not None:
-        summary["prediction_sets"] = [_sets(outside, calibration, level) for level in calibration.levels]
-        summary["abstention"] = _abstention(outside, calibration)
-    return summary
+        decided["prediction_sets"] = [_sets(evaluated, calibration, level) for level in calibration.levels]
+    novel = None if evaluated.novelty is None else evaluated.novelty.novel
+    if evaluated.novelty is not None and evaluated.novelty.p_values is not None and novel is not None:
+        decided["novelty"] = {
+            "level": evaluated.novelty.level,
+            "novel": float(novel.double().mean()),
+            "p_value_at_most": {
+                f"{alpha:g}": float((evaluated.novelty.p_values <= alpha).double().mean()) for alpha in ALPHAS
+            },
+        }
+    if calibration is not None or novel is not None:
+        decided["abstention"] = _abstention(evaluated, calibration, novel)
+    return decided
 
 
 def _cost(evaluated: Evaluated) -> dict[str, Any]:
@@ -160,17 +198,25 @@ def _sets(evaluated: Evaluated, calibration: Calibration, level: str) -> dict[st
     return summary
 
 
-def _abstention(evaluated: Evaluated, calibration: Calibration) -> dict[str, Any] | None:
-    """The share of inputs that are answered, and for labelled inputs the share of these answers that are wrong."""
-    rule = calibration.abstain
-    if rule is None:
+def _abstention(evaluated: Evaluated, calibration: Calibration | None, novel: Tensor | None) -> dict[str, Any] | None:
+    """The share of inputs that are answered, and for labelled inputs the share of these answers that are wrong.
+
+    An input is answered, as by a server, unless it is uncertain or novel.
+    """
+    rule = None if calibration is None else calibration.abstain
+    if rule is None and novel is None:
         return None
-    answered = doubts(evaluated.outcome)[rule.score] <= rule.threshold
-    summary: dict[str, Any] = {
-        "score": rule.score,
-        "target_risk": rule.target_risk,
-        "answered": float(answered.double().mean()),
-    }
+    answered = torch.ones(len(evaluated), dtype=torch.bool)
+    summary: dict[str, Any] = {}
+    if rule is not None:
+        certain = doubts(evaluated.outcome)[rule.score] <= rule.threshold
+        answered &= certain
+        summary |= {"score": rule.score, "target_risk": rule.target_risk}
+    if novel is not None:
+        answered &= ~novel
+    if rule is not None and novel is not None:
+        summary["not_uncertain"] = float(certain.double().mean())
+    summary["answered"] = float(answered.double().mean())
     if bool((evaluated.answers >= 0).all()) and bool(answered.any()):
         wrong = evaluated.outcome.probabilities.argmax(-1) != evaluated.answers
         summary["risk"] = float(wrong[answered].double().mean())

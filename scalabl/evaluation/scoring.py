@@ -79,6 +79,20 @@ def aurc(weights: Tensor, doubt: Tensor, wrong: Tensor) -> Tensor:
     return (here * risk).sum(1) / weights.sum(1)
 
 
+def passing_rate(inner: Tensor, inside: Tensor, outer: Tensor, outside: Tensor, share: float = 0.95) -> Tensor:
+    """The share of inputs outside that pass where at least this share of those inside do: the "FPR at 95%". [R].
+
+    Args:
+        inner, outer: weights [R, N] and [R, N'] of the inputs inside and outside.
+        inside, outside: their scores [N] and [N']; the inputs with the lowest scores pass.
+    """
+    order = inside.argsort()
+    passed = inner[:, order].cumsum(1)
+    place = torch.searchsorted(passed, share * passed[:, -1:] - 1e-9).clamp_max(len(inside) - 1)  # [R, 1]
+    threshold = inside[order][place]
+    return (outer * (outside.unsqueeze(0) <= threshold)).sum(1) / outer.sum(1)
+
+
 def labelled_scores(outcome: Predictive, answers: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
     """Every score of N predictions whose true answers are known, [R] each; without weights R = 1.
 
@@ -113,20 +127,31 @@ def scores(outcome: Predictive, answers: Tensor) -> dict[str, float]:
 
 
 def outside_scores(
-    inside: Predictive, outside: Predictive, inner: Tensor | None = None, outer: Tensor | None = None
+    inside: Predictive,
+    outside: Predictive,
+    inner: Tensor | None = None,
+    outer: Tensor | None = None,
+    *,
+    novelty: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """How well each doubt score detects inputs outside the choices (AUROC), and mean uncertainty of those inputs; [R] each.
+    """How well doubt scores and novelty detect inputs outside the choices; mean uncertainty of those inputs; [R] each.
+
+    `auroc_ood_…` is the area under the ROC curve, `fpr95_ood_…` the `passing_rate` at 95%.
 
     Args:
+        novelty: the novelty scores of the inputs inside [N] and outside [N'] of the choices, if there are any.
         inner, outer: weights of the inputs inside [R, N] and outside [R, N'] of the choices; None for 1.
     """
     inner, outer = (_ones(o) if w is None else w for o, w in ((inside, inner), (outside, outer)))
     weights, is_outer = torch.cat([inner, outer], dim=1), torch.arange(inner.shape[1] + outer.shape[1]) >= inner.shape[1]
     elsewhere = doubts(outside)
-    result = {
-        f"auroc_ood_{name}": auroc(weights, torch.cat([score, elsewhere[name]]), is_outer)
-        for name, score in doubts(inside).items()
-    }
+    compared: dict[str, tuple[Tensor, Tensor]] = {name: (here, elsewhere[name]) for name, here in doubts(inside).items()}
+    if novelty is not None:
+        compared["novelty"] = novelty
+    result = {}
+    for name, (here, there) in compared.items():
+        result[f"auroc_ood_{name}"] = auroc(weights, torch.cat([here, there]), is_outer)
+        result[f"fpr95_ood_{name}"] = passing_rate(inner, here, outer, there)
     result["ood_entropy"] = weighted_mean(outer, outside.entropy)
     result["ood_mutual_information"] = weighted_mean(outer, outside.mutual_information)
     return result

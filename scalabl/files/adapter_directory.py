@@ -1,6 +1,7 @@
 """Adapter directories: validated reading, writing, and loading onto a base model. Nothing is ever unpickled.
 
-Other projects' formats are in `bayesadapt`, `peft_import` and `peft_export`.
+The novelty reference beside an adapter is in `novelty_file`. Other projects' formats are in `bayesadapt`, `peft_import` and
+`peft_export`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scalabl.passes.probes import find_shared_work
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+NOVELTY_FILE = "novelty.safetensors"
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -68,14 +70,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path} is not a safetensors file: {error}") from None
 
 
+def files_of(folder: Path) -> list[str]:
+    """The names of an adapter directory's files: the two that each adapter has, and the novelty reference's if it exists."""
+    optional = [NOVELTY_FILE] if (folder / NOVELTY_FILE).exists() else []
+    return [CONFIG_FILE, WEIGHTS_FILE, *optional]
+
+
 def fingerprint_of_files(folder: Path) -> str:
-    """SHA-256 of an adapter directory's two files, to see whether another process has changed them.
+    """SHA-256 of an adapter directory's files, to see whether another process has changed them.
 
     Raises:
         AdapterError: one of them cannot be read.
     """
     try:
-        parts = [hashlib.sha256((folder / name).read_bytes()).digest() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        parts = [hashlib.sha256((folder / name).read_bytes()).digest() for name in files_of(folder)]
     except OSError as error:
         raise AdapterError(f"{error.filename} cannot be read: {error.strerror}") from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -121,6 +129,12 @@ def load_weights(model: ScalaBLModel, weights: Mapping[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
+def probe_prompt(model: ScalaBLModel) -> list[int]:
+    """Token ids of a short prompt that any base model can run, to test an adapter with."""
+    vocabulary = model.base.get_input_embeddings().weight.shape[0]
+    return [(7 * i + 3) % vocabulary for i in range(8)]
+
+
 def _check_factor(factor: Tensor, log_std: Tensor) -> None:
     """Check that F [..., P, P] is a lower triangle whose F F^T has the variances exp(log_std)^2, log_std [..., P].
 
@@ -142,8 +156,7 @@ def check_effect(model: ScalaBLModel) -> None:
     Raises:
         AdapterError: the logits equal the base model's to the last bit, or they are not finite.
     """
-    vocabulary = model.base.get_input_embeddings().weight.shape[0]
-    probe = [(7 * i + 3) % vocabulary for i in range(8)]
+    probe = probe_prompt(model)
     draws = model.draws(2 * model.members, scheme="antithetic")
     adapted = model.logits(TokenBatch.of([probe]), draws)[0]
     if not bool(torch.isfinite(adapted).all()):

@@ -24,7 +24,7 @@ SHOWN = 80  # characters of a value in a message
 def combine(adapters: Sequence[Path], output: Path, *, overwrite: bool = False) -> AdapterConfig:
     """Write an adapter whose members are those of the given adapters, in their order.
 
-    Calibrations, with posterior scale and temperature, are left out: they do not hold for the mixture.
+    Calibrations, with posterior scale and temperature, and novelty references do not hold for the mixture and are left out.
 
     Raises:
         AdapterError: one of them is malformed or given twice, or they differ; the message names the field or the tensor.
@@ -73,14 +73,16 @@ def mixture_of(
         "posterior_scale": 1.0,
         "temperature": 1.0,
         "calibration": None,
+        "novelty": None,
         "posterior_fit": None,
     }
     return configs[0].model_copy(update=fields), merged
 
 
 def is_calibrated(config: AdapterConfig) -> bool:
-    """Whether a combination leaves out something of an adapter: posterior scale, temperature or thresholds."""
-    return config.calibration is not None or (config.posterior_scale, config.temperature) != (1.0, 1.0)
+    """Whether a combination leaves out something of an adapter: posterior scale, temperature, thresholds or novelty."""
+    scaled = (config.posterior_scale, config.temperature) != (1.0, 1.0)
+    return scaled or config.calibration is not None or config.novelty is not None
 
 
 def _check_alike(first: Path, expected: AdapterConfig, folder: Path, config: AdapterConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scalabl.config import AdapterConfig
 from scalabl.errors import OutputError
-from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from scalabl.files.adapter_directory import CONFIG_FILE, NOVELTY_FILE, WEIGHTS_FILE, save_adapter
 from scalabl.files.atomic import SCRATCH, new_folder
 
 RUN_FILE = "training_run.json"
@@ -63,7 +63,7 @@ def remove_adapter(folder: Path) -> None:
         OutputError: something cannot be removed.
     """
     with write_errors(folder):
-        for name in (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE):
+        for name in (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE, NOVELTY_FILE):
             (folder / name).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             shutil.rmtree(checkpoint)

@@ -65,6 +65,35 @@ class RowSamples:
     matrices: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class HeadStates:
+    """Where the head of a pass leaves the hidden states that it reads: `rows` [M, D], in the order of the rows."""
+
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What passes compute for one input.
+
+    Attributes:
+        logits: [K, C] float32, before the temperature.
+        state: [D] float32, the hidden state that the head reads, averaged over the K samples; empty where nobody can see it.
+    """
+
+    logits: Tensor
+    state: Tensor
+
+    def and_then(self, later: Reading) -> Reading:
+        """This reading and one of further samples of the same input, as one."""
+        logits = torch.cat([self.logits, later.logits])
+        return Reading(logits, torch.lerp(self.state, later.state, len(later.logits) / len(logits)))
+
+    def cpu(self) -> Reading:
+        """The same reading on the CPU."""
+        return Reading(self.logits.cpu(), self.state.cpu())
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
     """One pass over B right-padded inputs that fan out to M rows, one for each sample of an input. Immutable.
@@ -80,6 +109,7 @@ class ForwardPass:
         keeps: whether to store the pass's keys and values, including those of its past.
         spreads_in_blocks: whether rows fan out before the first adapted decoder block, rather than at the head. The model
             sets it.
+        head_states: receives the hidden states that the head reads; None to drop them.
     """
 
     input_ids: Tensor
@@ -90,6 +120,7 @@ class ForwardPass:
     past: Past | None = None
     keeps: bool = False
     spreads_in_blocks: bool = True
+    head_states: HeadStates | None = None
 
     @property
     def inputs(self) -> Tensor | None:

@@ -37,6 +37,8 @@ class ChoiceHead(nn.Module):
         picked = hidden[rows, last] if forward_pass.packing is None else hidden[0, last]
         if forward_pass.inputs is not None and not forward_pass.spreads_in_blocks:
             picked = picked[forward_pass.inputs.to(picked.device)]
+        if forward_pass.head_states is not None:
+            forward_pass.head_states.rows = picked
         picked = picked.to(self._device)
         if forward_pass.samples is not None and forward_pass.samples.shares:
             return _of_shares(picked, forward_pass.samples.shares).unsqueeze(1)

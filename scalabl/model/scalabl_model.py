@@ -20,7 +20,7 @@ from scalabl.base.transfer import kept, moved
 from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
-from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
+from scalabl.model.forward_pass import ForwardPass, HeadStates, Reading, RowSamples, enter
 from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear
 from scalabl.model.packed_attention import packed
@@ -74,6 +74,7 @@ class ScalaBLModel(nn.Module):
         self.own_head = rows if tokens is None else None
         self._backbone = _backbone(base) if tokens is None else None
         cut: nn.Module = rows
+        self.state_width = rows.in_features  # D, of the hidden states that the head reads
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -209,8 +210,12 @@ class ScalaBLModel(nn.Module):
         if forward_pass.width <= self._unscaled:
             return self._run(forward_pass)[0]
         parts = forward_pass.divided(self._unscaled)
-        logits = [self._run(part)[0] for _, part in parts]
-        return torch.cat(logits)[torch.cat([rows for rows, _ in parts]).argsort()]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        of_parts = [HeadStates() for _ in parts]
+        logits = [self._run(replace(part, head_states=own))[0] for (_, part), own in zip(parts, of_parts, strict=True)]
+        if forward_pass.head_states is not None:
+            forward_pass.head_states.rows = torch.cat([own.rows for own in of_parts if own.rows is not None])[order]
+        return torch.cat(logits)[order]
 
     def _run(self, wanted: ForwardPass) -> tuple[Tensor, PassCache | None]:
         self.attach()
@@ -296,6 +301,12 @@ class ScalaBLModel(nn.Module):
         Args:
             past: as of `ForwardPass`, of a batch that is right-padded.
         """
+        return [reading.logits for reading in self.readings(batch, draws, states, past)]
+
+    def readings(
+        self, batch: TokenBatch, draws: Sequence[Draws], states: Tensor | None = None, past: Past | None = None
+    ) -> list[Reading]:
+        """As `logits_each`, with the hidden state of each input beside its logits."""
         if len(draws) != batch.input_ids.shape[0]:
             raise ValueError(f"{len(draws)} draws were given for {batch.input_ids.shape[0]} inputs")
         return self.run_inputs(batch, lambda order: self.row_samples([draws[place] for place in order]), states, past)
@@ -303,8 +314,8 @@ class ScalaBLModel(nn.Module):
     @torch.inference_mode()
     def run_inputs(
         self, batch: TokenBatch, sample_rows: SampleRows, states: Tensor | None = None, past: Past | None = None
-    ) -> list[Tensor]:
-        """One forward pass over B inputs: the logits [K_b, C] of each.
+    ) -> list[Reading]:
+        """One forward pass over B inputs: logits [K_b, C] and hidden state of each.
 
         Args:
             sample_rows: makes the samples of the rows for the inputs in a given order.
@@ -319,8 +330,17 @@ class ScalaBLModel(nn.Module):
             packing = Packing.of(lengths[order], counts).to(self.device)
         ids, lengths, order = moved((ids[order], lengths[order], order), self.device)
         forward_pass = ForwardPass(ids, lengths, samples, packing, None if states is None else states[order], past)
-        logits = torch.split(self.run(forward_pass), counts)
-        return [logits for _, logits in sorted(zip(places, logits, strict=True), key=lambda pair: pair[0])]
+        readings = self._read(forward_pass, counts)
+        return [reading for _, reading in sorted(zip(places, readings, strict=True), key=lambda pair: pair[0])]
+
+    def _read(self, forward_pass: ForwardPass, counts: Sequence[int]) -> list[Reading]:
+        """Run a pass and split what it computes by input, of which each has this number of consecutive rows."""
+        head_states = HeadStates()
+        logits = self.run(replace(forward_pass, head_states=head_states))
+        assert head_states.rows is not None  # every pass ends with the head
+        rows = torch.split(head_states.rows.float().to(self.device), list(counts))
+        parts = zip(torch.split(logits, list(counts)), rows, strict=True)
+        return [Reading(of_input, states.mean(0)) for of_input, states in parts]
 
     def row_samples(self, draws: Sequence[Draws]) -> tuple[RowSamples, list[int]]:
         """The samples of all rows, and the number of rows of each input, for these draws; equal draws are sampled once."""

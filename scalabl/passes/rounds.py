@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalabl.base.transfer import moved
+from scalabl.model.forward_pass import Reading
 from scalabl.model.past import Past
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -69,16 +70,16 @@ class Rounds:
         """The prompts that run from their first tokens, by their indices."""
         return [index for part in self._parts if not part.start for index in part.indices]
 
-    def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
-        """Run one round over the prompts in `draws`: index -> logits [K, C] on the CPU."""
-        logits: dict[int, Tensor] = {}
+    def readings(self, draws: Mapping[int, Draws]) -> dict[int, Reading]:
+        """Run one round over the prompts in `draws`: index -> logits and hidden state, on the CPU."""
+        readings: dict[int, Reading] = {}
         for part in self._parts:
             indices = [index for index in part.indices if index in draws]
             if indices:
-                logits |= self._pass(part, indices, [draws[index] for index in indices])
-        return {index: logits[index] for index in draws}
+                readings |= self._pass(part, indices, [draws[index] for index in indices])
+        return {index: readings[index] for index in draws}
 
-    def _pass(self, part: _Part, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Tensor]:
+    def _pass(self, part: _Part, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Reading]:
         past = None
         if self._cache is not None and part.start:
             ids = self._sequences[indices[0]]
@@ -91,8 +92,8 @@ class Rounds:
                 part.states = self._trunk(part, past)
             places = torch.tensor([part.indices.index(index) for index in indices])
             states = part.states[moved([places], self._model.device)[0], : batch.input_ids.shape[1]]
-        logits_each = self._model.logits_each(batch, draws, states, past)
-        return {index: logits.cpu() for index, logits in zip(indices, logits_each, strict=True)}
+        readings = self._model.readings(batch, draws, states, past)
+        return {index: reading.cpu() for index, reading in zip(indices, readings, strict=True)}
 
     def _rest(self, part: _Part, indices: Sequence[int]) -> TokenBatch:
         return TokenBatch.of([self._sequences[index][part.start :] for index in indices])

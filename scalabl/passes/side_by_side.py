@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from scalabl_kernels import runs_fused
@@ -17,7 +18,7 @@ from scalabl_kernels.launch import WARM_UP_ROWS
 from torch import Tensor
 
 from scalabl.base.int8 import unrounded
-from scalabl.model.forward_pass import RowSamples, Share
+from scalabl.model.forward_pass import Reading, RowSamples, Share
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
@@ -58,10 +59,10 @@ class SideBySide:
         }
 
     @torch.inference_mode()
-    def logits_each(
+    def readings(
         self, batch: TokenBatch, draws: Sequence[Draws], adapters: Sequence[int], states: Tensor | None = None
-    ) -> list[Tensor]:
-        """Logits of B inputs in one forward pass: B tensors [K_b, C], C the choices of the input's adapter.
+    ) -> list[Reading]:
+        """One forward pass over B inputs: logits [K_b, C], C the choices of the input's adapter, and hidden state of each.
 
         Args:
             draws: of each input, for its adapter.
@@ -72,8 +73,11 @@ class SideBySide:
         def sample_rows(order: Sequence[int]) -> tuple[RowSamples, list[int]]:
             return self._row_samples([draws[place] for place in order], [adapters[place] for place in order])
 
-        logits = self.models[0].run_inputs(batch, sample_rows, states)
-        return [of_input[:, : self.models[adapter].num_choices] for of_input, adapter in zip(logits, adapters, strict=True)]
+        readings = self.models[0].run_inputs(batch, sample_rows, states)
+        return [
+            replace(reading, logits=reading.logits[:, : self.models[adapter].num_choices])
+            for reading, adapter in zip(readings, adapters, strict=True)
+        ]
 
     def warm_up(self) -> None:
         """Run the kernel for several adapters at every launch shape, so that no request waits for its compilation."""
@@ -82,7 +86,7 @@ class SideBySide:
         for rows in WARM_UP_ROWS:
             adapters = [number % len(self.models) for number in range(max(rows, len(self.models)))]
             draws = [self.models[adapter].mean_draw() for adapter in adapters]
-            self.logits_each(TokenBatch.of([[0]] * len(adapters)), draws, adapters)
+            self.readings(TokenBatch.of([[0]] * len(adapters)), draws, adapters)
 
     def _row_samples(self, draws: Sequence[Draws], adapters: Sequence[int]) -> tuple[RowSamples, list[int]]:
         """As `ScalaBLModel.row_samples`, for inputs with these adapters."""
@@ -136,7 +140,7 @@ def agree_side_by_side(one: ScalaBLModel, other: ScalaBLModel) -> bool:
         for row, place in enumerate(adapters)
     ]
     try:
-        logits = SideBySide(models).logits_each(batch, draws, adapters)
+        logits = [reading.logits for reading in SideBySide(models).readings(batch, draws, adapters)]
     except PROBE_ERRORS:
         return False  # the architecture does not support it
     return all(are_alike(one.base, [found], [wanted]) for found, wanted in zip(logits, expected, strict=True))
@@ -196,18 +200,18 @@ class SharedRounds:
         self._keeps_trunk = keeps_trunk and first_model.trunk.has_states
         self._states: Tensor | None = None
 
-    def logits(self, draws: Mapping[int, Draws]) -> dict[int, Tensor]:
-        """Run one round over the prompts in `draws`: index -> logits [K, C] on the CPU."""
-        logits: dict[int, Tensor] = {}
+    def readings(self, draws: Mapping[int, Draws]) -> dict[int, Reading]:
+        """Run one round over the prompts in `draws`: index -> logits and hidden state, on the CPU."""
+        readings: dict[int, Reading] = {}
         shared = [index for index in self._shared if index in draws]
         for model, rounds in self._rounds.items():
             own = {i: d for i, d in draws.items() if self._models[i] is model and i not in self._shared}
-            logits |= rounds.logits(own) if own else {}
+            readings |= rounds.readings(own) if own else {}
         if shared:
-            logits |= self._pass(shared, [draws[index] for index in shared])
-        return {index: logits[index] for index in draws}
+            readings |= self._pass(shared, [draws[index] for index in shared])
+        return {index: readings[index] for index in draws}
 
-    def _pass(self, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Tensor]:
+    def _pass(self, indices: Sequence[int], draws: Sequence[Draws]) -> dict[int, Reading]:
         models = list(dict.fromkeys(self._models[index] for index in indices))
         batch, states = self._batch(indices), None
         if self._keeps_trunk:
@@ -217,12 +221,12 @@ class SharedRounds:
             places = [self._shared.index(index) for index in indices]
             states = self._states[places, : batch.input_ids.shape[1]]
         if len(models) == 1:  # in a later round
-            logits = models[0].logits_each(batch, draws, states)
+            readings = models[0].readings(batch, draws, states)
         else:
             combination = self._combinations.of(models)
             adapters = [combination.models.index(self._models[index]) for index in indices]
-            logits = combination.logits_each(batch, draws, adapters, states)
-        return {index: of_input.cpu() for index, of_input in zip(indices, logits, strict=True)}
+            readings = combination.readings(batch, draws, adapters, states)
+        return {index: reading.cpu() for index, reading in zip(indices, readings, strict=True)}
 
     def _batch(self, indices: Sequence[int]) -> TokenBatch:
         return TokenBatch.of([self._sequences[index] for index in indices])

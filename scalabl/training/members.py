@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from scalabl.config import AdapterConfig
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.evaluation.novelty_fit import write_reference
 from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import load_weights, read_config, read_weights, save_adapter
 from scalabl.files.combination import mixture_of
@@ -62,7 +63,7 @@ def train_members(
     for member, folder in enumerate(folders):
         if on_member is not None:
             on_member(member, folder)
-        own = recipe.model_copy(update={"seed": recipe.seed + member})
+        own = recipe.model_copy(update={"seed": recipe.seed + member, "novelty": False})  # the mixture gets a reference
         trained = train_adapter(base, alone, own, train, validation, folder, start, caches)
         metrics |= {f"member_{member}_{name}": trained.metrics[name] for name in ("eval_loss", "eval_accuracy")}
     mixture, weights = mixture_of([read_config(folder) for folder in folders], [read_weights(folder) for folder in folders])
@@ -79,6 +80,8 @@ def train_members(
     metrics["stochastic_parameters"] = model.members * model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
     save_adapter(output, mixture, weights)
+    if recipe.novelty:
+        write_reference(output, model, train, most_rows=recipe.novelty_rows)
     finish(output, run, metrics)
     return Trained(metrics)
 

@@ -243,7 +243,7 @@ def held_out_precision(model: ScalaBLModel, encoded: EncodedSet, curvature: Curv
     for batch in batches([len(encoded.sequences[row]) for row in rows], 1, BATCH_TOKENS):
         chosen = [rows[index] for index in batch]
         tokens = TokenBatch.of([encoded.sequences[row] for row in chosen])
-        mean, jacobian = slopes(model, tokens, choices=encoded.num_choices[chosen].tolist(), negligible=NEGLIGIBLE)
+        mean, jacobian, _ = slopes(model, tokens, choices=encoded.num_choices[chosen].tolist(), negligible=NEGLIGIBLE)
         rotated = jacobian if curvature.vectors is None else jacobian @ curvature.vectors
         parts.append((mean, rotated, encoded.answers[chosen]))
 

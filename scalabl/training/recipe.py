@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scalabl.config import Covariance
 from scalabl.model.posterior import KLDirection
+from scalabl.uncertainty.novelty import MOST_ROWS
 
 MOST = 2**31 - 1  # the largest of the counts below: what the libraries hold in an integer
 # Defaults of the authors' published code (BayesAdapt, conf/optim/vi.yaml) that differ from ours: KL(p||q), not divided by N,
@@ -120,6 +121,10 @@ class TrainingConfig(BaseModel):
         default=2.0,
         ge=0,
         description="GiB for caching the first adapted layer's inputs, so that earlier layers run once per row; 0: off.",
+    )
+    novelty: bool = Field(default=True, description="Write a novelty reference beside the adapter, from the training rows.")
+    novelty_rows: int = Field(
+        default=MOST_ROWS, ge=2, description="The most training rows that the novelty reference keeps."
     )
     tensorboard: bool = Field(default=False, description="Write TensorBoard logs to <output>/runs.")
     seed: int = Field(

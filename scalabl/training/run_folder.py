@@ -36,8 +36,11 @@ from scalabl.training.recipe import TrainingConfig
 
 # Options of the recipe that decide how a run is computed or logged, not what it learns. A run may resume with others.
 NOT_COMPARED = {"gradient_checkpointing", "trunk_cache_gib", "tensorboard"}
-# Fields of an adapter that training does not set: the format's and those of calibration and fit.
-NOT_TRAINED = {"peft_type", "format_version", "posterior_scale", "temperature", "calibration", "covariance", "posterior_fit"}
+# Fields of an adapter that training does not set: the format's and those of calibration, fit and novelty.
+NOT_TRAINED = {
+    *("peft_type", "format_version", "posterior_scale", "temperature", "calibration"),
+    *("covariance", "posterior_fit", "novelty"),
+}
 # Settings that change the token ids of the rows, so that other ids do not show that the rows themselves differ.
 IN_PROMPTS = {"kind", "template", "chat", "choices", "special_tokens_in_text", "chat_date", "head"}
 # Parts of a base model's configuration that say nothing about the model.

@@ -33,6 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from scalabl.config import AdapterConfig
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import logits_of, predictive_of
+from scalabl.evaluation.novelty_fit import write_reference
 from scalabl.evaluation.scoring import scores
 from scalabl.files.adapter_directory import adapter_from, load_weights, read_weights, save_adapter
 from scalabl.files.output_folder import CHECKPOINTS, LOGS
@@ -356,6 +357,8 @@ def train_adapter(
         model = module.model = adapter_from(base, fitted.config, fitted.weights)
     metrics = trainer.evaluate()
     save_adapter(output, model.config, dict(model.adapter_parameters()))
+    if recipe.novelty:
+        write_reference(output, model.eval(), train, most_rows=recipe.novelty_rows)
     forget_state(output)
     metrics["stochastic_parameters"] = model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())

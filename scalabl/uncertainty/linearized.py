@@ -38,12 +38,14 @@ class Linearization:
         jacobian: [B, M, C, P], dz/ds.
         posterior: q(s), whose deviations from the mean the logits follow.
         layers: name of an adapted layer -> its columns of P.
+        state: [B, D] float32, the hidden state that the head reads at s = mu; None if it is not known.
     """
 
     mean: Tensor
     jacobian: Tensor
     posterior: Posterior
     layers: dict[str, slice]
+    state: Tensor | None = None
 
     @cached_property
     def scaled_jacobian(self) -> Tensor:
@@ -64,7 +66,9 @@ class Linearization:
 
     def of_input(self, index: int) -> Linearization:
         """The linearisation of one input, with B = 1."""
-        return replace(self, mean=self.mean[index : index + 1], jacobian=self.jacobian[index : index + 1])
+        one = slice(index, index + 1)
+        state = None if self.state is None else self.state[one]
+        return replace(self, mean=self.mean[one], jacobian=self.jacobian[one], state=state)
 
     def of_choices(self, choices: OwnChoices) -> Linearization:
         """The linearisation over these choices only, for inputs that have no others."""
@@ -120,9 +124,9 @@ def linearize(
     states: Tensor | None = None,
 ) -> Linearization:
     """Linearise B inputs around the mean of each member. The arguments are those of `slopes`."""
-    mean, derivatives = slopes(model, batch, choices=choices, negligible=negligible, states=states)
+    mean, derivatives, state = slopes(model, batch, choices=choices, negligible=negligible, states=states)
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
-    return Linearization(mean, derivatives, model.posterior().detached(), columns)
+    return Linearization(mean, derivatives, model.posterior().detached(), columns, state)
 
 
 def slopes(
@@ -132,8 +136,10 @@ def slopes(
     choices: Sequence[OwnChoices] | None = None,
     negligible: float = 0.0,
     states: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """z(mu) [B, M, C] and dz/ds there [B, M, C, P]: a row of the passes for each member and choice of each input.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z(mu) [B, M, C], dz/ds there [B, M, C, P] and the hidden states [B, D] that the head reads there.
+
+    There is a row of the passes for each member and choice of each input.
 
     Args:
         choices: the choices of each input; None for all of the task's. Others have the logit `ABSENT`.
@@ -142,7 +148,7 @@ def slopes(
         states: as of `ForwardPass`, of a batch that is right-padded.
 
     Returns:
-        Both float64, on the CPU.
+        On the CPU: float64, the hidden states float32 and averaged over the members.
     """
     present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
     if choices is not None:
@@ -152,8 +158,8 @@ def slopes(
         z = model.logits(batch, model.mean_draw(), states).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]
         likely = torch.softmax(z.double() / model.config.temperature, -1) >= negligible
         active = likely.scatter(2, z.topk(2, dim=-1).indices, True).any(1) & present
-    mean, derivatives = jacobian(model, batch, active, states=states)
-    return mean.double().cpu().masked_fill(~present.unsqueeze(1), ABSENT), derivatives.double().cpu()
+    mean, derivatives, read = jacobian(model, batch, active, states=states)
+    return mean.double().cpu().masked_fill(~present.unsqueeze(1), ABSENT), derivatives.double().cpu(), read.cpu()
 
 
 def controlled(logits: Tensor, linear: Linearization, draws: Draws, temperature: float = 1.0) -> Predictive:

@@ -102,8 +102,8 @@ class ServerLifetime:
 
     def _connect(self, engine: Engine) -> Loaded:
         """Create the parts that use the engine, and connect them with the metrics."""
-        for name in engine.adapters:
-            self.outcomes.show(name)
+        for served in engine.adapters.values():
+            self._show(served)
         self.metrics.adapters.set(len(engine.adapters))
         self.metrics.prefixes.store = engine.prefixes
         engine.watch(self.metrics)
@@ -121,10 +121,15 @@ class ServerLifetime:
         predictor = Predictor(
             engine, batcher, self.admission, self.outcomes, self.metrics, self._prompt_thread, self._answer_threads
         )
-        loader = AdapterLoader(
-            engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self.outcomes.show
-        )
+        loader = AdapterLoader(engine, self.settings, self.metrics, self._prompt_thread, self._model_thread, self._show)
         return Loaded(engine, batcher, predictor, loader)
+
+    def _show(self, served: Served) -> None:
+        """Create an adapter's counters at 0, before its first prediction."""
+        self.outcomes.show(served.name)
+        level = served.config.novelty_level
+        if served.drift is not None and level is not None:
+            self.metrics.novelty.show(served.name, level)
 
     def serving(self) -> Loaded:
         """The engine and the parts that answer requests.

@@ -90,6 +90,6 @@ def test_metrics_in_rules_and_runbook_exist() -> None:
         names |= {f"{counter.metric}_total"} | ({f"{counter.metric}{RETRACTED}_total"} if counter.of_labels else set())
     recorded = {rule["record"] for path in RULES for rule in rules_of(path) if "record" in rule}
     for rule in (rule for path in RULES for rule in rules_of(path)):
-        for name in re.findall(r"[a-z_]*:?scalabl_[a-z_]+(?::\w+)?", rule["expr"]):
+        for name in re.findall(r"[a-z_]*:?scalabl_[a-z0-9_]+(?::\w+)?", rule["expr"]):
             assert name in (recorded if ":" in name else names), rule["expr"]
-    assert set(re.findall(r"`(scalabl_[a-z_]+)", RUNBOOK)) <= names
+    assert set(re.findall(r"`(scalabl_[a-z0-9_]+)", RUNBOOK)) <= names

@@ -55,7 +55,7 @@ def test_every_metric_has_a_row_and_no_other_is_named() -> None:
     names = {family.name + suffix.get(family.type, "") for family in families if family.name.startswith("scalabl_")}
     names |= {f"{family.metric}_total" for family in FAMILIES.values()}
     names |= {f"{family.metric}{RETRACTED}_total" for family in FAMILIES.values() if family.of_labels}
-    assert set(re.findall(r"`(scalabl_[a-z_]+)`", PAGE)) == names
+    assert set(re.findall(r"`(scalabl_[a-z0-9_]+)`", PAGE)) == names
     for name in names:
         assert len(re.findall(rf"^\|[^|]*`{name}`", PAGE, flags=re.MULTILINE)) == 1
 

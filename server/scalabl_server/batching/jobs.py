@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.uncertainty.absent_choices import OwnChoices, columns_of
 from scalabl.uncertainty.adaptive import Rule, settled
@@ -30,10 +31,30 @@ class Result:
     Args:
         logits: [K, C], if the job draws samples.
         linearization: of this input alone (B = 1), if the job is linearised.
+        state: [D], the hidden state that the head reads, averaged over the samples; empty if the engine cannot see it.
     """
 
-    def __init__(self, logits: Tensor | None = None, linearization: Linearization | None = None) -> None:
-        self._logits, self._linearization = logits, linearization
+    def __init__(
+        self,
+        logits: Tensor | None = None,
+        linearization: Linearization | None = None,
+        state: Tensor | None = None,
+    ) -> None:
+        self._logits, self._linearization, self._state = logits, linearization, state
+
+    @classmethod
+    def of(cls, reading: Reading | None, linearization: Linearization | None = None) -> Result:
+        """The result of an input from what the passes of its samples and its linearisation computed."""
+        if reading is None:
+            return cls(linearization=linearization)
+        return cls(reading.logits, linearization, reading.state)
+
+    @property
+    def state(self) -> Tensor | None:
+        """The hidden state [D] that the head reads: averaged over the samples, or else at the posterior mean."""
+        if self._state is None and self._linearization is not None and self._linearization.state is not None:
+            return self._linearization.state[0]
+        return self._state
 
     @property
     def logits(self) -> Tensor:

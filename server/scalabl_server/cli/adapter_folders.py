@@ -48,8 +48,8 @@ def combine(
         calibrated = [str(folder) for folder in adapters if is_calibrated(read_config(folder))]
         if calibrated:
             typer.echo(
-                f"note: the calibration of {', '.join(calibrated)} does not hold for the mixture and was left out; "
-                "run `scalabl calibrate` on it",
+                f"note: calibration and novelty of {', '.join(calibrated)} do not hold for the mixture and were left out; "
+                "run `scalabl calibrate` on it, with --reference for novelty",
                 err=True,
             )
         typer.echo(f"wrote {output}: a mixture of {config.members} members")

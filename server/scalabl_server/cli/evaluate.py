@@ -117,15 +117,15 @@ def evaluate(
 def _evaluate(loaded: Loaded, rows: list[Example], name: str, method: Method, num_samples: int, seed: int) -> Evaluated:
     from tqdm import tqdm
 
-    from scalabl.evaluation.inference import linearized_predictive, logits_of, predictive_of
-    from scalabl.evaluation.report import Evaluated
+    from scalabl.evaluation.inference import linearized_with_states, predictive_of, readings_of
+    from scalabl.evaluation.report import Evaluated, NoveltyScores
     from scalabl.uncertainty.linearized import NEGLIGIBLE
 
     encoded, draws = loaded.encode(rows), loaded.draws(num_samples, seed)
     started = time.perf_counter()
     with tqdm(total=len(rows), desc=Path(name).name, unit="input") as bar:
         if method != "monte_carlo":
-            outcome = linearized_predictive(
+            outcome, states = linearized_with_states(
                 loaded.model,
                 encoded,
                 draws=draws if method == "control_variate" else None,
@@ -133,7 +133,11 @@ def _evaluate(loaded: Loaded, rows: list[Example], name: str, method: Method, nu
                 on_progress=bar.update,
             )
         else:
-            logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
-            outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)
+            readings = readings_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
+            outcome, states = predictive_of(readings.logits, encoded.num_choices, loaded.model, draws), readings.states
+    novelty = None
+    if loaded.novelty is not None:
+        scored = loaded.novelty.scores(states)
+        novelty = NoveltyScores(scored, loaded.novelty.p_values(scored), loaded.model.config.novelty_level)
     seconds, tokens = time.perf_counter() - started, sum(map(len, encoded.sequences))
-    return Evaluated(name, outcome, encoded.answers, encoded.num_choices, tokens, seconds)
+    return Evaluated(name, outcome, encoded.answers, encoded.num_choices, tokens, seconds, novelty)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scalabl.model.posterior import Draws
     from scalabl.model.scalabl_model import ScalaBLModel
     from scalabl.prompt import Prompter
+    from scalabl.uncertainty.novelty import NoveltyReference
 
 Adapter = Annotated[Path, typer.Option(help="The adapter directory.")]
 Model = Annotated[
@@ -49,6 +50,7 @@ class Loaded:
     model: ScalaBLModel
     prompter: Prompter
     max_tokens: int | None
+    novelty: NoveltyReference | None
 
     def encode(self, rows: list[Example]) -> EncodedSet:
         """The token ids of the rows."""
@@ -68,17 +70,29 @@ class Loaded:
             raise AdapterError(str(error)) from None
 
 
-def load(adapter: Path, model: str | None, device: str, quantization: Quantization | None) -> Loaded:
-    """Load the adapter in a folder on `model`, or on the base model that it names."""
+def load(
+    adapter: Path, model: str | None, device: str, quantization: Quantization | None, *, with_novelty: bool = True
+) -> Loaded:
+    """Load the adapter in a folder on `model`, or on the base model that it names.
+
+    Args:
+        with_novelty: read the novelty reference too, if there is one.
+    """
     from scalabl.base.pretrained import load_pretrained
+    from scalabl.evaluation.novelty_fit import check_same_base
     from scalabl.files.adapter_directory import load_adapter, read_config
+    from scalabl.files.novelty_file import read_novelty
     from scalabl.prompt import Prompter
 
     config = read_config(adapter)
     pretrained = load_pretrained(model or config.base_model_name_or_path, device=device, quantization=quantization)
     prompter = Prompter(config.task, pretrained.tokenizer)
     prompter.check_tokenizer(config.base_model_name_or_path)
-    return Loaded(load_adapter(pretrained.model, adapter), prompter, pretrained.max_tokens)
+    loaded = load_adapter(pretrained.model, adapter)
+    novelty = read_novelty(adapter, config, loaded.state_width) if with_novelty else None
+    if novelty is not None:
+        check_same_base(loaded, novelty)
+    return Loaded(loaded, prompter, pretrained.max_tokens, novelty)
 
 
 @dataclass(frozen=True)

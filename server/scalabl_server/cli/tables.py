@@ -40,8 +40,10 @@ def tables(report: dict[str, Any]) -> list[Table]:
     result = [labelled]
     for ood in report["ood"]:
         table = _table(ood, f"{ood['name']} against {data['name']}", report["num_samples"])
-        for name, doubt in DOUBTS.items():
+        for name, doubt in (DOUBTS | {"novelty": "novelty"}).items():
             _add(table, f"AUROC, {doubt}", ood, f"auroc_ood_{name}")
+        for name, doubt in (DOUBTS | {"novelty": "novelty"}).items():
+            _add(table, f"share that passes where 95% of {data['name']} do, {doubt}", ood, f"fpr95_ood_{name}")
         _add(table, "mean entropy (nats)", ood, "ood_entropy")
         _add(table, "mean mutual information (nats)", ood, "ood_mutual_information")
         _add_decisions(table, ood)
@@ -73,8 +75,12 @@ def _add_decisions(table: Table, data: dict[str, Any]) -> None:
                 f"{label}: coverage", f"{sets['coverage']:.4f}", f"conformal rule alone {sets['coverage_of_rule']:.4f}"
             )
         table.add_row(f"{label}: mean size", f"{sets['mean_size']:.3f}", "")
+    if (novelty := data.get("novelty")) is not None:
+        for alpha, share in novelty["p_value_at_most"].items():
+            table.add_row(f"novelty p-value at most {alpha}", f"{share:.4f}", "")
     abstention = data.get("abstention")
     if abstention is not None:
         table.add_row("answered without abstention", f"{abstention['answered']:.4f}", "")
         if "risk" in abstention:
-            table.add_row("wrong among the answered", f"{abstention['risk']:.4f}", f"target {abstention['target_risk']:g}")
+            target = f"target {abstention['target_risk']:g}" if "target_risk" in abstention else ""
+            table.add_row("wrong among the answered", f"{abstention['risk']:.4f}", target)

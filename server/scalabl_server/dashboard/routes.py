@@ -8,8 +8,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from scalabl_server.dashboard.novelty import NoveltyRule
 from scalabl_server.dashboard.schemas import Dashboard
 from scalabl_server.dashboard.summaries import stored
+from scalabl_server.engines.interface import Served
 from scalabl_server.lifetime import ServerLifetime
 from scalabl_server.problems import ProblemError
 from scalabl_server.web.auth import KeyRing
@@ -64,7 +66,15 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
         survey = await server.outcomes.survey(served.name)
         if survey is None:
             return Dashboard(adapter=served.name, stored=None)
-        summary = await asyncio.to_thread(stored, survey, served.config.calibration)
+        summary = await asyncio.to_thread(stored, survey, served.config.calibration, _rule(served))
         return Dashboard(adapter=served.name, stored=summary)
 
     return router
+
+
+def _rule(served: Served) -> NoveltyRule | None:
+    """What an adapter knows of novelty; None without p-values."""
+    level, drift, novelty = served.config.novelty_level, served.drift, served.novelty
+    if level is None or drift is None or novelty is None or novelty.calibration is None:
+        return None
+    return NoveltyRule(level, len(novelty.calibration), drift.highest_log10)

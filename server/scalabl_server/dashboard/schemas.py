@@ -96,6 +96,23 @@ class MutualInformation(BaseModel):
     marks: list[Mark]
 
 
+class TrafficNovelty(BaseModel):
+    """Novelty p-values of the newest predictions. They are uniform if inputs are like the calibration set."""
+
+    level: float = Field(description="Inputs with a p-value up to this level are called novel.")
+    calibration_rows: int
+    highest_log10: float = Field(
+        description="Decimal logarithm of the highest value of the test martingale of the replica that answers, since its "
+        "start: above 2 it is strong evidence that the inputs have changed."
+    )
+    count: int
+    left_out: int = Field(description="Recent predictions without a p-value, from before the adapter had a reference.")
+    oldest: datetime | None
+    newest: datetime | None
+    counts: list[int] = Field(description="Predictions by p-value, in bins of equal width from 0 to 1.")
+    novel: Share = Field(description="Predictions with a p-value up to the level.")
+
+
 class RiskPoint(BaseModel):
     """The result of answering only predictions whose doubt score is at most `doubt`."""
 
@@ -145,6 +162,9 @@ class Stored(BaseModel):
     totals: Totals
     recent: Reliability = Field(description="Reliability over the newest labelled predictions.")
     mutual_information: MutualInformation
+    novelty: TrafficNovelty | None = Field(
+        description="Null if the adapter has no novelty p-values, or if the engine is vLLM, which gives no hidden states."
+    )
     risk_coverage: RiskCoverage
     abstains: bool = Field(description="Whether any of the newest predictions could abstain.")
     doubtful: list[Doubtful] = Field(

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import get_args
 
 from scalabl.config import Calibration, DoubtName
+from scalabl_server.dashboard.novelty import NoveltyRule, traffic_novelty
 from scalabl_server.dashboard.schemas import (
     Doubtful,
     Mark,
@@ -21,33 +22,20 @@ from scalabl_server.dashboard.schemas import (
     RiskPoint,
     Rule,
     SetCoverage,
-    Share,
     Stored,
     Totals,
 )
+from scalabl_server.dashboard.shares import share
 from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.scoring import BINS, UPPER_EDGES, Amounts
 from scalabl_server.outcomes.survey import Seen, Survey
 from scalabl_server.text import shortened
 
-Z = 1.959963984540054  # the normal distribution's 97.5% quantile
 EDGES = tuple(10 ** (n / 4) for n in range(-20, 5))  # nats: 1e-5 to 10
 QUANTILES = (0.05, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
 MARKS = ("0.5", "0.9", "0.95", "0.99")
 MOST_POINTS = 60  # of a risk-coverage curve
 MOST_SHOWN, LONGEST_SHOWN = 5, 200  # labels of a set; characters of a text
-
-
-def share(count: float, total: float) -> Share:
-    """A share with its 95% Wilson interval (Wilson 1927), which stays within [0, 1] and is reliable for few trials too."""
-    count, total = round(count), round(total)
-    if total <= 0:
-        return Share(count=0, total=0, share=None, low=None, high=None)
-    p, z2 = count / total, Z * Z / total
-    middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
-    low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
-    # For a share of 0 or 1 the interval reaches exactly 0 or 1; rounding could make it miss.
-    return Share(count=count, total=total, share=p, low=low if count else 0.0, high=high if count < total else 1.0)
 
 
 def reliability(amounts: Amounts) -> Reliability:
@@ -150,12 +138,13 @@ def risk_coverage(labelled: Sequence[Seen], calibration: Calibration | None) -> 
     )
 
 
-def stored(survey: Survey, calibration: Calibration | None) -> Stored:
-    """Everything that the page shows about an adapter."""
+def stored(survey: Survey, calibration: Calibration | None, novelty: NoveltyRule | None = None) -> Stored:
+    """Everything that the page shows about an adapter. `novelty` is None if it has no novelty p-values."""
     return Stored(
         totals=totals(survey.amounts),
         recent=reliability(_amounts_of(survey.labelled)),
         mutual_information=mutual_information(survey.recent, calibration),
+        novelty=traffic_novelty(survey.recent, novelty),
         risk_coverage=risk_coverage(survey.labelled, calibration),
         abstains=survey.abstains,
         doubtful=[_doubtful(prediction) for prediction in survey.doubtful],

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from scalabl.errors import ScalaBLError
-from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
+from scalabl.files.adapter_directory import files_of
 from scalabl_server.batching.faults import classify
 from scalabl_server.engines.interface import Engine, Served
 from scalabl_server.observe.metrics import Metrics
@@ -26,7 +26,7 @@ class AdapterLoader:
 
     Args:
         prompt_thread, model_thread: the only threads that may use the tokenizer and the model.
-        on_load: called with the name of each loaded adapter.
+        on_load: called with each loaded adapter.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class AdapterLoader:
         metrics: Metrics,
         prompt_thread: Executor,
         model_thread: Executor,
-        on_load: Callable[[str], None],
+        on_load: Callable[[Served], None],
     ) -> None:
         self._engine, self._settings, self._metrics, self._on_load = engine, settings, metrics, on_load
         self._prompt_thread, self._model_thread = prompt_thread, model_thread
@@ -79,7 +79,8 @@ class AdapterLoader:
                 ) from None
             old = self._engine.adapters.get(name)
             self._engine.adapters[name] = served
-            self._on_load(name)
+            self._metrics.novelty.forget(name)  # of an adapter that it replaces
+            self._on_load(served)
             await self._changed(f"adapter {name} loaded", old)
             return served
 
@@ -115,6 +116,8 @@ class AdapterLoader:
 
     async def _changed(self, what: str, old: Served | None) -> None:
         self._metrics.adapters.set(len(self._engine.adapters))
+        if old is not None and old.name not in self._engine.adapters:
+            self._metrics.novelty.forget(old.name)
         logger.info("%s; loaded adapters: %s", what, ", ".join(sorted(self._engine.adapters)) or "none")
         if old is not None:  # remove it from the base model, after the pass that may still use it
             await asyncio.get_running_loop().run_in_executor(self._model_thread, self._engine.release, old)
@@ -132,7 +135,7 @@ class AdapterLoader:
             folder = (root / path).resolve()
         except (ValueError, OSError, RuntimeError):  # a NUL byte, a name that is too long, links in a circle
             raise ProblemError("invalid-field", "this is not a valid path", field="lora_path") from None
-        files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        files = [folder / name for name in files_of(folder)]
         if not folder.is_relative_to(root) or not all(file.resolve().is_relative_to(root) for file in files):
             raise ProblemError(
                 "path-not-allowed",

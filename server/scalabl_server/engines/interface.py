@@ -13,6 +13,8 @@ from scalabl.evaluation.precision_change import QuantizationChange
 from scalabl.model.posterior import Draws, Scheme, draw_members
 from scalabl.passes.prefix_cache import PrefixStore
 from scalabl.prompt import Prompter
+from scalabl.uncertainty.drift import DriftMartingale
+from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.methods import Method
 from scalabl_server.observe.metrics import Metrics
@@ -32,6 +34,8 @@ class Served:
         pads: whether a pass computes the padding of its inputs.
         shape: adapters for which it is equal may share a pass; they agree in `pads`. At first it is equal to no other's.
         quantization_change: how `--quantization` changes the adapter's answers; None if it was not measured.
+        novelty: recognises inputs unlike the training rows; None without a reference, or if the engine has no hidden states.
+        drift: sees the novelty scores of the answered inputs, on the event loop; None without p-values.
     """
 
     name: str
@@ -46,8 +50,12 @@ class Served:
     shape: Hashable = field(default_factory=object, init=False)
     draws: Callable[[int, int], Draws] = field(init=False)
     quantization_change: QuantizationChange | None = field(default=None, kw_only=True)
+    novelty: NoveltyReference | None = field(default=None, kw_only=True)
+    drift: DriftMartingale | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.novelty is not None and self.novelty.calibration is not None:
+            self.drift = DriftMartingale(self.novelty.calibration.tolist())
         # One cache per adapter, so that it is freed together with the adapter.
         members = self.config.members
         self.draws = functools.lru_cache(maxsize=64)(

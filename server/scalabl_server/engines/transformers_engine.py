@@ -15,8 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from scalabl.base.pretrained import Pretrained, load_pretrained
 from scalabl.errors import ScalaBLError
+from scalabl.evaluation.novelty_fit import check_same_base
 from scalabl.evaluation.precision_change import Probes, QuantizationChange, load_and_ask
 from scalabl.files.adapter_directory import check_effect, read_adapter, read_config
+from scalabl.files.novelty_file import read_novelty
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
@@ -25,6 +28,7 @@ from scalabl.passes.probes import find_shared_work
 from scalabl.passes.side_by_side import Combinations, SharedRounds, agree_side_by_side, pass_shape
 from scalabl.prompt import Prompter
 from scalabl.uncertainty.linearized import NEGLIGIBLE, SPREAD_LIMIT, Linearization, linearize
+from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.faults import classify
 from scalabl_server.batching.jobs import Job, Result, SampledJob
@@ -85,9 +89,10 @@ class TransformersEngine(Engine):
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         model = read_adapter(self.pretrained.model, folder)
-        return lambda: self._serve(name, model)
+        novelty = read_novelty(folder, model.config, model.state_width)
+        return lambda: self._serve(name, model, novelty)
 
-    def _serve(self, name: str, model: ScalaBLModel) -> Served:
+    def _serve(self, name: str, model: ScalaBLModel, novelty: NoveltyReference | None) -> Served:
         prompter = Prompter(model.config.task, self.pretrained.tokenizer)
         prompter.check_tokenizer(model.config.base_model_name_or_path)
         return LocalAdapter(
@@ -101,6 +106,7 @@ class TransformersEngine(Engine):
             relative_spread=model.posterior().relative_spread,
             model=model,
             opening=prompter.opening(),
+            novelty=novelty,
         )
 
     def check(self, served: Served) -> None:
@@ -111,6 +117,8 @@ class TransformersEngine(Engine):
             find_shared_work(model)
             served.pads = not model.packs
             check_effect(model)
+            if served.novelty is not None:
+                check_same_base(model, served.novelty)
             served.shape = self._shape_of(local)
             if self.prefixes.limit:
                 local.prefixes = PrefixCache(self.prefixes, model, local.opening)
@@ -317,19 +325,19 @@ def run_jobs(
     has_rounds = any(job.has_rounds for job in jobs)
     rounds: list[SharedRounds] = []  # empty, or one object, created in the first pass; all sampled prompts are in it
 
-    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[torch.Tensor]:
+    def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
         draws_of = dict(zip(indices, draws, strict=True))
         if not rounds:
             prompts = {index: sequences[index] for index in indices}
             adapters = {index: models[index] for index in indices}
             rounds.append(SharedRounds(adapters, prompts, draws_of, caches, combinations, keeps_trunk=has_rounds))
-        return list(rounds[0].logits(draws_of).values())
+        return list(rounds[0].readings(draws_of).values())
 
-    logits_of = sample_in_rounds(run, jobs, [model.config.temperature for model in models])
+    readings = sample_in_rounds(run, jobs, [model.config.temperature for model in models])
     linearization_of: dict[int, Linearization] = {}
     for model in dict.fromkeys(models):
         linearization_of |= _linearize(model, [i for i, own in enumerate(models) if own is model], sequences, jobs)
-    return [Result(logits_of.get(index), linearization_of.get(index)) for index in range(len(jobs))]
+    return [Result.of(readings.get(index), linearization_of.get(index)) for index in range(len(jobs))]
 
 
 def _linearize(

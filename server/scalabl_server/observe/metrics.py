@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from scalabl import __version__
 from scalabl.errors import ScalaBLError
 from scalabl.uncertainty.predictive import Predictive
+from scalabl_server.observe.novelty_metrics import NoveltyMetrics
 from scalabl_server.observe.prefix_metrics import PrefixCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -132,6 +133,7 @@ class Metrics:
             NATS,
             ["adapter"],
         )
+        self.novelty = NoveltyMetrics(self.registry)
         self.label_delay = self._histogram(
             "scalabl_label_delay_seconds", "Seconds from a prediction to its first label.", DELAYS, ["adapter"]
         )

@@ -22,11 +22,13 @@ from scalabl_server.open_inference.tensors import (
     Live,
     ModelMetadata,
     ModelReady,
+    OutputName,
     Ready,
     ServerMetadata,
     TensorMetadata,
     as_predict,
     output_tensor,
+    outputs_of,
     wanted,
 )
 from scalabl_server.problems import Kind, ProblemError
@@ -130,8 +132,13 @@ def _adapter(server: ServerLifetime, name: str, version: str = VERSION) -> Serve
     return served
 
 
+def _outputs(served: Served) -> list[OutputName]:
+    return outputs_of(has_novelty=served.novelty is not None and served.novelty.calibration is not None)
+
+
 def _metadata(server: ServerLifetime, name: str, version: str = VERSION) -> ModelMetadata:
-    task = _adapter(server, name, version).prompter.task
+    served = _adapter(server, name, version)
+    task = served.prompter.task
     classification = task.kind == "classification"
     inputs = [TensorMetadata(name="text", datatype="BYTES", shape=[-1])]
     if not classification:
@@ -144,7 +151,8 @@ def _metadata(server: ServerLifetime, name: str, version: str = VERSION) -> Mode
         inputs=inputs,
         outputs=[
             TensorMetadata(name=output, datatype=datatype, shape=[-1, width] if output == "probabilities" else [-1])
-            for output, (datatype, _) in OUTPUTS.items()
+            for output in _outputs(served)
+            for datatype, _ in (OUTPUTS[output],)
         ],
         parameters={"task": task.kind} | ({"choices": list(task.choices)} if classification else {}),
     )
@@ -153,8 +161,7 @@ def _metadata(server: ServerLifetime, name: str, version: str = VERSION) -> Mode
 async def _infer(
     server: ServerLifetime, name: str, request: InferRequest, timeout: float | None, version: str = VERSION
 ) -> InferResponse:
-    _adapter(server, name, version)
-    names = wanted(request)
+    names = wanted(request, _outputs(_adapter(server, name, version)))
 
     def form(response: PredictResponse) -> InferResponse:
         return InferResponse(

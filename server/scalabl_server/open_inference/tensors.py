@@ -34,6 +34,9 @@ OutputName = Literal[
     "expected_entropy",
     "mutual_information",
     "prediction_id",
+    "abstain_reason",
+    "novelty_p_value",
+    "novelty_score",
 ]
 Strings = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Rows = Annotated[list[Strings], Field(min_length=1, fail_fast=True)]
@@ -48,7 +51,11 @@ OUTPUTS: dict[OutputName, tuple[DataType, Callable[[Prediction], Any]]] = {
     "expected_entropy": ("FP64", lambda p: p.expected_entropy),
     "mutual_information": ("FP64", lambda p: p.mutual_information),
     "prediction_id": ("BYTES", lambda p: p.id or ""),  # empty when the prediction was not recorded
+    "abstain_reason": ("BYTES", lambda p: ",".join(p.abstain_reason)),  # empty unless the answer says to abstain
+    "novelty_p_value": ("FP64", lambda p: p.novelty and p.novelty.p_value),
+    "novelty_score": ("FP64", lambda p: p.novelty and p.novelty.score),
 }
+OF_NOVELTY: tuple[OutputName, ...] = ("novelty_p_value", "novelty_score")  # only of adapters with novelty p-values
 
 
 class InferError(BaseModel):
@@ -180,16 +187,30 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-def wanted(request: InferRequest) -> list[OutputName]:
+def outputs_of(*, has_novelty: bool) -> list[OutputName]:
+    """The names of the outputs that an adapter has."""
+    return [name for name in OUTPUTS if has_novelty or name not in OF_NOVELTY]
+
+
+def wanted(request: InferRequest, available: Sequence[OutputName]) -> list[OutputName]:
     """The names of the requested outputs.
 
+    Args:
+        available: the outputs that the adapter has.
+
     Raises:
-        ProblemError: `invalid-field`, for an output that is named twice.
+        ProblemError: `invalid-field`, for an output that is named twice, or one that the adapter does not have.
     """
     if not request.outputs:
-        return list(OUTPUTS)
+        return list(available)
     names = [output.name for output in request.outputs]
     for position, name in enumerate(names):
+        if name not in available:
+            raise ProblemError(
+                "invalid-field",
+                f"this adapter has no novelty p-values, so there is no output {name!r}; leave it out",
+                field=f"outputs.{position}",
+            )
         if name in names[:position]:
             raise ProblemError(
                 "invalid-field", f"the output {name!r} is requested twice; name it once", field=f"outputs.{position}"

@@ -8,26 +8,30 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from scalabl.config import AdapterConfig
+import torch
+
 from scalabl.uncertainty.linearized import SPREAD_LIMIT
+from scalabl.uncertainty.novelty import NoveltyReference
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.batching.jobs import Job, Result
 from scalabl_server.engines.interface import Served
 from scalabl_server.predict.decisions import decisions
 from scalabl_server.predict.request import CheckedRequest
 from scalabl_server.problems import ProblemError
-from scalabl_server.schemas.prediction import Prediction, StandardError
+from scalabl_server.schemas.prediction import InputNovelty, Prediction, StandardError
 
 SMALL = 4096  # logits (samples x choices); processing that many takes less than half a millisecond
+FEW_ROWS = 8192  # of a novelty reference; comparing one input with that many takes about as long
 
 
-def is_small(jobs: Sequence[Job], results: Sequence[Result]) -> bool:
+def is_small(jobs: Sequence[Job], results: Sequence[Result], novelty: NoveltyReference | None = None) -> bool:
     """Whether `answers_of` is faster than handing it to another thread: true for one input with few samples."""
-    return len(results) == 1 and jobs[0].values_to_read(results[0]) <= SMALL
+    few_rows = novelty is None or len(novelty.rows) <= FEW_ROWS
+    return len(results) == 1 and few_rows and jobs[0].values_to_read(results[0]) <= SMALL
 
 
 def answers_of(
-    jobs: Sequence[Job], results: Sequence[Result], checked: CheckedRequest, config: AdapterConfig
+    jobs: Sequence[Job], results: Sequence[Result], checked: CheckedRequest, served: Served
 ) -> tuple[list[Predictive], list[Prediction]]:
     """The predictive distribution of each input and its JSON. Call it on another thread than the event loop's, unless it
     `is_small`.
@@ -42,11 +46,25 @@ def answers_of(
                 "internal-error",
                 f"the model computed logits that are not finite for inputs.{position}; its adapter may be damaged",
             )
-        outcomes.append(job.outcome(result, config.temperature))
+        outcomes.append(job.outcome(result, served.config.temperature))
     return [outcome for outcome, _ in outcomes], [
-        prediction_of(outcome, names, checked, shares, decisions(outcome, names, config.calibration, checked.level))
-        for (outcome, shares), names in zip(outcomes, checked.choices, strict=True)
+        prediction_of(outcome, names, checked, shares, decisions(outcome, names, served.config, checked.level, novelty))
+        for (outcome, shares), names, novelty in zip(
+            outcomes, checked.choices, novelties(served.novelty, results), strict=True
+        )
     ]
+
+
+def novelties(reference: NoveltyReference | None, results: Sequence[Result]) -> list[InputNovelty | None]:
+    """The novelty of each input; None for all if the adapter has no reference."""
+    if reference is None:
+        return [None] * len(results)
+    states = [result.state for result in results if result.state is not None]
+    assert len(states) == len(results)  # an engine that has no hidden states gives its adapters no reference
+    scores = reference.scores(torch.stack(states))
+    p_values = reference.p_values(scores)
+    known = [None] * len(results) if p_values is None else p_values.tolist()
+    return [InputNovelty(p_value=p, score=score) for p, score in zip(known, scores.tolist(), strict=True)]
 
 
 def prediction_of(
@@ -56,7 +74,7 @@ def prediction_of(
 
     Args:
         shares: of the adapted layers in the variance.
-        decided: the fields `prediction_set` and `abstain`, from `decisions`.
+        decided: the fields `prediction_set`, `novelty`, `abstain` and `abstain_reason`, from `decisions`.
     """
     probabilities = outcome.probabilities.tolist()
     index = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -122,5 +140,6 @@ def warnings_of(served: Served, checked: CheckedRequest) -> list[str]:
             f"the linearized method is biased for the adapter {served.name!r}: {spread}; use monte_carlo instead"
         )
     if checked.calibration_mismatch is not None:
-        warnings.append(checked.calibration_mismatch)
+        novel = "; where the input is novel, abstain is true all the same" if served.drift is not None else ""
+        warnings.append(checked.calibration_mismatch + novel)
     return warnings

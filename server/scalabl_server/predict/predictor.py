@@ -125,7 +125,7 @@ class Predictor:
             for place in places:
                 place.free()
         asyncio.get_running_loop().call_soon(  # after the answer has been sent
-            self._observe, served.name, computed.outcomes, time.perf_counter() - started
+            self._observe, served, computed, time.perf_counter() - started
         )
         return formed[-1]
 
@@ -153,11 +153,11 @@ class Predictor:
         finally:
             for future in pending:
                 future.cancel()
-        if is_small(jobs, results):
-            outcomes, predictions = answers_of(jobs, results, checked, served.config)
+        if is_small(jobs, results, served.novelty):
+            outcomes, predictions = answers_of(jobs, results, checked, served)
         else:
             outcomes, predictions = await asyncio.get_running_loop().run_in_executor(
-                self._answer_threads, answers_of, jobs, results, checked, served.config
+                self._answer_threads, answers_of, jobs, results, checked, served
             )
         rows = sum(job.rows_taken(result) for job, result in zip(jobs, results, strict=True))
         return _Computed(outcomes, predictions, warnings_of(served, checked), rows)
@@ -195,10 +195,17 @@ class Predictor:
             usage=Usage(tokens=request_trace.tokens, rows=computed.rows),
         )
 
-    def _observe(self, adapter: str, outcomes: Sequence[Predictive], seconds: float) -> None:
+    def _observe(self, served: Served, computed: _Computed, seconds: float) -> None:
         self._metrics.stage("total", seconds)
-        for outcome in outcomes:
-            self._metrics.observe_prediction(adapter, outcome)
+        for outcome, prediction in zip(computed.outcomes, computed.predictions, strict=True):
+            self._metrics.observe_prediction(served.name, outcome)
+            novelty = prediction.novelty
+            if served.drift is None or novelty is None or novelty.p_value is None:
+                continue
+            served.drift.see(novelty.score)
+            if self._engine.adapters.get(served.name) is served:  # else it was unloaded or replaced meanwhile
+                novel = "novel" in prediction.abstain_reason
+                self._metrics.novelty.observe(served.name, novelty.p_value, served.drift.log10, novel=novel)
 
 
 def _prepare_last(

@@ -107,6 +107,21 @@ class PredictionSet(BaseModel):
     method: SetMethod
 
 
+AbstainReason = Literal["uncertain", "novel"]
+
+
+class InputNovelty(BaseModel):
+    """How unlike the training data an input is, judged by the hidden state that the output head reads."""
+
+    p_value: float | None = Field(
+        description="The share of the calibration inputs that are at least as strange, this one included. Of inputs like "
+        "these at most a share a has a p-value of at most a. Null if novelty is not calibrated."
+    )
+    score: float = Field(
+        description="Minus the mean cosine to the nearest training inputs, from -1 to 1; higher is stranger."
+    )
+
+
 class Prediction(BaseModel):
     """The prediction for one input, with its uncertainty. Entropies and mutual information are in nats."""
 
@@ -131,8 +146,17 @@ class Prediction(BaseModel):
     prediction_set: PredictionSet | None = Field(
         description="Null if the adapter is not calibrated, or not for the settings of this request."
     )
+    novelty: InputNovelty | None = Field(
+        default=None,
+        description="Null if the adapter has no novelty reference, or if the engine is vLLM, which gives no hidden states.",
+    )
     abstain: bool | None = Field(
-        description="Whether the prediction is too uncertain for the calibrated risk. Null without a calibrated threshold."
+        description="Whether not to act on this answer: it is too uncertain for the calibrated risk, or the input is novel. "
+        "Null if neither is known, or if the input is not novel and the calibration is for other settings than the request."
+    )
+    abstain_reason: list[AbstainReason] = Field(
+        default_factory=list,
+        description="Why to abstain: uncertain, novel or both. Empty unless abstain is true.",
     )
     layer_shares: dict[str, float] | None = Field(
         default=None, description="Each adapted layer's share of the variance of the probabilities; only if explain was set."

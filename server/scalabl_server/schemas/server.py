@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from scalabl.config import Calibration
+from scalabl.config import Calibration, Novelty
 from scalabl.evaluation.precision_change import QuantizationChange
 
 
@@ -41,6 +41,10 @@ class AdapterInfo(BaseModel):
     choices: list[str]
     calibration: Calibration | None = Field(
         description="Thresholds that `scalabl calibrate` computed, and the draws that it used."
+    )
+    novelty: Novelty | None = Field(
+        description="How the adapter's novelty reference was made, with the level at which inputs are called novel; null "
+        "without one, or if the engine is vLLM."
     )
     quantization_change: QuantizationChange | None = Field(
         description=(

@@ -59,5 +59,6 @@ def describe_adapter(served: Served) -> AdapterInfo:
         task=config.task.kind,
         choices=list(config.task.choices),
         calibration=config.calibration,
+        novelty=config.novelty if served.novelty is not None else None,
         quantization_change=served.quantization_change,
     )

@@ -56,11 +56,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`colours` is calibrated, so that it has sets and abstains; `letters` is not."""
+    """`colours` is calibrated, so that it has sets, novelty and abstains; `letters` is not."""
     folder = write_models(tmp_path_factory.mktemp("seen"))
     dice = random.Random(0)
     rows = [{"text": text(dice), "choices": COLOURS, "answer": dice.randrange(3)} for _ in range(200)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    known = [{"text": text(dice), "choices": COLOURS, "answer": dice.randrange(3)} for _ in range(200)]
+    (folder / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
     command = [
         sys.executable,
         "-m",
@@ -72,6 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "colours",
     ]
     command += ["--data", folder / "rows.jsonl", "--num-samples", str(SAMPLES), "--target-risk", "0.8"]
+    command += ["--reference", folder / "known.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
@@ -144,7 +147,7 @@ def visit(browser: Browser) -> Visit:
 
 
 def figures_are_drawn(page: Page) -> None:
-    for figure in ("reliability", "information", "risk"):
+    for figure in ("reliability", "information", "novelty", "risk"):
         page.wait_for_selector(f"#{figure} svg.plot")
 
 
@@ -199,6 +202,7 @@ def test_a_question_is_answered_with_its_uncertainty(visit: Visit, server: Serve
         wanted = [answer[name] for name in ("expected_entropy", "mutual_information", "entropy")]
         assert parts == pytest.approx(wanted, rel=0.01)
         assert "calibration set" in page.inner_text(".doubt")
+        assert f"novelty p-value {answer['novelty']['p_value']:.2g}" in page.inner_text("#answer")
         assert page.inner_text("#announce").startswith(("The adapter abstains", answer["prediction"]))
 
 
@@ -344,7 +348,7 @@ def test_a_thousand_choices_are_shown_as_a_few_and_any_can_be_the_label(visit: V
 
 def test_a_fresh_server_has_empty_figures_and_a_lost_database_is_told(visit: Visit, models: Path, tmp_path: Path) -> None:
     with start(models, "fresh") as server, visit(server, refusals=(503,)) as page:
-        wait_until(lambda: page.locator("figure .empty").count() == 3)
+        wait_until(lambda: page.locator("figure .empty").count() == 4)
         axe_finds_nothing(page)
         page.screenshot(path=tmp_path / "empty.png", full_page=True)
         data = models / "data-fresh"

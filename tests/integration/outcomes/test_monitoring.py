@@ -16,9 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
 
 from scalabl.config import Abstention, Calibration, CalibrationData, Fit
+from scalabl.evaluation.encoded import EncodedSet
+from scalabl.files.adapter_directory import read_config
+from scalabl.prompt import Prompter
 from tests import tiny
 from tests.deploy.boards import PANELS, resolved
 from tests.deploy.rules import PROMETHEUS, RULES, rules_of
@@ -63,7 +67,7 @@ class Stack:
 
     def serve(self) -> None:
         """The same inputs to both adapters, at either replica. Truth is drawn from what `colours` says: it is calibrated."""
-        texts = ["".join(self.dice.choices("abcdefgh ?!", k=self.dice.randint(1, 30))) + "." for _ in range(PER_REQUEST)]
+        texts = [random_text(self.dice) for _ in range(PER_REQUEST)]
         truth: list[str] = []
         for adapter in ("colours", "sure"):
             answer = self._post("/predict", {"inputs": texts, "adapter": adapter})["predictions"]
@@ -94,6 +98,26 @@ class Stack:
     def firing(self) -> list[dict[str, str]]:
         alerts = self.client.get("/api/v1/alerts").json()["data"]["alerts"]
         return [alert["labels"] for alert in alerts if alert["state"] == "firing"]
+
+
+def random_text(dice: random.Random, letters: str = "abcdefgh ?!", longest: int = 30) -> str:
+    return "".join(dice.choices(letters, k=dice.randint(1, longest))) + "."
+
+
+def add_novelty(adapter: Path, *kind: Any) -> None:
+    """Give an adapter a novelty reference made from texts of a kind, with p-values from other such texts.
+
+    Args:
+        kind: letters and largest length, as of `random_text`.
+    """
+    task = read_config(adapter).task
+    prompter, dice = Prompter(task, tiny.tokenizer()), random.Random(7)
+
+    def prompts(count: int) -> EncodedSet:
+        sequences = [prompter.encode(random_text(dice, *kind)) for _ in range(count)]
+        return EncodedSet(sequences, torch.arange(count) % 3, torch.full((count,), 3))
+
+    tiny.add_novelty(adapter, level=0.05, num_samples=4, prompts=(prompts(200), prompts(200)))
 
 
 def _calibration() -> Calibration:
@@ -144,6 +168,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     tiny.write_base(folder / "base")
     tiny.write_adapter(folder / "colours", calibration=_calibration())
     tiny.write_adapter(folder / "sure", calibration=_calibration(), temperature=0.05)
+    add_novelty(folder / "colours")
+    add_novelty(folder / "sure", "X", 3)  # so that the inputs are strange to it
     with ExitStack() as exits:
         database = exits.enter_context(postgres())
         alerts_to = None
@@ -221,6 +247,8 @@ def _has_data(client: httpx.Client, expression: str) -> bool:
 def test_the_adapter_that_is_too_sure_is_accused_and_the_calibrated_one_is_not(stack: Stack) -> None:
     drift = {"alertname": "ScalablCalibrationDrift", "severity": "ticket", "job": "scalabl", "adapter": "sure"}
     wait_until(lambda: drift in stack.firing(), 60, 0.2)
+    changed = drift | {"alertname": "ScalablTrafficChanged"}
+    wait_until(lambda: changed in stack.firing(), 60, 0.2)
     firing = stack.firing()
     print(sorted((alert["alertname"], alert.get("adapter", "")) for alert in firing))
     assert not [alert for alert in firing if alert.get("adapter") == "colours"]

@@ -22,6 +22,7 @@ from scalabl.evaluation.scoring import (
     interval,
     labelled_scores,
     outside_scores,
+    passing_rate,
     resamples,
     scores,
 )
@@ -194,3 +195,20 @@ def test_auroc_tells_scores_apart_that_a_sigmoid_would_tie() -> None:
     inside = predictive(torch.tensor([[[40.0, 0.0]], [[41.0, 0.0]]]).double())
     outside = predictive(torch.tensor([[[38.0, 0.0]], [[39.0, 0.0]]]).double())
     assert float(outside_scores(inside, outside)["auroc_ood_entropy"]) == 1.0
+
+
+def test_the_passing_rate_is_the_share_outside_below_the_quantile_inside() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inside, outside = torch.rand(200, generator=generator), torch.rand(50, generator=generator) + 0.5
+    ones = torch.ones(1, 200, dtype=torch.float64), torch.ones(1, 50, dtype=torch.float64)
+    threshold = inside.sort().values[189]  # 190 of 200 inputs pass
+    expected = float((outside <= threshold).double().mean())
+    assert float(passing_rate(ones[0], inside, ones[1], outside)) == pytest.approx(expected)
+    # Weights count as repeated inputs.
+    inner, outer = (torch.randint(0, 3, (1, n), generator=generator).double() for n in (200, 50))
+    repeated = inside.repeat_interleave(inner[0].long()), outside.repeat_interleave(outer[0].long())
+    again = passing_rate(
+        torch.ones(1, len(repeated[0]), dtype=torch.float64), repeated[0],
+        torch.ones(1, len(repeated[1]), dtype=torch.float64), repeated[1],
+    )  # fmt: skip
+    assert float(passing_rate(inner, inside, outer, outside)) == pytest.approx(float(again))

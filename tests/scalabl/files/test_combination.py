@@ -55,12 +55,14 @@ def test_a_mixture_can_be_combined_further(adapters: list[Path], tmp_path: Path)
     assert read_config(tmp_path / "three") == read_config(tmp_path / "expected")
 
 
-def test_calibration_is_left_out_and_the_command_says_so(tmp_path: Path) -> None:
+def test_calibration_and_novelty_are_left_out_and_the_command_says_so(tmp_path: Path) -> None:
     adapters = [_write(tmp_path / "a", 0, temperature=1.5), _write(tmp_path / "b", 1, prior_std=4.0)]
+    tiny.add_novelty(adapters[0])
     result = _combine(adapters, tmp_path / "all")
-    assert f"the calibration of {adapters[0]} does not hold for the mixture and was left out" in result.stderr
+    assert f"calibration and novelty of {adapters[0]} do not hold for the mixture and were left out" in result.stderr
     config = read_config(tmp_path / "all")
-    assert (config.temperature, config.posterior_scale, config.calibration) == (1.0, 1.0, None)
+    assert (config.temperature, config.posterior_scale, config.calibration, config.novelty) == (1.0, 1.0, None, None)
+    assert not (tmp_path / "all" / "novelty.safetensors").exists()
     assert config.prior_std == pytest.approx(2.0)
 
 

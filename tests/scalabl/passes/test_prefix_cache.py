@@ -38,10 +38,11 @@ def _run(
 ) -> None:
     """One round, whose numbers are those of a pass over all prompts from their first tokens."""
     each = dict.fromkeys(prompts, draws) if isinstance(draws, Draws) else dict(draws)
-    found = Rounds(model, prompts, each, cache, keeps_trunk=False).logits(each)
-    expected = model.logits_each(TokenBatch.of(list(prompts.values())), list(each.values()))
+    found = Rounds(model, prompts, each, cache, keeps_trunk=False).readings(each)
+    expected = model.readings(TokenBatch.of(list(prompts.values())), list(each.values()))
     for one, other in zip(found.values(), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-4)
 
 
 def _counts(cache: PrefixCache) -> tuple[int, int]:
@@ -206,11 +207,11 @@ def test_the_first_round_fixes_the_passes_of_the_others() -> None:
     rounds = Rounds(model, prompts, dict.fromkeys(prompts, whole.part(0, 2)), cache, keeps_trunk=True)
     for going, start, stop in ((list(prompts), 0, 2), ([1, 3, 5], 2, 4), ([5, 2], 4, 16), ([0], 4, 8)):
         part = whole.part(start, stop)
-        found = rounds.logits(dict.fromkeys(going, part))
+        found = rounds.readings(dict.fromkeys(going, part))
         assert list(found) == going
         for index in going:
             expected = model.logits(TokenBatch.of([prompts[index]]), part)[0]
-            torch.testing.assert_close(found[index], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[index].logits, expected, rtol=0, atol=1e-5)
 
 
 def test_passes_are_split_only_where_it_saves_more_than_a_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,12 @@ def test_rounds_give_what_passes_of_their_own_give(changes: dict[str, object]) -
     rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, whole), keeps_trunk=True)
     for going, start, stop in (([0, 1, 2, 3], 0, 2), ([1, 3], 2, 4), ([2], 4, 8), ([0], 2, 3)):
         part = whole.part(start, stop)
-        found = rounds.logits(dict.fromkeys(going, part))
+        found = rounds.readings(dict.fromkeys(going, part))
         assert list(found) == going
-        expected = plain.logits(TokenBatch.of([SEQUENCES[index] for index in going]), part)
-        torch.testing.assert_close(torch.stack(list(found.values())), expected, rtol=0, atol=1e-5)
+        expected = plain.readings(TokenBatch.of([SEQUENCES[index] for index in going]), [part] * len(going))
+        for reading, other in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(reading.logits, other.logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(reading.state, other.state, rtol=0, atol=1e-4)
 
 
 def test_the_trunk_runs_once_for_all_rounds() -> None:
@@ -46,8 +48,8 @@ def test_the_trunk_runs_once_for_all_rounds() -> None:
     trunk, after = _passes_of(model, 0), _passes_of(model, 1)
     draws = model.draws(8)
     rounds = Rounds(model, SEQUENCES, dict.fromkeys(SEQUENCES, draws), keeps_trunk=True)
-    rounds.logits(dict.fromkeys(SEQUENCES, draws.part(0, 2)))
-    rounds.logits(dict.fromkeys([1, 3], draws.part(2, 8)))
+    rounds.readings(dict.fromkeys(SEQUENCES, draws.part(0, 2)))
+    rounds.readings(dict.fromkeys([1, 3], draws.part(2, 8)))
     assert (len(trunk), len(after)) == (1, 2)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -62,11 +61,12 @@ def test_each_input_has_the_logits_of_its_own_adapter(name: str, changes: dict[s
     sequences = tiny.ragged((3, 9, 1, 14, 5, 9))
     counts = [4, 2, 5, 1, 4, 2]
     draws = [models[place].draws(count, seed=count) for place, count in zip(adapters, counts, strict=True)]
-    together = SideBySide(models).logits_each(TokenBatch.of(sequences), draws, adapters)
-    for ids, own, place, logits in zip(sequences, draws, adapters, together, strict=True):
-        expected = models[place].logits(TokenBatch.of([ids]), own)[0]
-        assert logits.shape == expected.shape
-        assert (logits - expected).abs().max() <= 1e-5
+    together = SideBySide(models).readings(TokenBatch.of(sequences), draws, adapters)
+    for ids, own, place, reading in zip(sequences, draws, adapters, together, strict=True):
+        (expected,) = models[place].readings(TokenBatch.of([ids]), [own])
+        assert reading.logits.shape == expected.logits.shape
+        assert (reading.logits - expected.logits).abs().max() <= 1e-5
+        assert (reading.state - expected.state).abs().max() <= 1e-4
     assert agree_side_by_side(models[0], models[2])
 
 
@@ -81,7 +81,7 @@ def test_each_base_layer_runs_once_for_all_adapters() -> None:
         if id(layer) not in in_head
     ]
     draws = [model.draws(6) for model in models]
-    SideBySide(models).logits_each(TokenBatch.of(tiny.ragged((3, 9, 4))), draws, [0, 1, 2])
+    SideBySide(models).readings(TokenBatch.of(tiny.ragged((3, 9, 4))), draws, [0, 1, 2])
     for hook in hooks:
         hook.remove()
     assert calls
@@ -99,12 +99,12 @@ def test_adapters_of_another_form_have_another_shape(changes: dict[str, Any]) ->
 
 def test_a_shared_pass_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     models = _models()
-    real = SideBySide.logits_each
+    real = SideBySide.readings
 
     def wrong(self: SideBySide, batch: TokenBatch, draws: Any, adapters: Any, states: Any = None) -> Any:
         return real(self, batch, draws, adapters, states)[::-1]
 
-    monkeypatch.setattr(SideBySide, "logits_each", wrong)
+    monkeypatch.setattr(SideBySide, "readings", wrong)
     assert not agree_side_by_side(models[0], models[1])
 
 
@@ -120,14 +120,15 @@ def test_rounds_over_several_adapters_go_on_as_those_of_each(layers: tuple[int, 
     for _ in range(2):  # with the second batch some prefixes are cached
         first = {index: draws.part(0, 4) for index, draws in whole.items()}
         rounds = SharedRounds(of, prompts, first, caches, Combinations(), keeps_trunk=True)
-        found = rounds.logits(first)
+        found = rounds.readings(first)
         for going in ([0, 1, 2, 4, 5], [0, 3]):  # the second is of one adapter alone
-            more = rounds.logits({index: whole[index].part(4, 12) for index in going})
+            more = rounds.readings({index: whole[index].part(4, 12) for index in going})
             assert list(more) == going
             for index in going:
-                logits = torch.cat([found[index], more[index]])
-                expected = of[index].logits(TokenBatch.of([prompts[index]]), whole[index])[0]
-                assert (logits - expected).abs().max() <= 1e-5
+                reading = found[index].and_then(more[index])
+                (expected,) = of[index].readings(TokenBatch.of([prompts[index]]), [whole[index]])
+                assert (reading.logits - expected.logits).abs().max() <= 1e-5
+                assert (reading.state - expected.state).abs().max() <= 1e-4
     assert bool(store.bytes) == cached
 
 

@@ -136,7 +136,7 @@ def test_a_graph_holds_a_bounded_number_of_tokens() -> None:
     linear = linearize(model, batch)
     assert max(rows) * length <= GRADIENT_TOKENS
     assert sum(rows) == 3 * inputs
-    mean, slopes = jacobian(model, batch, torch.ones(inputs, 3, dtype=torch.bool), max_tokens=3 * inputs * length)
+    mean, slopes, _ = jacobian(model, batch, torch.ones(inputs, 3, dtype=torch.bool), max_tokens=3 * inputs * length)
     assert rows[-1] == 3 * inputs
     deviation = torch.cat([layer.s_log_std.exp() for layer in model.adapted.values()])
     assert (linear.mean - mean).abs().max() <= 1e-5
@@ -147,11 +147,12 @@ def test_a_graph_holds_a_bounded_number_of_tokens() -> None:
 def test_rows_of_one_input_may_be_of_several_graphs(max_tokens: int, expected: list[int]) -> None:
     model = _adapted(0.3)
     active = torch.tensor([[True, False, True], [True, True, True], [False, True, False], [True, False, True]])
-    mean, slopes = jacobian(model, BATCH, active, max_tokens=10_000)
+    mean, slopes, states = jacobian(model, BATCH, active, max_tokens=10_000)
     rows = _rows_of_passes(model)
-    found_mean, found = jacobian(model, BATCH, active, max_tokens=max_tokens)
+    found_mean, found, found_states = jacobian(model, BATCH, active, max_tokens=max_tokens)
     assert rows == expected
     assert torch.allclose(found_mean, mean, atol=1e-5)
+    assert torch.allclose(found_states, states, atol=1e-4)
     assert (found - slopes).abs().max() <= 1e-6 * slopes.abs().max()
 
 

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scalabl_server.dashboard import summaries
 from scalabl_server.dashboard.routes import KINDS, PAGE
+from scalabl_server.dashboard.shares import share
 from scalabl_server.outcomes import survey
 from scalabl_server.outcomes.database import Database
 from scalabl_server.outcomes.survey import Seen, read
@@ -337,8 +338,8 @@ def test_truths_outside_the_choices_are_wrong_answers_with_shares_of_their_own(
     pairs = list(zip(answers, labels, strict=True))
     losses = [-math.log(answer["probabilities"][name]) for answer, name in pairs if name is not None]
     for found in (stored["recent"], stored["totals"]["reliability"]):
-        for share, names in ((found["outside"]["answered"], kept), (found["outside"]["abstained"], held)):
-            assert (share["count"], share["total"]) == (names.count(None), len(names))
+        for counted, names in ((found["outside"]["answered"], kept), (found["outside"]["abstained"], held)):
+            assert (counted["count"], counted["total"]) == (names.count(None), len(names))
         right = sum(answer["prediction"] == name for answer, name in pairs)
         assert (found["accuracy"]["count"], found["accuracy"]["total"]) == (right, 30)
         assert found["log_loss"] == pytest.approx(np.mean(losses))
@@ -461,7 +462,7 @@ def test_a_database_of_the_release_before_gets_the_indexes_and_keeps_its_rows(fi
 @given(st.integers(1, 5000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_wilsons_interval_ends_where_the_score_test_does(trial: tuple[int, int]) -> None:
     count, total = trial
-    found = summaries.share(count, total)
+    found = share(count, total)
     assert found.share is not None
     assert found.low is not None
     assert found.high is not None
@@ -474,7 +475,7 @@ def test_wilsons_interval_ends_where_the_score_test_does(trial: tuple[int, int])
 
 
 def test_wilsons_interval_of_a_textbook() -> None:
-    found = summaries.share(81, 263)  # Newcombe 1998, table I
+    found = share(81, 263)  # Newcombe 1998, table I
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
 
 

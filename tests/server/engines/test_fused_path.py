@@ -91,14 +91,15 @@ def test_adapters_side_by_side_give_the_plain_logits() -> None:
     sequences, adapters = tiny.ragged((3, 9, 1)), [0, 1, 0]
     draws = [models[adapter].draws(4) for adapter in adapters]
     with _counted(fused, "subspace_projection_fused") as launches:
-        with_kernel = SideBySide(models).logits_each(TokenBatch.of(sequences), draws, adapters)
+        with_kernel = SideBySide(models).readings(TokenBatch.of(sequences), draws, adapters)
         assert len(launches) == len(models[0].adapted) + 1, "once for a layer of the blocks, and once for each head"
     with _plain():
-        without = SideBySide(models).logits_each(TokenBatch.of(sequences), draws, adapters)
-        for ids, own, adapter, logits in zip(sequences, draws, adapters, with_kernel, strict=True):
+        without = SideBySide(models).readings(TokenBatch.of(sequences), draws, adapters)
+        for ids, own, adapter, reading in zip(sequences, draws, adapters, with_kernel, strict=True):
             alone = models[adapter].logits(TokenBatch.of([ids]), own)[0]
-            assert (logits - alone).abs().max() <= 1e-5
-    assert all((one - other).abs().max() <= 1e-5 for one, other in zip(with_kernel, without, strict=True))
+            assert (reading.logits - alone).abs().max() <= 1e-5
+    pairs = zip(with_kernel, without, strict=True)
+    assert all((one.logits - other.logits).abs().max() <= 1e-5 for one, other in pairs)
 
 
 def test_the_authors_checkpoint_gives_the_plain_logits_and_theirs(shared: Path, tmp_path: Path) -> None:

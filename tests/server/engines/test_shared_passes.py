@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
 from scalabl_server.engines import transformers_engine
 from scalabl_server.engines.load import load_engine
 
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.side_by_side import SideBySide
@@ -47,15 +47,15 @@ def others(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of adapters in each shared pass."""
     seen: list[int] = []
-    real = SideBySide.logits_each
+    real = SideBySide.readings
 
     def count(
         self: SideBySide, batch: TokenBatch, draws: Sequence[Draws], adapters: Sequence[int], states: Any = None
-    ) -> list[torch.Tensor]:
+    ) -> list[Reading]:
         seen.append(len(set(adapters)))
         return real(self, batch, draws, adapters, states)
 
-    monkeypatch.setattr(SideBySide, "logits_each", count)
+    monkeypatch.setattr(SideBySide, "readings", count)
     return seen
 
 

@@ -131,6 +131,20 @@ def test_what_it_cannot_do_is_refused(gateway: tuple[TestClient, LoraServer], bo
     refused(ask(gateway[0], inputs="rose", **body), 422, "invalid-field", message)
 
 
+def test_without_hidden_states_nothing_is_said_of_novelty(
+    start: Callable[..., TestClient], server: LoraServer, folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "colours", tmp_path / "colours")
+    tiny.add_novelty(tmp_path / "colours")
+    client = start(server, adapter=str(tmp_path / "colours"))
+    for prediction in predictions(client, inputs=TEXTS):
+        assert (prediction["novelty"], prediction["abstain"], prediction["abstain_reason"]) == (None, None, [])
+    (adapter,) = client.get("/info").json()["adapters"]
+    assert adapter["novelty"] is None
+    assert client.get("/v1/dashboard").json()["stored"]["novelty"] is None
+    assert "scalabl_novelty_level{" not in client.get("/metrics").text
+
+
 def test_two_gateways_before_one_server_agree(
     start: Callable[..., TestClient], gateway: tuple[TestClient, LoraServer]
 ) -> None:

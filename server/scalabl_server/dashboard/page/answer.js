@@ -34,6 +34,7 @@ export function showAnswer(element, response, adapter, milliseconds, labelled) {
     h("p", { class: "caption quiet" }, caption(answer)),
     inTheSet(answer),
     doubt(answer, adapter),
+    novelty(answer, adapter),
     ...(response.warnings ?? []).map((warning) => h("p", { class: "warning" }, warning)),
     feedback(answer, adapter.choices, labelled),
     h(
@@ -57,10 +58,15 @@ function verdict(answer) {
   return h(
     "div",
     { class: held ? "verdict held" : "verdict" },
-    held ? h("p", { class: "badge" }, "Abstains: too uncertain to act on") : null,
+    held ? h("p", { class: "badge" }, `Abstains: ${why(answer)}`) : null,
     h("p", { class: "choice", dir: "auto" }, answer.prediction),
     h("p", { class: "sure" }, percent(answer.confidence), h("span", { class: "quiet" }, held ? " if it had to answer" : " sure")),
   );
+}
+
+function why(answer) {
+  const reasons = { uncertain: "too uncertain to act on", novel: "unlike the training data" };
+  return answer.abstain_reason.map((reason) => reasons[reason]).join(" and ");
 }
 
 function distribution(answer, count) {
@@ -124,7 +130,7 @@ function caption(answer) {
 function inTheSet(answer) {
   const set = answer.prediction_set;
   if (set === null) {
-    return h("p", { class: "quiet" }, "No prediction set and no abstention: the adapter has no calibration for these settings.");
+    return h("p", { class: "quiet" }, "No prediction set: the adapter has no calibration for these settings.");
   }
   const names = set.labels.slice(0, MOST_CHOICES);
   const more = set.labels.length - names.length;
@@ -163,6 +169,18 @@ function doubt(answer, adapter) {
       entry("From the model", answer.mutual_information, "own", "epistemic: mutual information, the samples disagree"),
       entry("Total", answer.entropy, "track", `entropy, at most ${nats(most)} nats`),
     ),
+  );
+}
+
+function novelty(answer, adapter) {
+  const p = answer.novelty?.p_value;
+  if (p === null || p === undefined) return null;
+  const level = adapter.novelty?.calibration?.level;
+  const verdict = level !== undefined && p <= level ? "This input is unlike the calibration set" : "This input is like the calibration set";
+  return h(
+    "p",
+    { class: "quiet" },
+    `${verdict}: at most ${percent(p)} of that set is at least as strange (novelty p-value ${Number(p.toPrecision(2))}).`,
   );
 }
 

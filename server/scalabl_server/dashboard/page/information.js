@@ -11,7 +11,7 @@ export function showInformation(figure, data) {
   const drawing = h("div", { class: "drawing" });
   const open = figure.querySelector("details")?.open;
   figure.replaceChildren(
-    h("figcaption", {}, h("h3", {}, "Are recent inputs familiar to the model?"), h("p", { class: "finding" }, finding(data))),
+    h("figcaption", {}, h("h3", {}, "Do the posterior samples agree on recent inputs?"), h("p", { class: "finding" }, finding(data))),
   );
   if (data.count === 0) {
     const others = `${many(data.left_out, "recent prediction")} cannot be compared: their method or samples differ from the calibration’s.`;

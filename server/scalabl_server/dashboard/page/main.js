@@ -6,6 +6,7 @@ import { Problem, ask, forgetKey, hasKey, onKeyNeeded } from "./api.js";
 import { byId, h, keepingFocus } from "./dom.js";
 import { showDoubtful } from "./doubtful.js";
 import { showInformation } from "./information.js";
+import { showNovelty } from "./novelty.js";
 import { showNumbers } from "./numbers.js";
 import { showReliability } from "./reliability.js";
 import { showRisk } from "./risk.js";
@@ -136,6 +137,7 @@ function show(stored) {
   const figures = {
     reliability: [showReliability, stored],
     information: [showInformation, stored.mutual_information],
+    novelty: [showNovelty, stored.novelty],
     risk: [showRisk, stored.risk_coverage],
   };
   for (const [name, [render, data]] of Object.entries(figures)) keepingFocus(byId(name), () => render(byId(name), data));

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from scalabl.base.pretrained import load_skeleton, longest_prompt
 from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import read_config
 from scalabl.files.sample_loras import SampleLoras
+from scalabl.model.forward_pass import Reading
 from scalabl.model.posterior import Draws
 from scalabl.prompt import Prompter
 from scalabl_server.batching.jobs import Job, Result
@@ -35,6 +35,8 @@ from scalabl_server.problems import ProblemError
 from scalabl_server.settings import ServeSettings
 
 logger = logging.getLogger("scalabl")
+
+NO_STATE = torch.empty(0)  # vLLM's completions have no hidden states
 
 
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class VllmEngine(Engine):
         """One call per posterior sample, all at once; more calls in further rounds for inputs that need more samples."""
         adapters = [_remote(adapter) for adapter in served]
 
-        def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Tensor]:
+        def run(indices: Sequence[int], draws: Sequence[Draws]) -> list[Reading]:
             own = [adapters[index] for index in indices]
             # Few, because inputs share their draws.
             names_of = {(adapter, table.key): _names(adapter, table) for adapter, table in zip(own, draws, strict=True)}
@@ -81,10 +83,10 @@ class VllmEngine(Engine):
             for places, answer in zip(wanted.values(), answers, strict=True):
                 for (position, row), logits in zip(places, answer, strict=True):
                     logits_of[position][row] = logits
-            return logits_of
+            return [Reading(logits, NO_STATE) for logits in logits_of]
 
-        logits_of = sample_in_rounds(run, jobs, [adapter.config.temperature for adapter in served])
-        return [Result(logits_of.get(index)) for index in range(len(jobs))]
+        readings = sample_in_rounds(run, jobs, [adapter.config.temperature for adapter in served])
+        return [Result.of(readings.get(index)) for index in range(len(jobs))]
 
     def read(self, name: str, folder: Path) -> Callable[[], Served]:
         settings = self.settings
