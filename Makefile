@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 PIP_FLAGS ?=
+# Processes of `make test`: one for each core, at most four. JOBS= runs the tests in one process, as a debugger needs.
+JOBS   ?= -n auto --maxprocesses 4 --dist loadfile
 
 BIN    := $(VENV)/bin
 # Offline: no target looks up anything on a model hub; transformers reads local folders only.
@@ -35,8 +37,8 @@ lint: $(VENV)/.installed-dev
 
 # Two runs: tests of the Triton kernel in Triton's interpreter, which must be switched on before Triton is imported, and the rest.
 test: lint
-	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m 'fused and not integration and not soak and not architectures' $(ARGS)
-	$(OFFLINE) $(BIN)/pytest -m 'not fused and not integration and not soak and not architectures' $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(JOBS) -m 'fused and not integration and not soak and not architectures' $(ARGS)
+	$(OFFLINE) $(BIN)/pytest $(JOBS) -m 'not fused and not integration and not soak and not architectures' $(ARGS)
 
 # Compiles the Triton kernel for several GPUs, without having one. Fails on a register spill, a missing matrix instruction, or
 # too much use of a resource.

@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
+import torch
+
+# The processes of `pytest -n` share the cores. Not by OMP_NUM_THREADS, which the servers that tests start would inherit.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 # The time of one example says nothing on a shared machine.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=60)

@@ -217,7 +217,7 @@ def test_fastapi_reads_a_body_by_request_json_and_chains_its_error() -> None:
 
 
 def test_pydantic_names_the_branches_of_a_union_in_loc() -> None:
-    """web/errors.py leaves these names out of its messages, and cli/options.py the words before a validator's own."""
+    """web/errors.py leaves these names out of its messages, and cli/shared/options.py the words before a validator's own."""
 
     class Body(BaseModel):
         inputs: str | list[str]

@@ -10,7 +10,7 @@ import pytest
 import typer
 from pydantic import BaseModel, Field, ValidationError
 from scalabl_server.cli.main import app
-from scalabl_server.cli.options import command_for
+from scalabl_server.cli.shared.options import command_for
 from scalabl_server.settings import ServeSettings
 from typer.testing import CliRunner
 

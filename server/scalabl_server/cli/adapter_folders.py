@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from scalabl_server.cli.options import errors_as_messages
+from scalabl_server.cli.shared.options import errors_as_messages
 
 
 def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:

@@ -12,7 +12,7 @@ import typer
 from scalabl.config import Novelty, SetMethod
 from scalabl.errors import ScalaBLError
 from scalabl.uncertainty.novelty import MOST_ROWS
-from scalabl_server.cli.labelled_data import (
+from scalabl_server.cli.shared.labelled_data import (
     ROWS_HELP,
     Adapter,
     Device,
@@ -29,7 +29,7 @@ from scalabl_server.cli.labelled_data import (
     plots_module,
     warn,
 )
-from scalabl_server.cli.options import LARGEST_SEED, errors_as_messages, split
+from scalabl_server.cli.shared.options import LARGEST_SEED, errors_as_messages, split
 
 if TYPE_CHECKING:
     from scalabl.evaluation.calibration import Options, Outcome

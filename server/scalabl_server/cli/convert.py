@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scalabl.config import TaskKind
-from scalabl_server.cli.options import (
+from scalabl_server.cli.shared.options import (
     SpecialTokens,
     errors_as_messages,
     given_labels,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scalabl.model.posterior import DEFAULT_SCHEME
-from scalabl_server.cli.labelled_data import (
+from scalabl_server.cli.shared.labelled_data import (
     ROWS_HELP,
     Adapter,
     Device,
@@ -28,8 +28,8 @@ from scalabl_server.cli.labelled_data import (
     plots_module,
     warn,
 )
-from scalabl_server.cli.options import errors_as_messages
-from scalabl_server.cli.tables import print_report
+from scalabl_server.cli.shared.options import errors_as_messages
+from scalabl_server.cli.shared.tables import print_report
 from scalabl_server.methods import Method
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
-from scalabl_server.cli.options import LARGEST_SEED, MOST_SAMPLES, errors_as_messages
+from scalabl_server.cli.shared.options import LARGEST_SEED, MOST_SAMPLES, errors_as_messages
 
 export = typer.Typer(help="Write an adapter in another project's format.", no_args_is_help=True)
 

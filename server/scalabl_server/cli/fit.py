@@ -12,8 +12,23 @@ import typer
 from scalabl.config import SpecialTokensInText, TaskKind
 from scalabl.training.recipe import FitConfig
 from scalabl_server.cli.convert import Label, Labels
-from scalabl_server.cli.labelled_data import ROWS_HELP, Device, LabelColumn, Model, TextColumn, columns_of, examples_for
-from scalabl_server.cli.options import command_for, errors_as_messages, given_labels, own_head_task, task_of, usage_errors
+from scalabl_server.cli.shared.labelled_data import (
+    ROWS_HELP,
+    Device,
+    LabelColumn,
+    Model,
+    TextColumn,
+    columns_of,
+    examples_for,
+)
+from scalabl_server.cli.shared.options import (
+    command_for,
+    errors_as_messages,
+    given_labels,
+    own_head_task,
+    task_of,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,9 +15,9 @@ from scalabl_server.cli.calibrate import calibrate
 from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
-from scalabl_server.cli.failures import Commands
 from scalabl_server.cli.fit import fit
 from scalabl_server.cli.serve import serve
+from scalabl_server.cli.shared.failures import Commands
 from scalabl_server.cli.train import train
 
 app = typer.Typer(

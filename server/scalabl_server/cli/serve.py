@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from scalabl.errors import ScalaBLError
-from scalabl_server.cli.options import command_for, errors_as_messages
+from scalabl_server.cli.shared.options import command_for, errors_as_messages
 from scalabl_server.settings import ServeSettings
 
 

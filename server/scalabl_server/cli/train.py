@@ -11,8 +11,8 @@ import typer
 
 from scalabl.config import TaskKind
 from scalabl.training.recipe import TrainingConfig
-from scalabl_server.cli.labelled_data import ROWS_HELP, LabelColumn, TextColumn, columns_of, training_examples, warn
-from scalabl_server.cli.options import (
+from scalabl_server.cli.shared.labelled_data import ROWS_HELP, LabelColumn, TextColumn, columns_of, training_examples, warn
+from scalabl_server.cli.shared.options import (
     SpecialTokens,
     command_for,
     errors_as_messages,

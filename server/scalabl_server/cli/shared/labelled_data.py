@@ -13,7 +13,7 @@ import typer
 
 from scalabl.config import Quantization
 from scalabl.errors import AdapterError, DatasetError, ScalaBLError
-from scalabl_server.cli.options import LARGEST_SEED, MOST_SAMPLES
+from scalabl_server.cli.shared.options import LARGEST_SEED, MOST_SAMPLES
 
 if TYPE_CHECKING:
     from scalabl.config import Task, TaskKind
