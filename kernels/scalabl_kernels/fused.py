@@ -31,7 +31,7 @@ def _project(  # type: ignore[no-untyped-def]  # its arguments are Triton's
     MANY_ADAPTERS: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds one adapter's product to its own rows of y; `mine` are the rows of x from which it has any."""
+    """Adds one adapter's product to its own rows of y; `mine` are the rows of x that exist."""
     # Shrink: u = A x, [BLOCK_M, PADDED_RANK].
     u = tl.zeros([BLOCK_M, PADDED_RANK], dtype=tl.float32)
     for start in range(0, d_in, BLOCK_K):
@@ -106,14 +106,14 @@ def subspace_projection_kernel(  # type: ignore[no-untyped-def]  # its arguments
     if MANY_ADAPTERS:
         # Rows of different adapters may be mixed: each adapter that has rows in this block is applied to its own rows.
         for which in range(num_adapters):
-            uses = tl.zeros([BLOCK_M], dtype=tl.int32)
+            present = 0
             for k in range(fan_out):
                 chosen = tl.load(sample + leading * fan_out + k, mask=row_ok, other=0)
-                uses |= (tl.load(adapter + chosen, mask=row_ok, other=-1) == which).to(tl.int32)
-            if tl.max(uses, axis=0) > 0:
+                present += tl.sum((tl.load(adapter + chosen, mask=row_ok, other=-1) == which).to(tl.int32), axis=0)
+            if present > 0:
                 _project(
                     y, x_rows, a_rows + which * RANK * d_in, lora_b + which * d_out * RANK, s, sample, adapter, which,
-                    uses > 0, leading, token, ranks, rank_ok, first, last, scaling, fan_out, d_in, d_out,
+                    row_ok, leading, token, ranks, rank_ok, first, last, scaling, fan_out, d_in, d_out,
                     y_row, y_token, y_column, x_column, s_row,
                     True, RANK, PADDED_RANK, BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
                 )  # fmt: skip
@@ -173,7 +173,7 @@ def subspace_projection_fused(
     groups, tokens, d_out = rows.shape[0], rows.shape[1], into.shape[2]
     num_rows = groups * tokens
     architecture = architecture_of(y.device)
-    shape = choose(architecture, num_rows, rank, y.element_size())
+    shape = choose(architecture, num_rows, rank, y.element_size(), num_adapters)
     blocks = blocks_per_program(architecture, shape, num_rows, d_out)
     launch: dict[str, Any] = {} if INTERPRETED else {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     grid = (triton.cdiv(num_rows, shape.block_m), triton.cdiv(d_out, blocks * shape.block_n))

@@ -12,6 +12,8 @@ Precision = Literal["ieee", "tf32x3"]
 FEW_ROWS = 256
 # Above this padded rank the tiles for many rows do not fit into the registers.
 WIDE_RANK = 64
+# The same with several adapters, which need more registers.
+WIDE_RANK_OF_SEVERAL = 32
 # Above this rank no tile was found that fits, and `subspace_projection` runs in plain torch.
 MAX_RANK = 128
 
@@ -111,11 +113,17 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def choose(architecture: Architecture, rows: int, rank: int, bytes_per_element: int) -> LaunchShape:
-    """The launch shape for a number of rows of x, a rank and an element size."""
+def largest_rank(bytes_per_element: int, num_adapters: int) -> int:
+    """The largest rank for which there is a tile; several adapters in float32 need too many registers above `WIDE_RANK`."""
+    return WIDE_RANK if num_adapters > 1 and bytes_per_element == 4 else MAX_RANK
+
+
+def choose(architecture: Architecture, rows: int, rank: int, bytes_per_element: int, num_adapters: int = 1) -> LaunchShape:
+    """The launch shape for a number of rows of x, a rank, an element size and a number of adapters."""
     if rows <= FEW_ROWS:
         return architecture.few[bytes_per_element]
-    return (architecture.wide if padded_rank(rank) > WIDE_RANK else architecture.many)[bytes_per_element]
+    wide = padded_rank(rank) > (WIDE_RANK if num_adapters == 1 else WIDE_RANK_OF_SEVERAL)
+    return (architecture.wide if wide else architecture.many)[bytes_per_element]
 
 
 def blocks_per_program(architecture: Architecture, shape: LaunchShape, rows: int, d_out: int) -> int:

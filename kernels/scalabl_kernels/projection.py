@@ -32,9 +32,10 @@ def _fused(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Tensor, sample: Tensor, scaling: float, adapter: Tensor | None
 ) -> None:
     from scalabl_kernels.fused import subspace_projection_fused  # needs triton, which only some platforms have
-    from scalabl_kernels.launch import MAX_RANK
+    from scalabl_kernels.launch import largest_rank
 
-    if a.shape[-2] > MAX_RANK or y.dtype not in FUSED_DTYPES:
+    num_adapters = 1 if adapter is None else a.shape[0]
+    if y.dtype not in FUSED_DTYPES or a.shape[-2] > largest_rank(y.element_size(), num_adapters):
         _plain(y, x, a, b, s, sample, scaling, adapter)
         return
     if adapter is None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from scalabl_kernels import projection as dispatcher
 from scalabl_kernels import subspace_projection
-from scalabl_kernels.launch import FEW_ROWS, MAX_RANK
+from scalabl_kernels.launch import FEW_ROWS, MAX_RANK, WIDE_RANK
 from torch import Tensor
 
 from tests.kernels.formula import SCALING, by_formula, make_operands
@@ -140,12 +140,16 @@ def test_wide_ranks(rows: int, rank: int, dtype: torch.dtype) -> None:
     check(make_operands(rows, (), 200, 96, rank, 3, dtype), inplace=True)
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(MAX_RANK + 1, torch.float32), (8, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    ("rank", "dtype", "adapters"),
+    [(MAX_RANK + 1, torch.float32, None), (8, torch.float64, None), (WIDE_RANK + 1, torch.float32, 2)],
+    ids=str,
+)
 def test_what_the_kernel_is_not_made_for_runs_in_plain_torch(
-    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rank: int, dtype: torch.dtype, adapters: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "subspace_projection_kernel", None)
-    operands = make_operands(7, (), 96, 64, rank, 3, dtype)
+    operands = make_operands(7, (), 96, 64, rank, 3, dtype, adapters=adapters)
     expected = by_formula(**operands)
     placed = {name: tensor.to(DEVICE) for name, tensor in operands.items()}
     assert worst_error(subspace_projection(**placed, scaling=SCALING, inplace=True), expected) <= 1e-6
@@ -173,7 +177,7 @@ FAULTS = {
     "rows of every adapter": ("own = mine & (tl.load(adapter + chosen, mask=mine, other=-1) == which)", "own = mine"),
     "the first adapter's A for all": ("a_rows + which * RANK * d_in", "a_rows"),
     "the first adapter's B for all": ("lora_b + which * d_out * RANK", "lora_b"),
-    "only the first sample's adapter": ("uses |= (", "uses = (k == 0) * ("),
+    "only the first sample's adapter": ("present += tl.sum(", "present += (k == 0) * tl.sum("),
     "no column mask on B and y": ("outer_ok = outer < d_out", "outer_ok = outer >= 0"),
     "no row mask": ("row_ok = rows < num_rows", "row_ok = rows >= 0"),
     "the row's number for its sample": (
@@ -211,7 +215,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 
 
 def _exercise() -> None:
-    kinds: list[dict[str, Any]] = [{}, {"fan_out": 4}, {"fan_out": 4, "adapters": 3}]
+    kinds: list[dict[str, Any]] = [{}, {"fan_out": 4}, {"fan_out": 4, "adapters": 3}, {"fan_out": 20, "adapters": 3}]
     for kind in kinds:
         # Few rows with a ragged last tile in every direction, and x narrower than y.
         check(make_operands(20, (2,), 72, 200, 5, 5, **kind), inplace=True)

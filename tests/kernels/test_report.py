@@ -67,6 +67,9 @@ def test_the_rule_for_shapes() -> None:
     assert choose(architecture, FEW_ROWS, 8, 2) == architecture.few[2]
     assert choose(architecture, FEW_ROWS + 1, 8, 2) == architecture.many[2]
     assert choose(architecture, FEW_ROWS + 1, 65, 2) == architecture.wide[2]
+    assert choose(architecture, FEW_ROWS + 1, 64, 2) == architecture.many[2]
+    assert choose(architecture, FEW_ROWS + 1, 64, 2, num_adapters=2) == architecture.wide[2]
+    assert choose(architecture, FEW_ROWS + 1, 32, 2, num_adapters=2) == architecture.many[2]
     assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64, 65, MAX_RANK)] == [16, 16, 16, 32, 64, 128, 128]
 
 

@@ -15,7 +15,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
-from scalabl_kernels.launch import MAX_RANK, TABLE, WIDE_RANK, LaunchShape
+from scalabl_kernels.launch import (
+    FEW_ROWS,
+    MAX_RANK,
+    TABLE,
+    WIDE_RANK,
+    WIDE_RANK_OF_SEVERAL,
+    LaunchShape,
+    choose,
+    largest_rank,
+)
 from scalabl_kernels.tools.roofline import BYTES, CHIPS, base_work, projection_work
 
 RANKS = (8, 16, 32, 64, 128)
@@ -44,10 +53,8 @@ class Case:
 
     @property
     def shape(self) -> LaunchShape:
-        architecture = TABLE[self.architecture]
-        if self.rows == "few":
-            return architecture.few[BYTES[self.dtype]]
-        return (architecture.wide if self.rank > WIDE_RANK else architecture.many)[BYTES[self.dtype]]
+        rows = FEW_ROWS if self.rows == "few" else FEW_ROWS + 1
+        return choose(TABLE[self.architecture], rows, self.rank, BYTES[self.dtype], self.num_adapters)
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,13 @@ class Line:
 
 
 def cases() -> Iterator[Case]:
-    """Every entry of the launch table with every rank, and with several adapters at the usual rank and the widest."""
+    """Every entry of the launch table with every rank, and with several adapters at the smallest and the largest."""
     for architecture in TABLE:
         for dtype in BYTES:
             for rows in ("few", "many"):
                 for rank in RANKS:
                     yield Case(architecture, dtype, rows, rank)
-                for rank in (RANKS[0], WIDE_RANK, MAX_RANK):
+                for rank in (RANKS[0], largest_rank(BYTES[dtype], 2)):
                     yield Case(architecture, dtype, rows, rank, num_adapters=2)
 
 
@@ -80,7 +87,7 @@ def check(case: Case) -> Line:
     compiled = compile_for(TABLE[case.architecture], case.shape, case.dtype, case.rank, num_adapters=case.num_adapters)
     expected = EXPECTED[case.architecture]["fp32" if case.dtype == "fp32" else case.rows]
     # A wide rank uses a few-row tile if no larger one fits.
-    if case.rank > WIDE_RANK and case.shape == TABLE[case.architecture].few[BYTES[case.dtype]]:
+    if case.rank > WIDE_RANK_OF_SEVERAL and case.shape == TABLE[case.architecture].few[BYTES[case.dtype]]:
         expected = EXPECTED[case.architecture]["few"]
     most = MAX_REGISTERS_WIDE if case.rank > WIDE_RANK else MAX_REGISTERS
     faults = []
