@@ -173,7 +173,8 @@ class Calibration(BaseModel):
 class PosteriorFit(BaseModel):
     """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
 
-    `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
+    `prior_precision` is that of the fit's prior N(0, scale^2 / precision), with the size of each scalar's mean as its scale,
+    and `precision_from` says how it was chosen.
     `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of
     the scalars the rows determine, rather than the prior.
     """

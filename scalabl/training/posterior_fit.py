@@ -28,7 +28,7 @@ from scalabl.passes.batches import batches
 from scalabl.training.curvature import BATCH_TOKENS, SavedSums, sum_curvature
 from scalabl.training.recipe import FitConfig
 from scalabl.training.run_folder import Rows, fingerprint_of
-from scalabl.uncertainty.laplace import PRECISIONS, Curvature
+from scalabl.uncertainty.laplace import PRECISIONS, Curvature, prior_scale
 from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, slopes
 
 FULL_LIMIT = 4096  # scalars up to which the covariance may be full: 67 MB in the adapter, and minutes to factorise
@@ -90,10 +90,11 @@ def fit_posterior(
     overwrite: bool = False,
     on_progress: Callable[[int], object] | None = None,
 ) -> FittedPosterior:
-    """Fit q(s) = N(mu, (N / n H + precision I)^-1) around the adapter's mu, with H from n of the N training rows.
+    """Fit q(s) = N(mu, (N / n H + precision D)^-1) around the adapter's mu, with H from n of the N training rows.
 
-    The likelihood is that of training: without the adapter's temperature. Nothing is written but the state of the
-    computation, to `output`/checkpoints; `write_fit` removes it.
+    D is diag(scale)^-2, with the scale of each scalar by `prior_scale`. The likelihood is that of training: without the
+    adapter's temperature. Nothing is written but the state of the computation, to `output`/checkpoints; `write_fit` removes
+    it.
 
     Args:
         held_out: rows that were not trained on, to choose the prior precision by their NLL; None: by the evidence.
@@ -113,7 +114,8 @@ def fit_posterior(
         saved.remove()
     sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
     whole = sums.scaled(total / len(rows))
-    curvature, mean = Curvature.of(whole.matrix), model.posterior().mean.detach().double().cpu()
+    mean = model.posterior().mean.detach().double().cpu()
+    curvature = Curvature.of(whole.matrix, prior_scale(mean, model.config.r))
     origin: PrecisionOrigin
     if settings.prior_precision is not None:
         precision, origin = settings.prior_precision, "given"
@@ -244,8 +246,7 @@ def held_out_precision(model: ScalaBLModel, encoded: EncodedSet, curvature: Curv
         chosen = [rows[index] for index in batch]
         tokens = TokenBatch.of([encoded.sequences[row] for row in chosen])
         mean, jacobian = slopes(model, tokens, num_choices=encoded.num_choices[chosen], negligible=NEGLIGIBLE)
-        rotated = jacobian if curvature.vectors is None else jacobian @ curvature.vectors
-        parts.append((mean, rotated, encoded.answers[chosen]))
+        parts.append((mean, curvature.by_eigenvectors(jacobian), encoded.answers[chosen]))
 
     def nll(precision: float) -> float:
         log_std = -(curvature.values + precision).log() / 2

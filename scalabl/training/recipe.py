@@ -42,8 +42,8 @@ class FitConfig(BaseModel):
     prior_precision: float | None = Field(
         default=None,
         gt=0,
-        description="1 / variance of the prior of the scalars (default: the one of the highest evidence, or, with "
-        "--validation, of the lowest held-out NLL).",
+        description="Precision of the prior of each scalar in units of its mean: 4 for a standard deviation of half the "
+        "mean (default: the one of the highest evidence, or, with --validation, of the lowest held-out NLL).",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of rows and of the random signs.")
 
