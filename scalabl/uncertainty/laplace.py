@@ -6,8 +6,8 @@ J_n = dz/ds at the mean, which has no negative eigenvalue (Schraudolph 2002; Dax
 2021). With the prior N(0, 1 / precision), q(s) = N(mu, (H + precision I)^-1).
 
 The prior is relative: it is that of s / scale, with the scale of a scalar taken from its mean (`prior_scale`). A LoRA's
-scalars are singular values, which differ a hundredfold, and how much of their size is in A and B is arbitrary. With one prior
-for all of them the large ones would make it wide, and the small ones would be drowned in it.
+scalars are singular values, which differ a hundredfold, and how much of their size is in A and B is arbitrary. One prior for
+all of them would be as wide as the large ones need, and drown the small ones.
 """
 
 from __future__ import annotations
@@ -160,6 +160,6 @@ class Curvature:
         return factor
 
     def by_eigenvectors(self, jacobian: Tensor) -> Tensor:
-        """Derivatives by the scalars [..., M, C, P] as those along the eigenvectors; by scalars in their units without any."""
+        """Derivatives by the scalars [..., M, C, P] as those along the eigenvectors, if known, in units of `scale`."""
         scaled = jacobian * self.scale.unsqueeze(-2)
         return scaled if self.vectors is None else scaled @ self.vectors
