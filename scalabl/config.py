@@ -16,7 +16,7 @@ TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
 Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
-PrecisionOrigin = Literal["evidence", "held_out", "given"]
+PrecisionOrigin = Literal["unit", "evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"

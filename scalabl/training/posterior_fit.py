@@ -35,6 +35,9 @@ FULL_LIMIT = 4096  # scalars up to which the covariance may be full: 67 MB in th
 HELD_OUT_ROWS = 500
 HELD_OUT_BYTES = 2**30  # of derivatives of held-out rows
 HELD_OUT_DRAWS = 256
+# The prior's variance is then mu^2, its maximum-likelihood estimate from the scalar itself. The evidence takes wider priors
+# where many scalars matter little, since it reads means that the rows did not determine as draws of the prior.
+UNIT_PRECISION = 1.0
 GRID = tuple(float(x) for x in np.geomspace(1e-4, 1e4, 9))
 
 
@@ -97,7 +100,7 @@ def fit_posterior(
     it.
 
     Args:
-        held_out: rows that were not trained on, to choose the prior precision by their NLL; None: by the evidence.
+        held_out: rows that were not trained on, to choose the prior precision by their NLL if the settings do not.
         overwrite: ignore the state of another fit in `output`.
         on_progress: called with a number of training rows.
 
@@ -119,10 +122,12 @@ def fit_posterior(
     origin: PrecisionOrigin
     if settings.prior_precision is not None:
         precision, origin = settings.prior_precision, "given"
+    elif settings.evidence:
+        precision, origin = curvature.likeliest_precision(mean), "evidence"
     elif held_out is not None:
         precision, origin = held_out_precision(model, held_out, curvature), "held_out"
     else:
-        precision, origin = curvature.likeliest_precision(mean), "evidence"
+        precision, origin = UNIT_PRECISION, "unit"
     fit = PosteriorFit(
         covariance=settings.covariance,
         data=encoded.name,
@@ -136,7 +141,10 @@ def fit_posterior(
     notes = []
     if model.config.calibration is not None:
         notes.append("the calibration was made for the former posterior and is gone; run scalabl calibrate again")
-    if origin != "given" and min(abs(math.log(precision / bound)) for bound in (*PRECISIONS, GRID[0], GRID[-1])) < 0.1:
+    if (
+        origin in ("evidence", "held_out")
+        and min(abs(math.log(precision / bound)) for bound in (*PRECISIONS, GRID[0], GRID[-1])) < 0.1
+    ):
         notes.append(
             f"the search for the prior precision ended at its bound, {precision:.3g}: the rows hardly tell. "
             "Give more rows, or set --prior-precision"

@@ -265,9 +265,10 @@ def test_too_many_scalars_are_refused_with_the_remedy() -> None:
 def test_a_search_that_ends_at_its_bound_says_so(tmp_path: Path) -> None:
     model = tiny.adapted()
     tiny.prefer(model, [0], by=200.0)
-    fitted = _fit(tmp_path, model)
+    fitted = _fit(tmp_path, model, evidence=True)
     assert "ended at its bound" in fitted.notes[0]
-    assert _fit(tmp_path / "other").notes == []
+    other = _fit(tmp_path / "other", evidence=True)
+    assert (other.notes, other.fit.precision_from) == ([], "evidence")
 
 
 def test_folders_that_hold_something_are_refused(tmp_path: Path) -> None:
