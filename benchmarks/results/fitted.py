@@ -141,8 +141,8 @@ def section() -> str:
     lines = [
         "## Posteriors of finished LoRAs\n",
         "The study's plain LoRAs as PEFT saves them, given a posterior by `scalabl fit` with its defaults (full covariance,",
-        "prior precision 1 in units of the means, at most 1,000 training rows), without training. T is fitted on the same 250",
-        "validation rows for each line.\n",
+        "prior precision 1 in units of the means, at most 1,000 training rows), without training. T is fitted on the same",
+        "250 validation rows for each line.\n",
         "| rows | method | seeds | T | ACC | NLL | ECE | OOD by entropy | OOD by MI |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
