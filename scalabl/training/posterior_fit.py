@@ -141,10 +141,8 @@ def fit_posterior(
     notes = []
     if model.config.calibration is not None:
         notes.append("the calibration was made for the former posterior and is gone; run scalabl calibrate again")
-    if (
-        origin in ("evidence", "held_out")
-        and min(abs(math.log(precision / bound)) for bound in (*PRECISIONS, GRID[0], GRID[-1])) < 0.1
-    ):
+    bounds = {"evidence": PRECISIONS, "held_out": (GRID[0], GRID[-1])}.get(origin, ())
+    if any(abs(math.log(precision / bound)) < 0.1 for bound in bounds):
         notes.append(
             f"the search for the prior precision ended at its bound, {precision:.3g}: the rows hardly tell. "
             "Give more rows, or set --prior-precision"
