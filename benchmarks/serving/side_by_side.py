@@ -136,7 +136,7 @@ def traffic(options: argparse.Namespace, line: Line, folder: Path) -> dict[str, 
         prefix_cache_bytes=0,
         target_batch_tokens=options.budget,
     )
-    queries = (example.queries() * (1 + options.requests // 20))[: options.requests]
+    queries = (example.queries() * options.requests)[: options.requests]
     with ThreadPoolExecutor(1) as executor:
         engine = executor.submit(load_engine, settings).result()
         adapters = [engine.adapters["first"], engine.adapters["second"]]

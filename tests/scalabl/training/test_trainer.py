@@ -128,7 +128,8 @@ def test_the_loss_is_the_evidence_lower_bound_per_example() -> None:
     epsilon = torch.randn(5, model.num_stochastic_parameters)
     log_p = model.run(ForwardPass(ids, lengths, RowSamples(model.sample(epsilon), torch.arange(5)))).log_softmax(-1)
     nll = -log_p[torch.arange(5), TRAIN.answers[:5]].mean()
-    kl = kl_divergence(*model.posterior(), prior_std=0.7)
+    posterior = model.posterior()
+    kl = kl_divergence(posterior.mean, posterior.log_std, prior_std=0.7)
     assert terms["nll"].item() == pytest.approx(nll.item(), rel=1e-6)
     assert terms["loss"].item() == pytest.approx((nll + 0.5 * kl / 96).item(), rel=1e-6)
 

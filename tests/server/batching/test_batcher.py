@@ -100,16 +100,8 @@ def with_batcher(
         metrics = Metrics()
         admission = Admission(max_queue, max_queue_tokens, metrics)
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(
-                passes,
-                executor,
-                admission,
-                metrics,
-                target_tokens=target_tokens,
-                max_tokens=max_tokens,
-                shape=shape,
-                rest=passes.rest,
-            )
+            limits = {"target_tokens": target_tokens, "max_tokens": max_tokens}
+            batcher = Batcher(passes, executor, admission, metrics, **limits, shape=shape, rest=passes.rest)
             batcher.start()
             try:
                 await asyncio.wait_for(scenario(batcher, passes), 30)
