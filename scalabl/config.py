@@ -5,8 +5,9 @@ The file itself is read and written in `files.adapter_directory`.
 
 from __future__ import annotations
 
+import datetime
 import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +16,8 @@ FORMAT_VERSIONS = (1, 2)  # that this release reads; an adapter has the lowest t
 TaskKind = Literal["classification", "multiple_choice"]
 SetMethod = Literal["lac", "aps"]
 Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's linear layers are stored
+SpecialTokensInText = Literal["text", "control"]
+HeadKind = Literal["vocabulary", "own"]
 Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
 PrecisionOrigin = Literal["unit", "evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
@@ -35,6 +38,12 @@ class Task(BaseModel):
     `choice_prefix` is the text between the prompt and the choice (a space after "Label:", say, or the first characters of
     a JSON answer after a chat template). `choice_tokens` are the token ids, one per choice; only their rows of the model's
     output head are used.
+
+    `special_tokens_in_text`: whether a special token that stands in an input or a choice is encoded as the text that it is,
+    or as a control token. `chat_date` is the date in prompts whose chat template asks for the current date, the date of the
+    training. `head`: whether the choices' rows of the output head are the base model's, for the choice tokens, or `own`: the
+    tensor `head.weight` [C, D] of the adapter, read where the prompt ends, without choice tokens. These three are left out
+    of the file where they have their defaults, as in adapters of format version 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +54,9 @@ class Task(BaseModel):
     choice_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     chat: bool = False
     choice_prefix: str = " "
+    special_tokens_in_text: SpecialTokensInText = Field(default="control", exclude_if=lambda value: value == "control")
+    chat_date: datetime.date | None = Field(default=None, exclude_if=lambda value: value is None)
+    head: HeadKind = Field(default="vocabulary", exclude_if=lambda value: value == "vocabulary")
 
     @field_validator("template")
     @classmethod
@@ -68,6 +80,10 @@ class Task(BaseModel):
             raise ValueError("template has no {choices} placeholder, which multiple_choice needs; add it")
         if len(set(self.choices)) != len(self.choices):
             raise ValueError(f"choices are not distinct: {_first_repeated(self.choices)!r} appears twice; rename one")
+        if self.head == "own" and (self.kind != "classification" or self.choice_tokens is not None):
+            raise ValueError(
+                "head is 'own', which is for classification without choice_tokens; remove head or choice_tokens"
+            )
         if self.choice_tokens is not None:
             if len(self.choice_tokens) != len(self.choices):
                 raise ValueError(
@@ -79,6 +95,11 @@ class Task(BaseModel):
                     raise ValueError(f"choices {seen[token]!r} and {choice!r} share the token {token}; rename one of them")
                 seen[token] = choice
         return self
+
+    @property
+    def needs_version_2(self) -> bool:
+        """Whether the task has fields that format version 1 does not know."""
+        return self.special_tokens_in_text != "control" or self.chat_date is not None or self.head != "vocabulary"
 
 
 def _first_repeated(items: tuple[str, ...]) -> str:
@@ -212,14 +233,14 @@ class AdapterConfig(BaseModel):
     lora_alpha: float = Field(default=16.0, gt=0)
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    members: int = Field(default=1, ge=1)
+    members: int = Field(default=1, ge=1, exclude_if=lambda members: members == 1)
     prior_std: float = Field(default=1.0, gt=0)
     posterior_scale: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     task: Task
     calibration: Calibration | None = None
-    covariance: Covariance = "diagonal"
-    posterior_fit: PosteriorFit | None = None
+    covariance: Covariance = Field(default="diagonal", exclude_if=lambda covariance: covariance == "diagonal")
+    posterior_fit: PosteriorFit | None = Field(default=None, exclude_if=lambda fit: fit is None)
 
     @field_validator("format_version")
     @classmethod
@@ -236,13 +257,15 @@ class AdapterConfig(BaseModel):
         named = [name for name, is_set in later.items() if is_set]
         if self.format_version < 2 and named:
             raise ValueError(f"{named[0]} is {getattr(self, named[0])}, which needs format_version 2")
+        if self.members > 1 and self.task.head == "own":
+            raise ValueError("a mixture of several members cannot have a head of its own; set members to 1, or task.head")
         return self
 
-    def as_written(self) -> dict[str, Any]:
-        """The contents of `adapter_config.json`. Fields of a later format version are left out where they say nothing."""
-        unset = {"members": self.members == 1, "covariance": self.covariance == "diagonal"}
-        unset["posterior_fit"] = self.posterior_fit is None
-        return self.model_dump(mode="json", exclude={name for name, is_unset in unset.items() if is_unset})
+    @property
+    def lowest_format_version(self) -> int:
+        """The lowest format version that has all fields of this adapter; at least `format_version`."""
+        has_later = self.members > 1 or self.covariance == "full" or self.posterior_fit is not None
+        return max(self.format_version, 2 if self.task.needs_version_2 or has_later else 1)
 
     @property
     def scaling(self) -> float:

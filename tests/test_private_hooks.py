@@ -28,6 +28,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -328,7 +329,7 @@ def test_transformers_cache_asks_a_layer_for_these_methods_only() -> None:
 
 @pytest.mark.parametrize("method", ["__call__", "_encode_plus", "_switch_to_input_mode"])
 def test_transformers_tokenizer_call_goes_through(method: str) -> None:
-    """prompt.py: a tokenizer that overrides none of these is encoded by its `backend_tokenizer` alone."""
+    """prompt/encoding.py: a tokenizer that overrides none of these is encoded by its `backend_tokenizer` alone."""
     calls: list[str] = []
 
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -344,6 +345,13 @@ def test_transformers_tokenizer_call_goes_through(method: str) -> None:
     assert ids == backend.encode("some text", add_special_tokens=False).ids
     assert backend.truncation is None
     assert backend.padding is None
+
+
+def test_a_tokenizer_encodes_with_the_backend_that_it_is_given() -> None:
+    """prompt/literal.py sets `_tokenizer` of a shallow copy."""
+    tokenizer, backend = tiny.tokenizer(), Tokenizer(models.WordLevel({"<other>": 0}, unk_token="<other>"))
+    tokenizer._tokenizer = backend
+    assert (tokenizer.backend_tokenizer, tokenizer("a")["input_ids"]) == (backend, [0])
 
 
 class LoggedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped

@@ -149,7 +149,10 @@ def _calibration(board: dashboard.Dashboard) -> None:
         Query(f"adapter:scalabl_brier:recent{ONE}", "Brier score"),
         Query(f"adapter:scalabl_log_loss_nats:recent{ONE}", "Log loss (nats)"),
     ]
-    text = f"Proper scores: lower is better. Both calibration and accuracy improve them. {LABELS}"
+    text = (
+        "Proper scores: lower is better. Both calibration and accuracy improve them. The log loss is that of labels that "
+        f"are not null. {LABELS}"
+    )
     board.with_panel(lines("Brier score and log loss", text, queries, "none", low=0, width=6))
 
 
@@ -195,6 +198,15 @@ def _selection(board: dashboard.Dashboard) -> None:
     query = Query(f"adapter_level:scalabl_set_choices:recent{ONE}", "{{level}}")
     text = f"Mean number of choices in a prediction set, by nominal coverage. Small sets are more informative. {LABELS}"
     board.with_panel(lines("Mean size of prediction sets", text, [query], "none", low=0))
+    queries = [
+        Query(f"adapter:scalabl_abstained_outside:recent{ONE}", "Of the abstentions"),
+        Query(f"adapter:scalabl_answered_outside:recent{ONE}", "Of the answers"),
+    ]
+    text = (
+        "Share of labels null: none of the choices was the true answer. A useful abstention has many of them, and leaves "
+        f"few among the answers. {LABELS}"
+    )
+    board.with_panel(lines("None of the choices", text, queries, "percentunit", low=0))
 
 
 def _uncertainty(board: dashboard.Dashboard) -> None:

@@ -5,8 +5,6 @@ Device maps are in `placement`, int8 layers in `int8`.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,8 @@ from scalabl.base.placement import device_of, left_out, read_device_map
 from scalabl.config import Quantization
 from scalabl.errors import BaseModelError
 
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # the names of a configuration's limit on positions
+UNLIMITED = 10**9  # a tokenizer without a limit has 1e30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +40,7 @@ class Pretrained:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # the longest prompt that the model supports
+    max_tokens: int | None  # the longest prompt that the model supports; None: as long as memory allows
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +89,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTra
 def _load_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # transformers, tokenizers, safetensors and a model's own code raise errors of many kinds
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "" if Path(name).is_dir() else "; no folder has that name, so it was looked up as a Hugging Face hub id"
         raise BaseModelError(f"the base model {name!r} cannot be loaded{hint}: {first}") from error
@@ -166,10 +166,11 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest number of tokens that the base model and its tokenizer support."""
-    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    return min(int(limit) for limit in limits if limit)
+def longest_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The largest number of tokens that the base model and its tokenizer support; None if neither says one."""
+    text = config.get_text_config()
+    limits = [*(getattr(text, name, None) for name in POSITIONS), tokenizer.model_max_length]
+    return min((int(limit) for limit in limits if limit and 0 < limit < UNLIMITED), default=None)
 
 
 def output_head(model: PreTrainedModel) -> tuple[str, int]:

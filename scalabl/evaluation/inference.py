@@ -21,6 +21,8 @@ from scalabl.uncertainty.adaptive import Estimate, Rule, sample_adaptively
 from scalabl.uncertainty.linearized import controlled, linearize
 from scalabl.uncertainty.predictive import Predictive, predictive
 
+BLOCK_VALUES = 2**23  # logits of the inputs whose predictive is computed at once
+
 
 def logits_of(
     model: ScalaBLModel,
@@ -49,8 +51,17 @@ def logits_of(
 
 
 def predictive_of(logits: Tensor, num_choices: Tensor, model: ScalaBLModel, draws: Draws) -> Predictive:
-    """The predictive of N inputs from their logits [N, K, C], each over its own choices."""
-    return predictive(without_absent(logits, num_choices), model.config.temperature, draws.scheme, draws.members)
+    """The predictive of N inputs from their logits [N, K, C], each over its own choices.
+
+    It is computed in blocks of inputs, because its intermediate results take several times the memory of the logits.
+    """
+    size = max(1, BLOCK_VALUES // logits[0].numel())
+    return Predictive.concatenated(
+        [
+            predictive(without_absent(block, counts), model.config.temperature, draws.scheme, draws.members)
+            for block, counts in zip(torch.split(logits, size), torch.split(num_choices, size), strict=True)
+        ]
+    )
 
 
 def linearized_predictive(
@@ -73,7 +84,7 @@ def linearized_predictive(
     rows = rows if draws is None else max(rows, draws.num_samples)
     for batch in batches([len(ids) for ids in encoded.sequences], rows, max_batch_tokens):
         tokens, counts = TokenBatch.of([encoded.sequences[i] for i in batch]), encoded.num_choices[batch]
-        linear = linearize(model, tokens, num_choices=counts, negligible=negligible)
+        linear = linearize(model, tokens, choices=counts.tolist(), negligible=negligible)
         if draws is None:
             outcome = linear.predictive(model.config.temperature)
         else:

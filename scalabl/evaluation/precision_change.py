@@ -56,7 +56,7 @@ class Probes:
         if file is None:
             self._inputs: list[tuple[str, tuple[str, ...]]] = [(text, OFFERED) for text in QUERIES]
         else:
-            self._inputs = [(row.text, row.choices) for row in read_examples(file, labelled=False)]
+            self._inputs = [(row.text, row.choices or OFFERED) for row in read_examples(file, labelled=False)]
 
     def encode(self, task: Task, prompter: Prompter, max_tokens: int) -> EncodedSet:
         """The inputs as prompts of a task; texts that are too long are cut."""

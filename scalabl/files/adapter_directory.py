@@ -185,6 +185,8 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> ScalaBLModel:
         layer.lora_A.data = layer.lora_A.data.to(base.dtype)
         layer.lora_B.data = layer.lora_B.data.to(base.dtype)
         layer.requires_grad_(False)
+    if model.own_head is not None:
+        model.own_head.requires_grad_(False)
     return model
 
 
@@ -227,6 +229,7 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tens
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
-    """Write the `adapter_config.json` of an adapter directory. It is never seen half-written."""
-    text = json.dumps(config.as_written(), indent=2) + "\n"
+    """Write the `adapter_config.json` of an adapter directory, in its lowest format version. It is never half-written."""
+    config = config.model_copy(update={"format_version": config.lowest_format_version})
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text.encode())

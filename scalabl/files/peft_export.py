@@ -95,9 +95,15 @@ class LoraSamples:
         Raises:
             AdapterError: the adapter is malformed or does not fit, or has more scalars than the draw scheme supports.
         """
+        config = read_config(adapter)
+        if config.task.head == "own":
+            raise AdapterError(
+                f"{adapter} has a head of its own (task.head is 'own'), which a LoRA for text generation cannot carry; "
+                "serve it with --engine transformers"
+            )
         head_name, vocabulary = output_head(base)
         transposed = any(isinstance(module, Conv1D) for module in base.modules())
-        model = ScalaBLModel(base, read_config(adapter))
+        model = ScalaBLModel(base, config)
         weights = read_weights(adapter)
         load_weights(model, weights)
         modules = tuple(model.adapted)

@@ -22,7 +22,8 @@ from scalabl.config import AdapterConfig, Task
 from scalabl.errors import AdapterError, OutputError
 from scalabl.files.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from scalabl.files.output_folder import check_unused, write_adapter
-from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.files.peft_head import class_names, is_of_head, read_head, settings_of
+from scalabl.model.scalabl_model import HEAD_WEIGHT, ScalaBLModel
 
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # PEFT saves copies of the base model's embeddings and head with a LoRA of the head.
@@ -33,7 +34,6 @@ UNSUPPORTED = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -57,11 +57,15 @@ class Lora:
     Attributes:
         modules: module name in the base model -> (A [r, d_in], B [d_out, r]), float64, with B multiplied by the scaling.
         copies: names of base modules of which PEFT saved a copy with the LoRA -> number of rows of the copied weight.
+        head: the rows [C, D] of a head for sequence classification that was trained with the LoRA; None without one.
+        labels: the names of the head's classes, if the folder has them.
     """
 
     base_model: str | None
     modules: dict[str, tuple[Tensor, Tensor]]
     copies: dict[str, int]
+    head: Tensor | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -109,9 +113,12 @@ def read_peft(folder: Path) -> Lora:
             raise AdapterError(
                 f"{folder / CONFIG_FILE}: {field} is {config[field]!r}, which cannot be converted; only plain LoRA can"
             )
+    head = read_head(folder, config, tensors)
     sides: dict[str, dict[str, Tensor]] = {}
     copies = {}
     for key, tensor in tensors.items():
+        if head is not None and is_of_head(key):
+            continue
         match = KEY.match(key)
         if match is None:
             copy = COPY.match(key)
@@ -137,7 +144,8 @@ def read_peft(folder: Path) -> Lora:
         modules[module] = (pair["A"], scaling * pair["B"])
     if not modules:
         raise AdapterError(f"{folder / WEIGHTS_FILE} has no lora_A and lora_B tensors")
-    return Lora(config.get("base_model_name_or_path"), modules, copies)
+    labels = None if head is None else class_names(settings_of(folder), len(head))
+    return Lora(config.get("base_model_name_or_path"), modules, copies, head, labels)
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
@@ -178,12 +186,17 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
 
     Args:
         skeleton: of the base model (`pretrained.load_skeleton`); it is modified in place.
-        task: `choice_tokens` must be set; of the LoRA of the head only their rows are used.
+        task: `choice_tokens` must be set; of the LoRA of the head only their rows are used. With a head of the LoRA's own
+            `task.head` must be 'own', and the choices are the names of its rows.
         fields: further fields of `AdapterConfig`.
 
     Raises:
         AdapterError: the LoRA does not fit the base model, or has no effect.
     """
+    if lora.head is not None and task.head != "own":
+        raise AdapterError(
+            "the LoRA was trained with a head for sequence classification; start with --head fresh to keep it"
+        )
     head_name, vocabulary = output_head(skeleton)
     for name, rows_saved in lora.copies.items():
         module = skeleton.get_submodule(name) if name in dict(skeleton.named_modules()) else None
@@ -198,11 +211,18 @@ def adapter_of(lora: Lora, skeleton: PreTrainedModel, task: Task, **fields: Any)
         r=lora.rank, lora_alpha=float(lora.rank), target_modules=_targets(lora.modules, skeleton), task=task, **fields
     )
     model = ScalaBLModel(skeleton, config)
-    assert task.choice_tokens is not None
     tensors: dict[str, Tensor] = {}
+    if lora.head is not None:
+        assert model.own_head is not None
+        if lora.head.shape != model.own_head.weight.shape:
+            raise AdapterError(
+                f"the head 'score' of the LoRA is {list(lora.head.shape)}; the base model and {len(task.choices)} choices "
+                f"need {list(model.own_head.weight.shape)}: name each class with --label, in the order of the rows"
+            )
+        tensors[HEAD_WEIGHT] = lora.head
     for name, (down, up) in lora.modules.items():
         layer = model.adapted[name]
-        if name == head_name and up.shape[0] == vocabulary:
+        if name == head_name and up.shape[0] == vocabulary and task.choice_tokens is not None:
             up = up[torch.tensor(task.choice_tokens)]
         if (up.shape[0], down.shape[1]) != (layer.d_out, layer.d_in):
             raise AdapterError(

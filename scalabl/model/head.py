@@ -83,3 +83,17 @@ def cut_head(head: nn.Module, choice_tokens: tuple[int, ...]) -> nn.Linear:
         if bias is not None:
             cut.bias.copy_(bias[rows])
     return cut.requires_grad_(False)
+
+
+def own_head(head: nn.Module, choices: int) -> nn.Linear:
+    """An adapter's own rows, as a linear layer [D] -> [C] of zeros beside a language model's head, which it replaces.
+
+    Raises:
+        ValueError: the head's weight is quantised, so that the dtype of its input is not known.
+    """
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError("the head's weight is quantised; load the base model with its head in floating point")
+    own = nn.Linear(weight.shape[1], choices, bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.zeros_(own.weight)
+    return own

@@ -19,7 +19,7 @@ from scalabl.config import AdapterConfig
 from scalabl.errors import AdapterError
 from scalabl.model.attachment import Attachment, Host
 from scalabl.model.forward_pass import ForwardPass, RowSamples, enter
-from scalabl.model.head import ChoiceHead, cut_head
+from scalabl.model.head import ChoiceHead, cut_head, own_head
 from scalabl.model.layer import SubspaceLinear, is_adaptable
 from scalabl.model.packed_attention import packed
 from scalabl.model.packing import Packing
@@ -29,6 +29,7 @@ from scalabl.model.posterior import DEFAULT_SCHEME, FACTOR, Draws, Posterior, Sc
 from scalabl.model.token_batch import TokenBatch
 from scalabl.model.trunk import Trunk
 
+HEAD_WEIGHT = "head.weight"  # an adapter's own head [C, D] among its tensors
 # Places of inputs -> the samples of their rows, one input after the other, and the number of rows of each
 SampleRows = Callable[[Sequence[int]], tuple[RowSamples, list[int]]]
 
@@ -38,9 +39,20 @@ def _layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def _check_layers(host: Host, layers: Sequence[int] | None) -> None:
+    """Raise AdapterError for an index that is not that of a layer of the base model."""
+    indices = {index for name in host.modules if (index := _layer_index(name)) is not None}
+    absent = [index for index in layers or () if index not in indices]
+    if absent and indices:
+        raise AdapterError(
+            f"layers_to_transform names layer {absent[0]}, but the base model's layers are {min(indices)} to {max(indices)}"
+        )
+
+
 def _select(host: Host, config: AdapterConfig, architecture: str) -> list[str]:
     """Names of the modules to adapt, in the base model's order. Raises AdapterError for a target without a module."""
     layers = config.layers_to_transform
+    _check_layers(host, layers)
     chosen, matched, seen_layers = [], set(), set()
     for name, module in host.modules.items():
         targets = [t for t in config.target_modules if name == t or name.endswith("." + t)]
@@ -81,7 +93,8 @@ class ScalaBLModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, config: AdapterConfig, *, attach: bool = True) -> None:
         super().__init__()
-        if config.task.choice_tokens is None:
+        tokens = config.task.choice_tokens
+        if tokens is None and config.task.head == "vocabulary":
             raise AdapterError("task.choice_tokens is not set; resolve it with the tokenizer (scalabl.prompt.Prompter)")
         self.config = config
         self.base = base
@@ -93,9 +106,12 @@ class ScalaBLModel(nn.Module):
         names = _select(host, config, type(base).__name__)
         try:
             with weights_of(host.head):
-                cut: nn.Module = cut_head(host.head, config.task.choice_tokens)
+                rows = own_head(host.head, len(config.task.choices)) if tokens is None else cut_head(host.head, tokens)
         except ValueError as error:
             raise AdapterError(str(error)) from None
+        self.own_head = rows if tokens is None else None
+        self._backbone = _backbone(base) if tokens is None else None
+        cut: nn.Module = rows
         for name in names:
             inner = cut if name == host.head_name else host.modules[name]
             start = len(self.adapted) * config.r
@@ -109,9 +125,8 @@ class ScalaBLModel(nn.Module):
             self.covariance_factor = nn.Parameter(torch.empty(shape, device=self.device))
         self.packs = False  # whether `logits` runs packed passes, without padding; set by `passes.probes`
         self.trunk = Trunk(host, [name for name in names if name != host.head_name])
-        head, self.head_name = ChoiceHead(cut), host.head_name
-        self.head_of_rows = head.of_rows  # for passes that another adapter runs
-        self._attachment = Attachment(host, {**self.adapted, host.head_name: head}, self.trunk)
+        self.head, self.head_name = ChoiceHead(cut), host.head_name
+        self._attachment = Attachment(host, {**self.adapted, host.head_name: self.head}, self.trunk)
         if attach:
             self.attach()
 
@@ -155,19 +170,28 @@ class ScalaBLModel(nn.Module):
         return self.trunk.depth if self.trunk.blocks else self.num_blocks
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on."""
-        parameters = {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in self.adapted.items()
-            for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")
-        }
-        return parameters if self.covariance_factor is None else {**parameters, FACTOR: self.covariance_factor}
+        """All trainable parameters, named as in the adapter file: `<module>.lora_A` and so on; the own head's first."""
+        parameters: dict[str, nn.Parameter] = {}
+        if self.own_head is not None:
+            parameters[HEAD_WEIGHT] = self.own_head.weight  # type: ignore[assignment]  # a parameter
+        for name, layer in self.adapted.items():
+            parameters |= {f"{name}.{kind}": getattr(layer, kind) for kind in ("lora_A", "lora_B", "s_mean", "s_log_std")}
+        if self.covariance_factor is not None:
+            parameters[FACTOR] = self.covariance_factor
+        return parameters
 
     def reset_adapter(self, seed: int, std_init: float = 0.05) -> None:
-        """Reset to an untrained adapter with the paper's initialisation, in which B = 0."""
+        """Reset to an untrained adapter with the paper's initialisation, in which B = 0.
+
+        A head of its own starts as in transformers' models for sequence classification: N(0, `initializer_range`^2).
+        """
         generator = torch.Generator().manual_seed(seed)
         for layer in self.adapted.values():
             layer.reset_parameters(generator, std_init)
+        if self.own_head is not None:
+            spread = getattr(self.base.config.get_text_config(), "initializer_range", 0.02)
+            initial = torch.empty(self.own_head.weight.shape).normal_(0.0, spread, generator=generator)
+            self.own_head.weight.data.copy_(initial)
 
     def posterior(self) -> Posterior:
         """q(s) over all adapted layers; differentiable in mu and ln sigma."""
@@ -220,9 +244,12 @@ class ScalaBLModel(nn.Module):
         cache = self._cache(forward_pass)
         trunk = nullcontext() if forward_pass.states is None else self.trunk.skipped()
         with enter(forward_pass), trunk, packed(self.base, forward_pass) as places:
-            output = self.base(input_ids=forward_pass.token_ids, **_cache_arguments(cache), **places)
-        logits: Tensor = output.logits[:, 0].float()
-        return logits.to(self.device), cache
+            arguments = {"input_ids": forward_pass.token_ids, **_cache_arguments(cache), **places}
+            if self._backbone is None:
+                logits: Tensor = self.base(**arguments).logits
+            else:  # what some architectures do to the logits of their vocabulary (scales, caps) is not for other heads
+                logits = self.head(self._backbone(**arguments).last_hidden_state)
+        return logits[:, 0].float().to(self.device), cache
 
     def _fitted(self, wanted: ForwardPass) -> ForwardPass:
         """The pass in the form that this base model supports: if rows cannot fan out, inputs are copied before the pass."""
@@ -336,6 +363,18 @@ class ScalaBLModel(nn.Module):
         """[B, C]: the base model's logits over the choice tokens, without the adapter."""
         ids, lengths = (tensor.to(self.device) for tensor in batch.right_padded())
         return self.run(ForwardPass(ids, lengths))
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The base model without its head: what transformers' models for sequence classification run.
+
+    Raises:
+        AdapterError: the base model's class does not have this part.
+    """
+    backbone: nn.Module = base.base_model
+    if backbone is base:
+        raise AdapterError(f"{type(base).__name__} has no part without its head; task.head 'own' needs it")
+    return backbone
 
 
 def _cache_arguments(cache: PassCache | None) -> dict[str, Any]:

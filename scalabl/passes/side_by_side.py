@@ -1,8 +1,9 @@
 """Inputs for several adapters of one base model in one pass: the rows are told apart by the kernel's adapter index.
 
-Adapters can share a pass if their decoder blocks have the same adapted modules, rank and scaling (`pass_shape`); they may
-differ in members, choices and task. One adapter is attached and runs the pass with the matrices of all; each row's logits
-come from the head of its own adapter. Prompts that begin after a cached prefix stay in passes of their own adapter.
+Adapters can share a pass if their decoder blocks have the same adapted modules, rank and scaling, and if all of them or
+none have heads of their own (`pass_shape`); they may differ in members, choices and task. One adapter is attached and runs
+the pass with the matrices of all; each row's logits come from the head of its own adapter. Prompts that begin after a cached
+prefix stay in passes of their own adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ KEPT = 4  # combinations of adapters whose matrices are kept from pass to pass
 def pass_shape(model: ScalaBLModel) -> Hashable:
     """Adapters of one base model can share a pass if this is equal; known after `probes.find_shared_work`."""
     shortcuts = model.trunk.verified, model.trunk.trims, model.packs
-    return tuple(model.adapted), model.config.r, model.config.scaling, model.base.dtype, *shortcuts
+    has_own_head = model.own_head is not None
+    return tuple(model.adapted), model.config.r, model.config.scaling, model.base.dtype, has_own_head, *shortcuts
 
 
 class SideBySide:
@@ -100,7 +102,7 @@ class SideBySide:
             member = samples.s.new_zeros(len(samples.s), dtype=torch.int64) if samples.member is None else samples.member
             scalars.append(samples.s)
             members.append(member + self._first_member[place])
-            shares.append(Share(rows, samples, model.head_of_rows))
+            shares.append(Share(rows, samples, model.head.of_rows))
             first += len(samples.s)
         each = counts.tolist()
         together = RowSamples(

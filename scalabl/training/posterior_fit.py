@@ -251,7 +251,7 @@ def held_out_precision(model: ScalaBLModel, encoded: EncodedSet, curvature: Curv
     for batch in batches([len(encoded.sequences[row]) for row in rows], 1, BATCH_TOKENS):
         chosen = [rows[index] for index in batch]
         tokens = TokenBatch.of([encoded.sequences[row] for row in chosen])
-        mean, jacobian = slopes(model, tokens, num_choices=encoded.num_choices[chosen], negligible=NEGLIGIBLE)
+        mean, jacobian = slopes(model, tokens, choices=encoded.num_choices[chosen].tolist(), negligible=NEGLIGIBLE)
         parts.append((mean, curvature.by_eigenvectors(jacobian), encoded.answers[chosen]))
 
     def nll(precision: float) -> float:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scalabl.config import Covariance
 from scalabl.model.posterior import KLDirection
 
+MOST = 2**31 - 1  # the largest of the counts below: what the libraries hold in an integer
 # Defaults of the authors' published code (BayesAdapt, conf/optim/vi.yaml) that differ from ours: KL(p||q), not divided by N,
 # minimised by separate SGD steps with BLoB's cyclic weight; sigma has the same AdamW learning rate as the rest.
 PUBLISHED: dict[str, Any] = {
@@ -76,16 +77,19 @@ class TrainingConfig(BaseModel):
     fit_covariance: Covariance = Field(
         default="full", description="With --posterior laplace: full, across all layers; diagonal, of independent scalars."
     )
-    max_steps: int = Field(default=900, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(default=16, ge=1, description="Examples per step and device.")
+    max_steps: int = Field(default=900, ge=1, le=MOST, description="Optimiser steps.")
+    batch_size: int = Field(default=16, ge=1, le=MOST, description="Examples per step and device.")
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Batches whose gradients are added up for one optimiser step."
+        default=1, ge=1, le=MOST, description="Batches whose gradients are added up for one optimiser step."
     )
     learning_rate: float = Field(default=2e-3, gt=0, description="Peak AdamW learning rate of A, B and mu.")
     sigma_learning_rate: float = Field(
         default=1e-2,
         gt=0,
         description="Peak AdamW learning rate of ln sigma. It is higher, since ln sigma changes far more than A, B and mu.",
+    )
+    head_learning_rate: float = Field(
+        default=2e-3, gt=0, description="Peak AdamW learning rate of the rows of --head fresh."
     )
     lr_schedule: Literal["cosine", "linear"] = Field(
         default="cosine", description="How the learning rates fall after the warm-up."
@@ -95,7 +99,7 @@ class TrainingConfig(BaseModel):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay of A and B.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Norm to which gradients are clipped.")
-    train_samples: int = Field(default=1, ge=1, description="Posterior samples per example in a step.")
+    train_samples: int = Field(default=1, ge=1, le=MOST, description="Posterior samples per example in a step.")
     kl_weight: float = Field(
         default=1.0, ge=0, description="Beta, the weight of KL/N in the loss; 1 gives the evidence lower bound."
     )
@@ -110,10 +114,13 @@ class TrainingConfig(BaseModel):
         default=0.2, gt=0, description="Peak learning rate of --kl-optimizer sgd; the authors use 0.02 to 0.2."
     )
     std_init: float = Field(default=0.05, gt=0, description="Sigma starts at random between std_init / sqrt 2 and std_init.")
-    eval_steps: int = Field(default=150, ge=1, description="Steps between validations and checkpoints.")
-    eval_samples: int = Field(default=4, ge=1, description="Posterior samples per validation input.")
+    eval_steps: int = Field(default=150, ge=1, le=MOST, description="Steps between validations and checkpoints.")
+    eval_samples: int = Field(default=4, ge=1, le=MOST, description="Posterior samples per validation input.")
     early_stopping_patience: int | None = Field(
-        default=None, ge=1, description="Stop after this many validations without a lower NLL (negative log-likelihood)."
+        default=None,
+        ge=1,
+        le=MOST,
+        description="Stop after this many validations without a lower NLL (negative log-likelihood).",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -125,7 +132,10 @@ class TrainingConfig(BaseModel):
     )
     tensorboard: bool = Field(default=False, description="Write TensorBoard logs to <output>/runs.")
     seed: int = Field(
-        default=0, ge=0, description="Random seed of the initialisation, the order of examples and the posterior draws."
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Random seed of the initialisation, the order of examples and the posterior draws.",
     )
 
     @model_validator(mode="before")

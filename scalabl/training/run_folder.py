@@ -5,9 +5,10 @@ The training itself is in `trainer`. The record is `training_run.json` in the ru
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,7 +39,7 @@ NOT_COMPARED = {"gradient_checkpointing", "trunk_cache_gib", "tensorboard"}
 # Fields of an adapter that training does not set: the format's and those of calibration and fit.
 NOT_TRAINED = {"peft_type", "format_version", "posterior_scale", "temperature", "calibration", "covariance", "posterior_fit"}
 # Settings that change the token ids of the rows, so that other ids do not show that the rows themselves differ.
-IN_PROMPTS = {"kind", "template", "chat", "choices"}
+IN_PROMPTS = {"kind", "template", "chat", "choices", "special_tokens_in_text", "chat_date", "head"}
 # Parts of a base model's configuration that say nothing about the model.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 SHOWN = 100  # characters of a value in a message
@@ -124,9 +125,14 @@ class TrainingRun(Record):
     @property
     def settings(self) -> dict[str, Any]:
         """The options that decide what is learnt, by name."""
-        adapter = self.adapter.model_dump(mode="json", exclude={*NOT_TRAINED, "task"})
-        task = self.adapter.task.model_dump(mode="json")
-        return self.recipe.model_dump(mode="json", exclude=NOT_COMPARED) | task | adapter
+        adapter = _all_fields(self.adapter, exclude={*NOT_TRAINED, "task"})
+        return self.recipe.model_dump(mode="json", exclude=NOT_COMPARED) | _all_fields(self.adapter.task) | adapter
+
+
+def _all_fields(model: BaseModel, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+    """A model's fields as JSON values, also those that a dump leaves out because they have their default."""
+    defaults = {name: field.default for name, field in type(model).model_fields.items() if name not in exclude}
+    return defaults | model.model_dump(mode="json", exclude=set(exclude))
 
 
 def fingerprint_of(base: PreTrainedModel) -> str:
@@ -178,6 +184,16 @@ def find_run(folder: Path, run: TrainingRun, *, overwrite: bool = False) -> Trai
     if changes:
         raise OutputError(f"the adapter in {folder} was changed after its training: {'; '.join(changes)}; {REMEDY}")
     return old
+
+
+def recorded_chat_date(folder: Path) -> datetime.date | None:
+    """The date in the prompts of the run in a folder, with which it resumes; None if there is no run or no date.
+
+    Raises:
+        OutputError: the folder's record cannot be read.
+    """
+    old = _read(folder)
+    return None if old is None else old.adapter.task.chat_date
 
 
 def begin(folder: Path, run: TrainingRun) -> None:

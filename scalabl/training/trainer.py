@@ -187,16 +187,18 @@ class VariationalTrainer(Trainer):  # type: ignore[misc]  # transformers is unty
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             parameters = self.module.model.adapter_parameters().items()
-            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": []}
+            groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "s_mean": [], "s_log_std": [], "weight": []}
             for name, parameter in parameters:
                 groups[name.rpartition(".")[2]].append(parameter)
             rate, decay = self.args.learning_rate, self.args.weight_decay
+            head_rate = self.module.recipe.head_learning_rate
             self.optimizer = torch.optim.AdamW(
                 [
                     {"params": groups["lora_A"] + groups["lora_B"], "lr": rate, "weight_decay": decay},
                     # No weight decay: the prior regularises the scalars.
                     {"params": groups["s_mean"], "lr": rate, "weight_decay": 0.0},
                     {"params": groups["s_log_std"], "lr": self.module.recipe.sigma_learning_rate, "weight_decay": 0.0},
+                    *([{"params": groups["weight"], "lr": head_rate, "weight_decay": decay}] if groups["weight"] else []),
                 ]
             )
         return self.optimizer
@@ -227,7 +229,7 @@ def _start_from(model: ScalaBLModel, start: Mapping[str, Tensor]) -> None:
     for name, parameter in model.adapter_parameters().items():
         if name in start:
             parameter.copy_(start[name])
-        else:
+        elif name.endswith(".s_log_std"):
             mean = start[name.replace(".s_log_std", ".s_mean")].to(parameter.device)
             parameter.copy_(relative_log_std(mean, parameter.exp()))
 

@@ -10,6 +10,7 @@ Gaussians. Whole data sets are linearised in `evaluation.inference`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +21,7 @@ from scalabl.model.derivatives import jacobian
 from scalabl.model.posterior import Draws, Posterior, draw_members
 from scalabl.model.scalabl_model import ScalaBLModel
 from scalabl.model.token_batch import TokenBatch
-from scalabl.uncertainty.absent_choices import ABSENT
+from scalabl.uncertainty.absent_choices import ABSENT, OwnChoices, columns_of, presence
 from scalabl.uncertainty.predictive import Predictive, StandardErrors, predictive, standard_errors
 
 INTEGRATION_DRAWS = 1024  # samples of the Gaussian over logits, which need no pass
@@ -65,9 +66,10 @@ class Linearization:
         """The linearisation of one input, with B = 1."""
         return replace(self, mean=self.mean[index : index + 1], jacobian=self.jacobian[index : index + 1])
 
-    def of_choices(self, count: int) -> Linearization:
-        """The linearisation of the first `count` choices only, for inputs that have no others."""
-        return replace(self, mean=self.mean[..., :count], jacobian=self.jacobian[..., :count, :])
+    def of_choices(self, choices: OwnChoices) -> Linearization:
+        """The linearisation over these choices only, for inputs that have no others."""
+        columns = columns_of(choices)
+        return replace(self, mean=self.mean[..., columns], jacobian=self.jacobian[..., columns, :])
 
     def covariance(self) -> Tensor:
         """Cov(z) = (J F) (J F)^T of each member, [B, M, C, C]."""
@@ -113,12 +115,12 @@ def linearize(
     model: ScalaBLModel,
     batch: TokenBatch,
     *,
-    num_choices: Tensor | None = None,
+    choices: Sequence[OwnChoices] | None = None,
     negligible: float = 0.0,
     states: Tensor | None = None,
 ) -> Linearization:
     """Linearise B inputs around the mean of each member. The arguments are those of `slopes`."""
-    mean, derivatives = slopes(model, batch, num_choices=num_choices, negligible=negligible, states=states)
+    mean, derivatives = slopes(model, batch, choices=choices, negligible=negligible, states=states)
     columns = {name: slice(i * model.config.r, (i + 1) * model.config.r) for i, name in enumerate(model.adapted)}
     return Linearization(mean, derivatives, model.posterior().detached(), columns)
 
@@ -127,14 +129,14 @@ def slopes(
     model: ScalaBLModel,
     batch: TokenBatch,
     *,
-    num_choices: Tensor | None = None,
+    choices: Sequence[OwnChoices] | None = None,
     negligible: float = 0.0,
     states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z(mu) [B, M, C] and dz/ds there [B, M, C, P]: a row of the passes for each member and choice of each input.
 
     Args:
-        num_choices: [B], the number of choices of each input; None for all of the task's. Others have the logit `ABSENT`.
+        choices: the choices of each input; None for all of the task's. Others have the logit `ABSENT`.
         negligible: choices with a lower probability at every member's mean are not linearised and cost no row, except for
             each member's two most probable. Finding them takes one more forward pass over B * M rows.
         states: as of `ForwardPass`, of a batch that is right-padded.
@@ -143,8 +145,8 @@ def slopes(
         Both float64, on the CPU.
     """
     present = torch.ones(batch.input_ids.shape[0], model.num_choices, dtype=torch.bool)
-    if num_choices is not None:
-        present = torch.arange(model.num_choices) < num_choices.unsqueeze(1)
+    if choices is not None:
+        present = presence(choices, model.num_choices)
     active = present
     if negligible > 0:
         z = model.logits(batch, model.mean_draw(), states).cpu().masked_fill(~present.unsqueeze(1), ABSENT)  # [B, M, C]

@@ -61,6 +61,16 @@ class Predictive:
             standard_error=StandardErrors(**{name: torch.stack([error[name] for error in errors]) for name in errors[0]}),
         )
 
+    @staticmethod
+    def concatenated(parts: Sequence[Predictive]) -> Predictive:
+        """The predictive of all inputs of several predictives."""
+        errors = [vars(part.standard_error) for part in parts]
+        fields = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        return Predictive(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
+            standard_error=StandardErrors(**{name: torch.cat([error[name] for error in errors]) for name in errors[0]}),
+        )
+
 
 def predictive(logits: Tensor, temperature: float = 1.0, scheme: Scheme = "gaussian", members: int = 1) -> Predictive:
     """The Bayesian model average and its uncertainty.

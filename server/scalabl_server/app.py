@@ -24,6 +24,7 @@ from scalabl_server.web.arrival import ArrivalLimits
 from scalabl_server.web.auth import KeyRing
 from scalabl_server.web.draining import CloseWhileDraining
 from scalabl_server.web.observation import Observe
+from scalabl_server.web.request_line import RequestLine
 from scalabl_server.web.routes import build_router, health_routes, metrics_route
 
 CORS: dict[str, Any] = {
@@ -86,6 +87,7 @@ def create_app(
         max_body_bytes=settings.max_body_bytes,
         body_timeout=settings.body_timeout,
     )
+    app.add_middleware(RequestLine)
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
@@ -101,5 +103,6 @@ def create_admin_app(main: FastAPI) -> FastAPI:
     errors.install(app)
     app.include_router(health_routes(server))
     app.include_router(metrics_route(server))
+    app.add_middleware(RequestLine)
     app.add_middleware(Observe, metrics=server.metrics)
     return app

@@ -61,7 +61,7 @@ class ServeSettings(BaseSettings):
         "(default: eight inputs that come with the server).",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="Number of CPU threads for the model (default: torch decides)."
+        default=None, ge=1, le=4096, description="Number of CPU threads for the model (default: torch decides)."
     )
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",
@@ -80,7 +80,10 @@ class ServeSettings(BaseSettings):
     engine_timeout: float = Field(default=30.0, gt=0, description="Seconds that one call to a vLLM server may take.")
     engine_start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for a vLLM server at start-up.")
     num_samples: int = Field(
-        default=16, ge=1, description="Number of posterior samples (K) for a request that does not set num_samples."
+        default=16,
+        ge=1,
+        le=2**20,
+        description="Number of posterior samples (K) for a request that does not set num_samples.",
     )
     max_samples: int = Field(default=256, ge=1, description="Largest number of samples that a request may ask for.")
     seed: int = Field(
@@ -93,7 +96,10 @@ class ServeSettings(BaseSettings):
         default=DEFAULT_SCHEME, description="How posterior samples are drawn: gaussian, antithetic or sobol."
     )
     max_input_tokens: int | None = Field(
-        default=None, ge=1, description="Longest prompt, in tokens (default: the context length of the base model)."
+        default=None,
+        ge=1,
+        description="Longest prompt, in tokens (default: the context length of the base model; if it has none, the size of "
+        "the largest pass).",
     )
     max_batch_tokens: int = Field(
         default=16384,
@@ -235,7 +241,10 @@ class ServeSettings(BaseSettings):
         default=90.0, gt=0, description="Days after which a stored prediction is deleted."
     )
     outcomes_max_rows: int = Field(
-        default=1_000_000, ge=1, description="Largest number of stored predictions. Above it, the oldest are deleted."
+        default=1_000_000,
+        ge=1,
+        lt=2**62,
+        description="Largest number of stored predictions. Above it, the oldest are deleted.",
     )
     store_inputs: bool = Field(default=False, description="Store the text of each input, not only its hash.")
     input_hash_key: SecretStr | None = Field(
@@ -335,6 +344,15 @@ class ServeSettings(BaseSettings):
     def queue_tokens(self) -> int:
         """The largest number of tokens in the queue."""
         return self.max_queue_tokens or 64 * self.max_batch_tokens
+
+    def longest_prompt(self, supported: int | None) -> int:
+        """The longest allowed prompt in tokens.
+
+        Args:
+            supported: the base model's own limit; None if it has none, so that only the size of a pass limits a prompt.
+        """
+        limits = [limit for limit in (self.max_input_tokens, supported) if limit is not None]
+        return min(limits, default=self.max_batch_tokens)
 
     def longest_text(self, max_tokens: int) -> int:
         """The longest allowed text in characters, when the longest prompt has `max_tokens` tokens."""

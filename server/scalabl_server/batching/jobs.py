@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from scalabl.model.posterior import Draws
+from scalabl.uncertainty.absent_choices import OwnChoices, columns_of
 from scalabl.uncertainty.adaptive import Rule, settled
 from scalabl.uncertainty.linearized import Linearization, controlled
 from scalabl.uncertainty.predictive import Predictive, all_finite, predictive
@@ -68,12 +69,12 @@ class Job(ABC):
     """What one input needs from the engine.
 
     Attributes:
-        num_choices: the number of the input's own choices; they are the first ones among the adapter's choices.
+        choices: the input's own choices: the first ones among the adapter's, or those that its request names.
         has_rounds: whether `next_draws` may return further samples.
         is_linearized: whether the engine must linearise the input, over its own choices.
     """
 
-    num_choices: int
+    choices: OwnChoices
     has_rounds: ClassVar[bool] = False
     is_linearized: ClassVar[bool] = False
 
@@ -112,7 +113,7 @@ class SampledJob(Job):
     """A fixed number of posterior samples."""
 
     draws: Draws
-    num_choices: int
+    choices: OwnChoices
 
     @property
     def demand(self) -> RowDemand:
@@ -125,7 +126,8 @@ class SampledJob(Job):
         return result.logits.numel()
 
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        return predictive(result.logits[:, : self.num_choices], temperature, self.draws.scheme, self.draws.members), {}
+        logits = result.logits[:, columns_of(self.choices)]
+        return predictive(logits, temperature, self.draws.scheme, self.draws.members), {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,7 @@ class AdaptiveJob(SampledJob):
         if count >= self.draws.num_samples or not all_finite(logits):
             return None
         scheme, members = self.draws.scheme, self.draws.members
-        outcome = predictive(logits[:, : self.num_choices].unsqueeze(0), temperature, scheme, members)
+        outcome = predictive(logits[:, columns_of(self.choices)].unsqueeze(0), temperature, scheme, members)
         if settled(outcome, self.rule, scheme, members):
             return None
         return self.draws.part(count, self.rule.after(count))
@@ -168,7 +170,7 @@ class LinearizedJob(Job):
     """The linearisation around the posterior mean. `rows`: batch rows of its backward passes, one per choice."""
 
     rows: int
-    num_choices: int
+    choices: OwnChoices
 
     is_linearized = True
 
@@ -177,7 +179,7 @@ class LinearizedJob(Job):
         return RowDemand.fixed(self.rows)
 
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        linear = result.linearization.of_choices(self.num_choices)
+        linear = result.linearization.of_choices(self.choices)
         return linear.predictive(temperature).of_input(0), _layer_shares(linear, temperature)
 
 
@@ -187,7 +189,7 @@ class ControlVariateJob(Job):
 
     draws: Draws
     linear_rows: int
-    num_choices: int
+    choices: OwnChoices
 
     is_linearized = True
 
@@ -199,8 +201,8 @@ class ControlVariateJob(Job):
         return self.draws
 
     def outcome(self, result: Result, temperature: float) -> Outcome:
-        linear = result.linearization.of_choices(self.num_choices)
-        logits = result.logits[:, : self.num_choices].unsqueeze(0)
+        linear = result.linearization.of_choices(self.choices)
+        logits = result.logits[:, columns_of(self.choices)].unsqueeze(0)
         outcome = controlled(logits, linear, self.draws, temperature).of_input(0)
         return outcome, _layer_shares(linear, temperature)
 

@@ -18,8 +18,11 @@ def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]
 
         config, weights = read_config(adapter), read_weights(adapter)
         stochastic = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".s_mean"))
+        task = config.task
         summary = {
             **config.model_dump(mode="json"),
+            "members": config.members,
+            "token_of_each_choice": dict(zip(task.choices, task.choice_tokens, strict=True)) if task.choice_tokens else None,
             "adapted_layers": sum(name.endswith(".s_mean") for name in weights),
             "stochastic_parameters": stochastic,
             "additional_parameters": sum(tensor.numel() for tensor in weights.values()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,25 +12,32 @@ import typer
 from scalabl.config import SetMethod
 from scalabl.errors import ScalaBLError
 from scalabl_server.cli.labelled_data import (
+    ROWS_HELP,
     Adapter,
     Device,
+    LabelColumn,
     Model,
     NumSamples,
     Precision,
     Seed,
-    data_name,
+    TextColumn,
+    columns_of,
+    examples_for,
     load,
     plots_module,
+    warn,
 )
-from scalabl_server.cli.options import errors_as_messages, split
+from scalabl_server.cli.options import LARGEST_SEED, errors_as_messages, split
 
 PLOT_FILES = (".png", ".svg", ".pdf")
 
 
 def calibrate(
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help="Labelled rows that were not used in training, JSONL.")],
+    data: Annotated[str, typer.Option(help=f"Labelled rows that were not used in training: {ROWS_HELP}.")],
     model: Model = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
     levels: Annotated[str, typer.Option(help="Comma-separated coverage levels for prediction sets.")] = "0.8,0.9,0.95",
@@ -45,7 +51,10 @@ def calibrate(
     ] = 0.9,
     abstain: Annotated[bool, typer.Option(help="Fit an abstention threshold.")] = True,
     split_seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the random split into rows for the fit and rows for the thresholds.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Seed of the random split into rows for the fit and rows for the thresholds."
+        ),
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the fit to this file (.png, .svg or .pdf).")] = None,
     device: Device = "auto",
@@ -68,24 +77,27 @@ def calibrate(
 
         from scalabl.evaluation.calibration import Options
         from scalabl.evaluation.calibration import calibrate as run
-        from scalabl.evaluation.dataset import read_examples
-        from scalabl.files.adapter_directory import fingerprint_of_files, save_config
+        from scalabl.evaluation.dataset import review
+        from scalabl.evaluation.dataset.examples import read_rows
+        from scalabl.files.adapter_directory import fingerprint_of_files, read_config, save_config
 
         plots = plots_module() if plot is not None else None
-        rows = read_examples(data)
+        rows = read_rows(data, columns_of(text_column, label_column))
+        examples = examples_for(read_config(adapter).task, rows)
+        warn(review.repeated_texts(rows.name, examples))
         loaded = load(adapter, model, device, quantization)
         fingerprint = fingerprint_of_files(adapter)
         config = loaded.model.config
         loaded.model.config = config.model_copy(update={"posterior_scale": 1.0, "temperature": 1.0, "calibration": None})
         options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
-        with tqdm(desc=data.name, unit="input") as bar:
+        with tqdm(desc=Path(rows.name).name, unit="input") as bar:
             outcome = run(
                 loaded.model,
-                loaded.encode(rows),
+                loaded.encode(examples),
                 loaded.draws(num_samples, seed),
                 options,
-                name=data_name(data),
-                sha256=hashlib.sha256(data.read_bytes()).hexdigest(),
+                name=rows.name,
+                sha256=rows.sha256,
                 on_progress=bar.update,
             )
         fitted = {

@@ -12,16 +12,21 @@ import typer
 
 from scalabl.model.posterior import DEFAULT_SCHEME
 from scalabl_server.cli.labelled_data import (
+    ROWS_HELP,
     Adapter,
     Device,
+    LabelColumn,
     Loaded,
     Model,
     NumSamples,
     Precision,
     Seed,
-    data_name,
+    TextColumn,
+    columns_of,
+    examples_for,
     load,
     plots_module,
+    warn,
 )
 from scalabl_server.cli.options import errors_as_messages
 from scalabl_server.cli.tables import print_report
@@ -34,12 +39,14 @@ if TYPE_CHECKING:
 
 def evaluate(
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help="Labelled rows, JSONL.")],
+    data: Annotated[str, typer.Option(help=f"Labelled rows: {ROWS_HELP}.")],
     model: Model = None,
     ood: Annotated[
-        list[Path] | None,
-        typer.Option(help="Out-of-distribution inputs, to which no choice applies, JSONL. May be repeated."),
+        list[str] | None,
+        typer.Option(help="Out-of-distribution inputs, to which no choice applies; they need no labels. May be repeated."),
     ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     num_samples: NumSamples = 16,
     seed: Seed = 0,
     method: Annotated[
@@ -50,7 +57,7 @@ def evaluate(
         ),
     ] = "monte_carlo",
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Bootstrap resamples for the 95% intervals (0: no intervals).")
+        int, typer.Option(min=0, max=1_000_000, help="Bootstrap resamples for the 95% intervals (0: no intervals).")
     ] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the JSON report to this file.")] = None,
     plots: Annotated[
@@ -66,20 +73,28 @@ def evaluate(
     """
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise typer.BadParameter("a file in an existing folder", param_hint="--output")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise typer.BadParameter(f"must be a folder, and a file has this name (got {str(plots)!r})", param_hint="--plots")
     with errors_as_messages():
-        from scalabl.evaluation.dataset import read_examples
+        from scalabl.evaluation.dataset import review
+        from scalabl.evaluation.dataset.examples import read_rows
         from scalabl.evaluation.report import report
+        from scalabl.files.adapter_directory import read_config
 
         draw = plots_module() if plots is not None else None
-        examples = read_examples(data)
-        others = {path: read_examples(path, labelled=False) for path in ood or []}
+        columns, task = columns_of(text_column, label_column), read_config(adapter).task
+        rows = read_rows(data, columns)
+        others = [read_rows(name, columns, labelled=False) for name in dict.fromkeys(ood or [])]
+        examples = examples_for(task, rows)
+        sets = [(other.name, examples_for(task, other, labelled=False)) for other in others]
+        warn(*(review.shared_texts(name, inputs, rows.name, examples) for name, inputs in sets))
         loaded = load(adapter, model, device, quantization)
 
-        def evaluated(rows: list[Example], path: Path) -> Evaluated:
-            return _evaluate(loaded, rows, path, method, num_samples, seed)
+        def evaluated(rows: list[Example], name: str) -> Evaluated:
+            return _evaluate(loaded, rows, name, method, num_samples, seed)
 
-        inside = evaluated(examples, data)
-        outside = [evaluated(rows, path) for path, rows in others.items()]
+        inside = evaluated(examples, rows.name)
+        outside = [evaluated(inputs, name) for name, inputs in sets]
         scores = {
             "adapter": adapter.name,
             "method": method,
@@ -99,7 +114,7 @@ def evaluate(
             typer.echo(text)
 
 
-def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, num_samples: int, seed: int) -> Evaluated:
+def _evaluate(loaded: Loaded, rows: list[Example], name: str, method: Method, num_samples: int, seed: int) -> Evaluated:
     from tqdm import tqdm
 
     from scalabl.evaluation.inference import linearized_predictive, logits_of, predictive_of
@@ -108,7 +123,7 @@ def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, n
 
     encoded, draws = loaded.encode(rows), loaded.draws(num_samples, seed)
     started = time.perf_counter()
-    with tqdm(total=len(rows), desc=path.name, unit="input") as bar:
+    with tqdm(total=len(rows), desc=Path(name).name, unit="input") as bar:
         if method != "monte_carlo":
             outcome = linearized_predictive(
                 loaded.model,
@@ -121,4 +136,4 @@ def _evaluate(loaded: Loaded, rows: list[Example], path: Path, method: Method, n
             logits = logits_of(loaded.model, encoded.sequences, draws, on_progress=bar.update)
             outcome = predictive_of(logits, encoded.num_choices, loaded.model, draws)
     seconds, tokens = time.perf_counter() - started, sum(map(len, encoded.sequences))
-    return Evaluated(data_name(path), outcome, encoded.answers, encoded.num_choices, tokens, seconds)
+    return Evaluated(name, outcome, encoded.answers, encoded.num_choices, tokens, seconds)

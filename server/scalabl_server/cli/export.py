@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
-from scalabl_server.cli.options import errors_as_messages
+from scalabl_server.cli.options import LARGEST_SEED, MOST_SAMPLES, errors_as_messages
 
 export = typer.Typer(help="Write an adapter in another project's format.", no_args_is_help=True)
 
@@ -23,9 +23,11 @@ ShapesOf = Annotated[
 def export_peft_command(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="The folder to create, with one LoRA directory per sample.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="Number of posterior samples (K); each becomes a LoRA.")] = 8,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Number of posterior samples (K); each becomes a LoRA.")
+    ] = 8,
     model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the posterior samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the posterior samples.")] = 0,
     draw_scheme: Annotated[Scheme, typer.Option(help="How posterior samples are drawn.")] = DEFAULT_SCHEME,
 ) -> None:
     """Write K posterior samples as K LoRA directories that PEFT can load."""
@@ -44,10 +46,12 @@ def export_vllm_command(
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="The folder to add LoRAs to. vLLM must see it under the same path.")],
     num_samples: Annotated[
-        int, typer.Option(min=1, help="Number of posterior samples (K): the --max-samples of the server.")
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Number of posterior samples (K): the --max-samples of the server.")
     ] = 16,
     model: ShapesOf = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the posterior samples: the --seed of the server.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the posterior samples: the --seed of the server.")
+    ] = 0,
     draw_scheme: Annotated[
         Scheme, typer.Option(help="How posterior samples are drawn: the --draw-scheme of the server.")
     ] = DEFAULT_SCHEME,

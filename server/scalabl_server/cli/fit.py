@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scalabl.config import TaskKind
+from scalabl.config import SpecialTokensInText, TaskKind
 from scalabl.training.recipe import FitConfig
-from scalabl_server.cli.labelled_data import Device, Model
-from scalabl_server.cli.options import command_for, errors_as_messages, task_of, usage_errors
+from scalabl_server.cli.convert import Label, Labels
+from scalabl_server.cli.labelled_data import ROWS_HELP, Device, LabelColumn, Model, TextColumn, columns_of, examples_for
+from scalabl_server.cli.options import command_for, errors_as_messages, given_labels, own_head_task, task_of, usage_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from scalabl.config import AdapterConfig
-    from scalabl.evaluation.dataset import Example
+    from scalabl.evaluation.dataset.examples import Rows
 
 SIGMA_BEFORE = 0.1  # share of each mean; any value will do, since the fit replaces it
 
@@ -31,20 +32,24 @@ class LoraOptions:
     template: str | None
     chat: bool | None
     choice_prefix: str | None
+    special_tokens_in_text: SpecialTokensInText | None
     base_model_name: str | None
+    labels: tuple[str, ...] | None
 
 
 def _fit(
     settings: FitConfig,
     adapter: Annotated[Path, typer.Argument(help="An adapter directory, or the directory of a LoRA that PEFT saved.")],
-    data: Annotated[Path, typer.Option(help="The rows that it was trained on, JSONL.")],
+    data: Annotated[str, typer.Option(help=f"The rows that it was trained on: {ROWS_HELP}.")],
     output: Annotated[
         Path | None,
         typer.Option(help="The adapter directory to write (default: the adapter itself). A LoRA needs one."),
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Held-out rows, JSONL, to choose the prior precision by their NLL.")
+        str | None, typer.Option(help="Held-out rows, to choose the prior precision by their NLL.")
     ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     model: Model = None,
     kind: Annotated[
         TaskKind | None,
@@ -56,6 +61,12 @@ def _fit(
         str | None,
         typer.Option(help="Of a LoRA: text between prompt and choice (default: a space, or nothing with --chat)."),
     ] = None,
+    special_tokens_in_text: Annotated[
+        SpecialTokensInText | None,
+        typer.Option(help="Of a LoRA: encode special tokens in an input as text (the default), or as control tokens."),
+    ] = None,
+    label: Label = None,
+    labels: Labels = None,
     base_model_name: Annotated[
         str | None, typer.Option(help="Of a LoRA: the base model's name to record (default: --model).")
     ] = None,
@@ -73,26 +84,28 @@ def _fit(
         from tqdm import tqdm
 
         from scalabl.base.pretrained import load_pretrained
-        from scalabl.evaluation.dataset import read_examples
+        from scalabl.evaluation.dataset.examples import read_rows
         from scalabl.evaluation.encoded import encode_examples
         from scalabl.files.adapter_directory import adapter_from
         from scalabl.files.peft_import import is_peft
         from scalabl.prompt import Prompter
         from scalabl.training.posterior_fit import check_output, check_size, fit_posterior, write_fit
 
-        rows = read_examples(data)
-        held_out = None if validation is None else read_examples(validation)
-        options = LoraOptions(kind, template, chat, choice_prefix, base_model_name)
+        columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
+        rows = read_rows(data, columns)
+        options = LoraOptions(kind, template, chat, choice_prefix, special_tokens_in_text, base_model_name, given)
         from_lora = is_peft(adapter)
         target = output or adapter
         check_output(adapter, target, from_lora=from_lora, overwrite=overwrite)
         base, config, weights = (_lora if from_lora else _adapter)(adapter, model, options, rows)
+        examples = examples_for(config.task, rows)
+        held_out = None if validation is None else examples_for(config.task, read_rows(validation, columns))
         check_size(sum(t.shape[-1] for name, t in weights.items() if name.endswith(".s_mean")), settings)
         pretrained = load_pretrained(base, device=device, dtype="float32")
         prompter = Prompter(config.task, pretrained.tokenizer)
-        training_set = encode_examples(prompter, rows, pretrained.max_tokens)
+        training_set = encode_examples(prompter, examples, pretrained.max_tokens)
         validation_set = None if held_out is None else encode_examples(prompter, held_out, pretrained.max_tokens)
-        with tqdm(total=min(settings.max_rows, len(rows)), desc=data.name, unit="row") as bar:
+        with tqdm(total=min(settings.max_rows, len(examples)), desc=Path(rows.name).name, unit="row") as bar:
             fitted = fit_posterior(
                 adapter_from(pretrained.model, config, weights),
                 training_set,
@@ -109,7 +122,7 @@ def _fit(
 
 
 def _adapter(
-    folder: Path, model: str | None, options: LoraOptions, rows: list[Example]
+    folder: Path, model: str | None, options: LoraOptions, rows: Rows
 ) -> tuple[str, AdapterConfig, dict[str, Tensor]]:
     """(base model, configuration, tensors) of an adapter directory."""
     from scalabl.files.adapter_directory import read_config, read_weights
@@ -122,25 +135,30 @@ def _adapter(
     return model or config.base_model_name_or_path, config, read_weights(folder)
 
 
-def _lora(
-    folder: Path, model: str | None, options: LoraOptions, rows: list[Example]
-) -> tuple[str, AdapterConfig, dict[str, Tensor]]:
+def _lora(folder: Path, model: str | None, options: LoraOptions, rows: Rows) -> tuple[str, AdapterConfig, dict[str, Tensor]]:
     """(base model, configuration, tensors) of a LoRA that PEFT saved, as `scalabl convert peft` makes them."""
     from scalabl.base.pretrained import load_skeleton
-    from scalabl.files.peft_import import adapter_of, read_peft, with_relative_sigma
-    from scalabl.prompt import Prompter
+    from scalabl.evaluation.dataset.examples import check_labels
+    from scalabl.files.peft_import import adapter_of, class_names, read_peft, with_relative_sigma
+    from scalabl.prompt import Prompter, letters
 
     lora = read_peft(folder)
     base = model or lora.base_model
     if base is None:
         raise typer.BadParameter("the LoRA does not name its base model; give it", param_hint="--model")
-    kind = options.kind or "classification"
-    choices = rows[0].choices
-    if kind == "multiple_choice":
-        choices = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(len(row.choices) for row in rows)])
-    with usage_errors():
-        task = task_of(kind, options.template, bool(options.chat), options.choice_prefix, choices)
     skeleton, tokenizer = load_skeleton(base)
+    kind, special = options.kind or "classification", options.special_tokens_in_text or "text"
+    with usage_errors():
+        if lora.head is not None:
+            names = options.labels or lora.labels or class_names(skeleton.config.to_dict(), len(lora.head))
+            choices = names or given_labels(None, None)
+            task = own_head_task(options.template or "{input}", bool(options.chat), choices, special, kind)
+        else:
+            if kind == "multiple_choice":
+                choices = letters(max(len(row.choices) for row in rows.examples(None)[0]))
+            else:
+                choices = options.labels or check_labels(rows.labels, rows.name)
+            task = task_of(kind, options.template, bool(options.chat), options.choice_prefix, choices, special)
     config, tensors = adapter_of(
         lora,
         skeleton,

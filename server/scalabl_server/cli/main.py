@@ -1,4 +1,7 @@
-"""The `scalabl` command and the list of its subcommands. Each subcommand imports torch and the like only when it runs."""
+"""The `scalabl` command and the list of its subcommands. Each subcommand imports torch and the like only when it runs.
+
+What a subcommand raises becomes one line and an exit status in `failures`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from scalabl_server.cli.calibrate import calibrate
 from scalabl_server.cli.convert import convert
 from scalabl_server.cli.evaluate import evaluate
 from scalabl_server.cli.export import export
+from scalabl_server.cli.failures import Commands
 from scalabl_server.cli.fit import fit
 from scalabl_server.cli.serve import serve
 from scalabl_server.cli.train import train
 
 app = typer.Typer(
+    cls=Commands,
     help="Inference server and tools for ScalaBL, Bayesian low-rank adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,37 +1,63 @@
-"""Shared by all subcommands: options generated from pydantic models, and errors shown as messages. No subcommand is here.
+"""Shared by all subcommands: options generated from pydantic models, and their usage errors. No subcommand is here.
 
 A field of a pydantic model is the only place for an option's name, default, limits and help.
 """
 
 from __future__ import annotations
 
+import datetime
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, Task, TaskKind
-from scalabl.errors import ScalaBLError
+from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, SpecialTokensInText, Task, TaskKind
+from scalabl.errors import DatasetError
+from scalabl_server.cli.failures import errors_as_messages as errors_as_messages
 
+SpecialTokens = Annotated[
+    SpecialTokensInText,
+    typer.Option(
+        help="Special tokens, such as <|im_start|>, that stand in an input: encode them as text, or as control tokens."
+    ),
+]
 
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Print a `ScalaBLError` as a message without a traceback, and exit with status 1."""
-    try:
-        yield
-    except ScalaBLError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+LARGEST_SEED = 2**63 - 1  # of posterior samples, as `posterior.draw` demands
+MOST_SAMPLES = 2**20  # posterior samples of one command
 
 
 def split(text: str) -> tuple[Any, ...]:
-    """The parts of a comma-separated option, for a pydantic field to parse."""
+    """The parts of a comma-separated option of names or numbers, for a pydantic field to parse. Free text has commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def given_labels(file: Path | None, names: list[str] | None) -> tuple[str, ...]:
+    """The labels that --labels or --label give, as they are: a label may have commas, and spaces at its ends.
+
+    Raises:
+        BadParameter: there are none, both options are given, or the file cannot be read.
+    """
+    if (file is None) == (not names):
+        raise typer.BadParameter("give each label by --label, or all of them in a file by --labels", param_hint="--label")
+    if file is not None:
+        from scalabl.evaluation.dataset.examples import read_labels
+
+        try:
+            return read_labels(file)
+        except DatasetError as error:
+            raise typer.BadParameter(str(error), param_hint="--labels") from None
+    assert names is not None
+    if len(names) == 1 and "," in names[0]:
+        raise typer.BadParameter(
+            f"{names[0]!r} is one label, because labels may have commas; repeat --label for each", param_hint="--label"
+        )
+    return tuple(names)
 
 
 @contextmanager
@@ -116,9 +142,14 @@ def task_of(
     chat: bool,
     choice_prefix: str | None,
     choices: tuple[str, ...],
+    special_tokens_in_text: SpecialTokensInText,
     choice_tokens: tuple[str, ...] | None = None,
+    chat_date: datetime.date | None = None,
 ) -> Task:
     """The task described by the options, with the defaults for its kind.
+
+    Args:
+        chat_date: the date in prompts whose chat template writes one; None for today.
 
     Raises:
         ValidationError: see `Task`.
@@ -130,5 +161,24 @@ def task_of(
         "choice_tokens": choice_tokens,
         "chat": chat,
         "choice_prefix": choice_prefix if choice_prefix is not None else ("" if chat else " "),
+        "special_tokens_in_text": special_tokens_in_text,
+        "chat_date": chat_date,
     }
     return Task.model_validate(fields)
+
+
+def own_head_task(
+    template: str | None,
+    chat: bool,
+    choices: tuple[str, ...],
+    special_tokens_in_text: SpecialTokensInText,
+    kind: TaskKind = "classification",
+    chat_date: datetime.date | None = None,
+) -> Task:
+    """The task of an adapter that has a head of its own: a classification whose choices have no tokens.
+
+    Raises:
+        ValidationError: see `Task`.
+    """
+    task = task_of(kind, template, chat, "", choices, special_tokens_in_text, chat_date=chat_date)
+    return Task.model_validate({**task.model_dump(), "head": "own"})

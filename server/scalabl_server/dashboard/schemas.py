@@ -35,13 +35,24 @@ class SetCoverage(BaseModel):
     covered: Share
 
 
+class Outside(BaseModel):
+    """How often none of the choices was the true answer (label null), over labelled predictions."""
+
+    abstained: Share = Field(description="Of the predictions with abstention.")
+    answered: Share = Field(description="Of the others.")
+
+
 class Reliability(BaseModel):
-    """Accuracy compared with confidence, over labelled predictions. Scores are null if there are none."""
+    """Accuracy compared with confidence, over labelled predictions. Scores are null if there are none.
+
+    A prediction with the label null (none of the choices) is wrong, and not in `log_loss`.
+    """
 
     accuracy: Share
+    outside: Outside
     ece: float | None = Field(description="Expected calibration error over the bins.")
     brier: float | None = Field(description="Mean Brier score, over all choices.")
-    log_loss: float | None = Field(description="Mean log loss, in nats.")
+    log_loss: float | None = Field(description="Mean log loss, in nats, over labels that are one of the choices.")
     bins: list[ReliabilityBin]
     sets: list[SetCoverage]
 
@@ -121,9 +132,10 @@ class Doubtful(BaseModel):
     entropy: float
     mutual_information: float
     abstain: bool | None
+    labelled: bool
     set_labels: list[str] | None = Field(description="The first choices of its prediction set.")
     set_size: int | None
-    label: str | None = Field(description="The latest label.")
+    label: str | None = Field(description="The latest label; null for none of the choices, or if `labelled` is false.")
     input: str | None = Field(description="The beginning of the input, if the server stores inputs.")
 
 

@@ -14,6 +14,7 @@ from scalabl_server.dashboard.schemas import (
     Doubtful,
     Mark,
     MutualInformation,
+    Outside,
     Reliability,
     ReliabilityBin,
     RiskCoverage,
@@ -65,14 +66,20 @@ def reliability(amounts: Amounts) -> Reliability:
                 accuracy=share(correct, labels),
             )
         )
-    labels = _sum(amounts, "outcomes")
+    labels, outside = _sum(amounts, "outcomes"), _sum(amounts, "outside")
+    abstained, abstained_outside = _sum(amounts, "abstained"), _sum(amounts, "abstained_outside")
+    scored = round(labels - outside)  # labels that have a log loss
     levels = sorted(key for name, key in amounts if name == "labelled_sets")
     sets = [(level, share(amounts.get(("covered", level), 0.0), amounts["labelled_sets", level])) for level in levels]
     return Reliability(
         accuracy=share(_sum(amounts, "correct"), labels),
+        outside=Outside(
+            abstained=share(abstained_outside, abstained),
+            answered=share(outside - abstained_outside, labels - abstained),
+        ),
         ece=gap / labels if labels > 0 else None,
         brier=_sum(amounts, "brier") / labels if labels > 0 else None,
-        log_loss=_sum(amounts, "log_loss") / labels if labels > 0 else None,
+        log_loss=_sum(amounts, "log_loss") / scored if scored > 0 else None,
         bins=bins,
         sets=[SetCoverage(coverage=float(level), covered=covered) for level, covered in sets if covered.total],
     )
@@ -187,6 +194,7 @@ def _wrong(seen: Seen) -> bool:
 def _doubtful(seen: Seen) -> Doubtful:
     answer = seen.answer
     prediction_set = answer.get("prediction_set")
+    label = None if seen.label is None else scoring.label_of(answer, seen.label)
     return Doubtful(
         id=seen.id,
         created_at=_time(seen),
@@ -199,7 +207,8 @@ def _doubtful(seen: Seen) -> Doubtful:
         if prediction_set is None
         else [shortened(label, LONGEST_SHOWN) for label in prediction_set["labels"][:MOST_SHOWN]],
         set_size=None if prediction_set is None else len(prediction_set["labels"]),
-        label=None if seen.label is None else shortened(scoring.choices_of(answer)[seen.label], LONGEST_SHOWN),
+        labelled=seen.label is not None,
+        label=None if label is None else shortened(label, LONGEST_SHOWN),
         input=None if seen.input is None else shortened(seen.input, LONGEST_SHOWN),
     )
 

@@ -233,7 +233,7 @@ def load(settings: ServeSettings) -> Engine:
     configs = [read_config(folder) for folder in folders.values()]  # check the configurations before the slow load
     name = settings.model or configs[0].base_model_name_or_path
     pretrained, unquantised = _load_base(settings, name, folders)
-    limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+    limit = settings.longest_prompt(pretrained.max_tokens)
     engine = TransformersEngine(
         pretrained=pretrained,
         default_adapter=settings.default_adapter,
@@ -293,7 +293,7 @@ def _asker(settings: ServeSettings) -> Callable[[ScalaBLModel, Pretrained], Pred
     probes = Probes(settings.probe_file)
 
     def ask(model: ScalaBLModel, pretrained: Pretrained) -> Predictive:
-        limit = min(settings.max_input_tokens or pretrained.max_tokens, pretrained.max_tokens)
+        limit = settings.longest_prompt(pretrained.max_tokens)
         prompter = Prompter(model.config.task, pretrained.tokenizer)
         return probes.ask(model, prompter, limit, model.draws(settings.num_samples, settings.seed, settings.draw_scheme))
 
@@ -344,6 +344,6 @@ def _linearize(
     if not indices:
         return {}
     batch = TokenBatch.of([sequences[index] for index in indices])
-    counts = torch.tensor([jobs[index].num_choices for index in indices])
-    linearization = linearize(model, batch, num_choices=counts, negligible=NEGLIGIBLE)
+    choices = [jobs[index].choices for index in indices]
+    linearization = linearize(model, batch, choices=choices, negligible=NEGLIGIBLE)
     return {index: linearization.of_input(row) for row, index in enumerate(indices)}

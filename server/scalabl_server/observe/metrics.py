@@ -5,11 +5,14 @@ The counters that outlive the process are in `outcomes`.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 from scalabl import __version__
+from scalabl.errors import ScalaBLError
 from scalabl.uncertainty.predictive import Predictive
 from scalabl_server.observe.prefix_metrics import PrefixCollector
 
@@ -23,10 +26,23 @@ PassFailure = Literal["out-of-memory", "device", "engine", "error"]
 POWERS = tuple(2.0**n for n in range(17))
 
 
+# With one of these prometheus_client keeps its values in files of that folder, for applications of several processes.
+MULTIPROCESS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+
+
+class MetricsError(ScalaBLError):
+    """Metrics cannot be kept because of a setting of prometheus_client in the environment."""
+
+
 class Metrics:
-    """The metrics of one application. Each has its own registry, so that several can run in one process."""
+    """The metrics of one application. Each has its own registry, so that several can run in one process.
+
+    Raises:
+        MetricsError: the environment names a folder for prometheus_client's files that cannot be written to.
+    """
 
     def __init__(self) -> None:
+        _check_environment()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         build = Info("scalabl_build", "Version of the server, as the label version.", registry=self.registry)
@@ -185,3 +201,13 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _check_environment() -> None:
+    for name in MULTIPROCESS:
+        folder = os.environ.get(name)
+        if folder is not None and not (folder and Path(folder).is_dir() and os.access(folder, os.W_OK)):
+            raise MetricsError(
+                f"{name} is {folder!r}, which is not a folder that can be written to; unset it, since this server is one "
+                "process and does not need it, or create the folder"
+            )

@@ -1,4 +1,10 @@
-"""The JSON schemas of the Open Inference Protocol, and the conversion of tensors to `/predict` requests and back."""
+"""The JSON schemas of the Open Inference Protocol, and the conversion of tensors to `/predict` requests and back.
+
+The protocol says that a server ignores the fields and parameters that it does not know, and its clients rely on that:
+KServe's SDK always sends `model_name`, MLServer's codecs send `content_type`, and Triton's client asks for binary outputs
+unless told otherwise. So unknown fields and parameters are ignored here, whereas `/predict` refuses them. What is known is
+checked.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +19,10 @@ from scalabl_server.schemas.prediction import Prediction, PredictRequest
 from scalabl_server.web.errors import invalid_fields
 
 BINARY = (
-    "this server supports JSON tensors only, not the binary-data extension; with Triton's client, pass binary_data=False to "
-    "set_data_from_numpy and to InferRequestedOutput, and name the outputs"
+    "this server reads JSON tensors only, not the binary-data extension; with KServe's or Triton's client, pass "
+    "binary_data=False to set_data_from_numpy"
 )
+LENIENT = ConfigDict(extra="ignore", strict=True)
 
 DataType = Literal["BYTES", "INT64", "FP64"]
 OutputName = Literal[
@@ -51,18 +58,17 @@ class InferError(BaseModel):
 
 
 class TensorParameters(BaseModel):
-    """Parameters of the binary-data extension. A request that uses the extension is refused."""
+    """Parameters of an input tensor. `binary_data_size` says that its data is binary, which is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = LENIENT
 
-    binary_data: bool = False
     binary_data_size: int | None = None
 
 
 class InputTensor(BaseModel):
     """A tensor of strings: nested lists as in its shape, or one flat list in row-major order."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = LENIENT
 
     name: Literal["text", "choices"]
     shape: Annotated[list[Annotated[int, Field(ge=1, le=2**31)]], Field(min_length=1, max_length=2)]
@@ -72,18 +78,17 @@ class InputTensor(BaseModel):
 
 
 class RequestedOutput(BaseModel):
-    """An output to return."""
+    """An output to return. It is returned in JSON, whatever its parameters ask for."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = LENIENT
 
     name: OutputName
-    parameters: TensorParameters | None = None
 
 
 class InferParameters(BaseModel):
     """Fields of /predict. `choices` may also be a list encoded as a JSON string, since the protocol allows only scalars."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = LENIENT
 
     num_samples: int | None = None
     seed: int | None = None
@@ -91,19 +96,16 @@ class InferParameters(BaseModel):
     priority: int | None = None
     truncate: bool | None = None
     choices: str | Strings | Rows | None = None
-    binary_data_output: bool = False
 
 
 class InferRequest(BaseModel):
     """The input tensors are `text`, BYTES [N], and for multiple choice `choices`, BYTES [C] or [N, C]. Rows with fewer
     choices are padded with empty strings."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
+    model_config = LENIENT | ConfigDict(
         json_schema_extra={
             "examples": [{"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["how do i move money"]}]}]
-        },
+        }
     )
 
     id: Annotated[str, Field(max_length=256)] | None = None
@@ -182,14 +184,8 @@ def wanted(request: InferRequest) -> list[OutputName]:
     """The names of the requested outputs.
 
     Raises:
-        ProblemError: `invalid-field`, for binary data or an output that is named twice.
+        ProblemError: `invalid-field`, for an output that is named twice.
     """
-    tensors: Sequence[InputTensor | RequestedOutput] = [*request.inputs, *(request.outputs or [])]
-    parameters = [tensor.parameters for tensor in tensors if tensor.parameters is not None]
-    if (request.parameters is not None and request.parameters.binary_data_output) or any(
-        options.binary_data or options.binary_data_size is not None for options in parameters
-    ):
-        raise ProblemError("invalid-field", BINARY)
     if not request.outputs:
         return list(OUTPUTS)
     names = [output.name for output in request.outputs]
@@ -205,17 +201,19 @@ def as_predict(adapter: str, request: InferRequest) -> PredictRequest:
     """Convert the request to one of `/predict`.
 
     Raises:
-        ProblemError: `invalid-field`.
+        ProblemError: `invalid-field`, also for an input in the form of the binary-data extension.
     """
     fields: dict[str, Any] = {"adapter": adapter}
     if request.parameters is not None:
-        fields |= request.parameters.model_dump(exclude_none=True, exclude={"binary_data_output"})
+        fields |= request.parameters.model_dump(exclude_none=True)
         if isinstance(fields.get("choices"), str):
             fields["choices"] = _parse_list(fields["choices"])
     for tensor in request.inputs:
         field = "inputs" if tensor.name == "text" else "choices"
         if field in fields:
             raise ProblemError("invalid-field", f"{tensor.name!r} appears twice; send it once", field="inputs")
+        if tensor.parameters is not None and tensor.parameters.binary_data_size is not None:
+            raise ProblemError("invalid-field", BINARY, field=tensor.name)
         values = _strings(tensor)
         if tensor.name == "text":
             if len(tensor.shape) == 2 and tensor.shape[1] != 1:

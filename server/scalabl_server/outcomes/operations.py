@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, se
 
 from scalabl_server.outcomes import scoring
 from scalabl_server.outcomes.prepared import PreparedInsert
+from scalabl_server.outcomes.stored_answers import from_text, to_text
 from scalabl_server.outcomes.tables import LABELS, PREDICTIONS
 from scalabl_server.outcomes.totals import Additions
 from scalabl_server.text import quoted
@@ -59,7 +60,7 @@ class Stored:
     answer: dict[str, Any]
     input_hash: str
     input: str | None
-    labels: list[tuple[str, float]]
+    labels: list[tuple[str | None, float]]
 
 
 def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], now: float, additions: Additions) -> None:
@@ -74,7 +75,7 @@ def insert_predictions(connection: Connection, rows: Sequence[NewPrediction], no
                 "created_at": now,
                 "adapter": row.adapter,
                 "model": row.model,
-                "answer": json.dumps(row.answer, separators=(",", ":")),
+                "answer": to_text(row.answer),
                 "input_hash": row.input_hash,
                 "input": None if row.input is None else json.dumps(row.input),
             }
@@ -104,8 +105,8 @@ class LabelRound:
         rows = {row.id: row for row in predictions}
         return cls(rows, now, {name: row.label for name, row in rows.items()})
 
-    def take(self, labels: Sequence[tuple[str, str]], replica: str, additions: Additions) -> list[Status]:
-        """Accept the (prediction id, label) pairs of one request, to be stored by `write`.
+    def take(self, labels: Sequence[tuple[str, str | None]], replica: str, additions: Additions) -> list[Status]:
+        """Accept the (prediction id, label) pairs of one request, to be stored by `write`. None: none of the choices.
 
         Raises:
             Refusal: the first label that cannot be stored. No label of the request is stored then.
@@ -115,14 +116,15 @@ class LabelRound:
             row = self.rows.get(name)
             if row is None:
                 raise Refusal("unknown", position, absent(name))
-            choices = scoring.choices_of(json.loads(row.answer))
-            if label not in choices:
+            choices = scoring.choices_of(from_text(row.answer))
+            if label is not None and label not in choices:
                 raise Refusal(
                     "label",
                     position,
-                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}",
+                    f"{quoted(label, SHOWN_CHARACTERS)} is not among the choices of this prediction: {_list(choices)}; "
+                    "if none of them is the true answer, send null",
                 )
-            indices.append(choices.index(label))
+            indices.append(scoring.NONE if label is None else choices.index(label))
         return [
             self._set(self.rows[name], index, replica, additions) for (name, _), index in zip(labels, indices, strict=True)
         ]
@@ -131,7 +133,7 @@ class LabelRound:
         before = self.labels[row.id]
         if before == label:
             return "unchanged"
-        answer = json.loads(row.answer)
+        answer = from_text(row.answer)
         additions.add(row.adapter, scoring.of_label(answer, label))
         self.labels[row.id] = label
         self.history.append({"prediction": row.seq, "label": label, "labelled_at": self.now, "replica": replica})
@@ -160,8 +162,7 @@ def look_up(connection: Connection, name: str) -> Stored | None:
     row = connection.execute(select(PREDICTIONS).where(PREDICTIONS.c.id == name)).one_or_none()
     if row is None:
         return None
-    answer = json.loads(row.answer)
-    choices = scoring.choices_of(answer)
+    answer = from_text(row.answer)
     labels = connection.execute(select(LABELS).where(LABELS.c.prediction == row.seq).order_by(LABELS.c.seq))
     return Stored(
         id=row.id,
@@ -171,7 +172,7 @@ def look_up(connection: Connection, name: str) -> Stored | None:
         answer=answer,
         input_hash=row.input_hash,
         input=None if row.input is None else json.loads(row.input),
-        labels=[(choices[label.label], label.labelled_at) for label in labels],
+        labels=[(scoring.label_of(answer, label.label), label.labelled_at) for label in labels],
     )
 
 

@@ -1,4 +1,9 @@
-"""What a prediction and its label add to the calibration counters. Pure functions of the stored answer; no database."""
+"""What a prediction and its label add to the calibration counters. Pure functions of the stored answer; no database.
+
+A label may say that none of the choices was the true answer. Such a prediction is wrong, whatever it predicted. The choices
+together have probability 1, so the answer gave this truth probability 0: its Brier score is the sum of the squared
+probabilities plus 1, no prediction set contains it, and its log loss would be infinite, so it has none.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +53,12 @@ FAMILIES: dict[str, Family] = {
         "scalabl_outcomes_brier", "Sum of the Brier scores (over all choices) of labelled predictions.", of_labels=True
     ),
     "log_loss": Family(
-        "scalabl_outcomes_log_loss_nats", "Sum of the log losses of labelled predictions, in nats.", of_labels=True
+        "scalabl_outcomes_log_loss_nats",
+        "Sum of the log losses, in nats, of predictions whose label is one of their choices.",
+        of_labels=True,
+    ),
+    "outside": Family(
+        "scalabl_outcomes_outside", "Labels null: none of the prediction's choices is the true answer.", of_labels=True
     ),
     "abstained": Family("scalabl_outcomes_abstained", "Labels of predictions with abstention.", of_labels=True),
     "abstained_correct": Family(
@@ -56,12 +66,22 @@ FAMILIES: dict[str, Family] = {
         "Labels that equal the prediction, of predictions with abstention.",
         of_labels=True,
     ),
+    "abstained_outside": Family(
+        "scalabl_outcomes_abstained_outside", "Labels null, of predictions with abstention.", of_labels=True
+    ),
     "labelled_sets": Family(
         "scalabl_outcomes_sets", "Labels of predictions that have a prediction set of this level.", "level", True
     ),
     "covered": Family("scalabl_outcomes_covered", "Labels that are in the prediction set of this level.", "level", True),
+    "sets_outside": Family(
+        "scalabl_outcomes_sets_outside",
+        "Labels null, of predictions that have a prediction set of this level. They are in no set.",
+        "level",
+        True,
+    ),
 }
 RETRACTED = "_retracted"
+NONE = -1  # the index that stands for a label outside the choices
 
 
 def bin_of(confidence: float) -> str:
@@ -70,8 +90,13 @@ def bin_of(confidence: float) -> str:
 
 
 def choices_of(answer: Answer) -> list[str]:
-    """The choices of an answer, which are the possible labels."""
+    """The choices of an answer, which are the possible labels, beside none of them."""
     return list(answer["probabilities"])
+
+
+def label_of(answer: Answer, index: int) -> str | None:
+    """The label that an index stands for: a choice, or None for none of the choices."""
+    return None if index == NONE else choices_of(answer)[index]
 
 
 def sets_of(answer: Answer) -> dict[str, list[str]]:
@@ -93,25 +118,34 @@ def of_prediction(answer: Answer) -> Amounts:
 
 
 def of_label(answer: Answer, label: int) -> Amounts:
-    """What a label adds to the counters, and its correction retracts. `label` is the index of a choice."""
+    """What a label adds to the counters, and its correction retracts. `label` is the index of a choice, or `NONE`.
+
+    The Brier score (Brier 1950) is the sum, over all possible truths, of (probability - whether it is the truth) squared.
+    "None of the choices" is one of these truths, with probability 0.
+    """
     edge = bin_of(answer["confidence"])
     probabilities = list(answer["probabilities"].values())
+    squares = [(p - (index == label)) ** 2 for index, p in enumerate(probabilities)]
+    amounts: Amounts = {("outcomes", edge): 1.0, ("labelled_confidence", edge): answer["confidence"]}
+    amounts["brier", edge] = math.fsum([*squares, float(label == NONE)])
+    if label == NONE:
+        amounts["outside", edge] = 1.0
+    else:  # rounding may leave p above 1
+        amounts["log_loss", edge] = max(0.0, -math.log(max(probabilities[label], 1e-300)))
     correct = label == answer["index"]
-    amounts: Amounts = {
-        ("outcomes", edge): 1.0,
-        ("labelled_confidence", edge): answer["confidence"],
-        ("brier", edge): math.fsum((p - (index == label)) ** 2 for index, p in enumerate(probabilities)),
-        ("log_loss", edge): max(0.0, -math.log(max(probabilities[label], 1e-300))),  # rounding may leave p above 1
-    }
     if correct:
         amounts["correct", edge] = 1.0
     if answer.get("abstain"):
         amounts["abstained", edge] = 1.0
         if correct:
             amounts["abstained_correct", edge] = 1.0
+        if label == NONE:
+            amounts["abstained_outside", edge] = 1.0
     for level, members in sets_of(answer).items():
         amounts["labelled_sets", level] = 1.0
-        if choices_of(answer)[label] in members:
+        if label == NONE:
+            amounts["sets_outside", level] = 1.0
+        elif choices_of(answer)[label] in members:
             amounts["covered", level] = 1.0
     return amounts
 

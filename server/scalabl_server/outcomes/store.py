@@ -36,6 +36,8 @@ logger = logging.getLogger("scalabl")
 
 PREDICTION_ID = re.compile(r"pred-[0-9a-f]{32}")
 
+SMALL = 4096  # probabilities whose JSON is made on the event loop
+
 Result = TypeVar("Result")
 
 
@@ -111,17 +113,11 @@ class OutcomeStore:
             ProblemError: `outcomes-unavailable`, if storing fails and `--outcomes-required` is set.
         """
         if self._writer is not None:
-            rows = [
-                NewPrediction(
-                    id=str(prediction.id),
-                    adapter=adapter,
-                    model=model,
-                    answer=prediction.model_dump(mode="json", exclude_unset=True, exclude={"samples"}),
-                    input_hash=self._hash(text),
-                    input=text if self._settings.store_inputs else None,
-                )
-                for text, prediction in zip(texts, predictions, strict=True)
-            ]
+            values = sum(len(prediction.probabilities) for prediction in predictions)
+            if values <= SMALL:
+                rows = self._new_rows(adapter, model, texts, predictions)
+            else:  # this would hold up the event loop
+                rows = await asyncio.to_thread(self._new_rows, adapter, model, texts, predictions)
             loop, context = asyncio.get_running_loop(), copy_context()
 
             def committing() -> None:
@@ -137,6 +133,21 @@ class OutcomeStore:
                 if self._settings.outcomes_required:
                     raise
         return [prediction.model_copy(update={"id": None, "recorded": False}) for prediction in predictions]
+
+    def _new_rows(
+        self, adapter: str, model: str, texts: Sequence[str], predictions: Sequence[Prediction]
+    ) -> list[NewPrediction]:
+        return [
+            NewPrediction(
+                id=str(prediction.id),
+                adapter=adapter,
+                model=model,
+                answer=prediction.model_dump(mode="json", exclude_unset=True, exclude={"samples"}),
+                input_hash=self._hash(text),
+                input=text if self._settings.store_inputs else None,
+            )
+            for text, prediction in zip(texts, predictions, strict=True)
+        ]
 
     async def feedback(self, outcomes: Sequence[Outcome]) -> FeedbackResponse:
         """Store labels, all or none.
@@ -189,6 +200,7 @@ class OutcomeStore:
             prediction=stored.answer,
             input_hash=stored.input_hash,
             input=stored.input,
+            labelled=bool(labels),
             label=labels[-1].label if labels else None,
             labels=labels,
         )

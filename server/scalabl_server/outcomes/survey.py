@@ -15,16 +15,17 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, func, select
 
 from scalabl_server.outcomes.scoring import FAMILIES, RETRACTED, Amounts
+from scalabl_server.outcomes.stored_answers import from_text
 from scalabl_server.outcomes.tables import PREDICTIONS, TOTALS
 
 MOST_ROWS = 1000
-MOST_CHARACTERS = 4_000_000  # an answer has about 1,000 characters for ten choices and 20,000 for 256
+MOST_CHARACTERS = 4_000_000  # an answer has about 1,000 characters for ten choices and 20,000 for 256, 12,000 for 1,000
 MOST_DOUBTFUL = 10
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A stored prediction; `label` is the index of its latest label among the answer's choices."""
+    """A stored prediction; `label` is the index of its latest label, as in `scoring.of_label`, None if it has no label."""
 
     id: str
     created_at: float
@@ -75,7 +76,7 @@ def _newest(connection: Connection, *conditions: ColumnElement[bool]) -> list[Se
             characters += len(row.answer)
             if newest and characters > MOST_CHARACTERS:
                 break
-            newest.append(Seen(row.id, row.created_at, json.loads(row.answer), row.label))
+            newest.append(Seen(row.id, row.created_at, from_text(row.answer), row.label))
     return newest
 
 

@@ -20,10 +20,10 @@ PREDICTIONS = Table(
     Column("created_at", Double, nullable=False, index=True),
     Column("adapter", Text, nullable=False),
     Column("model", Text, nullable=False),
-    Column("answer", Text, nullable=False),  # JSON of the `Prediction` sent to the client, without samples
+    Column("answer", Text, nullable=False),  # the answer without samples, as `stored_answers` writes it
     Column("input_hash", String(64), nullable=False),
     Column("input", Text),  # only with --store-inputs
-    Column("label", Integer),  # index of the latest label in the answer's choices
+    Column("label", Integer),  # index of the latest label in the answer's choices; -1: none of them; NULL: no label yet
 )
 
 LABELS = Table(
@@ -31,7 +31,7 @@ LABELS = Table(
     METADATA,
     Column("seq", ROW, Identity(), primary_key=True),
     Column("prediction", ROW, ForeignKey(PREDICTIONS.c.seq, ondelete="CASCADE"), nullable=False, index=True),
-    Column("label", Integer, nullable=False),
+    Column("label", Integer, nullable=False),  # as above
     Column("labelled_at", Double, nullable=False),
     Column("replica", Text, nullable=False),
 )

@@ -47,9 +47,9 @@ class Record:
 
 @dataclass(eq=False)
 class Feedback:
-    """(prediction id, label) pairs to store, all or none."""
+    """(prediction id, label) pairs to store, all or none. The label None: none of the choices."""
 
-    labels: Sequence[tuple[str, str]]
+    labels: Sequence[tuple[str, str | None]]
     done: Future[list[Status]] = field(default_factory=Future)
 
     def __len__(self) -> int:

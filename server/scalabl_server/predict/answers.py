@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import uuid
 from collections.abc import Sequence
@@ -86,6 +87,25 @@ def prediction_of(
         **decided,
         **optional,
     )
+
+
+def cut(prediction: Prediction, top_k: int | None) -> Prediction:
+    """The prediction with the probabilities of its `top_k` most probable choices only; itself if `top_k` is None.
+
+    Standard errors and samples have the same choices. The prediction set stays whole.
+    """
+    if top_k is None:
+        return prediction
+    kept = dict(heapq.nlargest(top_k, prediction.probabilities.items(), key=lambda item: item[1]))  # stable among equals
+    errors = prediction.standard_error
+    fields: dict[str, Any] = {
+        "probabilities": kept,
+        "other": math.fsum(p for name, p in prediction.probabilities.items() if name not in kept),
+        "standard_error": errors.model_copy(update={"probabilities": {name: errors.probabilities[name] for name in kept}}),
+    }
+    if prediction.samples is not None:
+        fields["samples"] = [{name: sample[name] for name in kept} for sample in prediction.samples]
+    return prediction.model_copy(update=fields)
 
 
 def _known(value: float) -> float | None:

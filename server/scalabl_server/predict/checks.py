@@ -67,11 +67,20 @@ def rule_of(request: PredictRequest, max_samples: int, members: int) -> Rule | N
 
 
 def calibration_mismatch(
-    calibration: Calibration | None, method: Method, num_samples: int | Literal["auto"], seed: int, scheme: Scheme
+    calibration: Calibration | None,
+    method: Method,
+    num_samples: int | Literal["auto"],
+    seed: int,
+    scheme: Scheme,
+    *,
+    restricted: bool = False,
 ) -> str | None:
     """Why the calibrated thresholds do not apply to a request; None if they do, or if there are none.
 
-    The thresholds hold only for predictions that are computed in the same way as those of the calibration.
+    The thresholds hold only for predictions that are computed in the same way as those of the calibration, over all choices.
+
+    Args:
+        restricted: the request is restricted to some of the adapter's choices.
     """
     if calibration is None:
         return None
@@ -88,6 +97,8 @@ def calibration_mismatch(
         for name, (requested, calibrated) in wanted.items()
         if requested != calibrated
     ]
+    if restricted:
+        differing.append("choices (calibrated with all of the adapter's)")
     if not differing:
         return None
     return f"prediction_set and abstain are null, because this request uses {', '.join(differing)}"

@@ -23,7 +23,7 @@ from scalabl_server.engines.interface import Engine, Served
 from scalabl_server.observe import trace
 from scalabl_server.observe.metrics import Metrics
 from scalabl_server.outcomes.store import OutcomeStore
-from scalabl_server.predict.answers import answers_of, is_small, warnings_of
+from scalabl_server.predict.answers import answers_of, cut, is_small, warnings_of
 from scalabl_server.predict.preparation import encode, is_short, jobs_for, slices
 from scalabl_server.predict.request import CheckedRequest, read_request
 from scalabl_server.problems import ProblemError
@@ -98,7 +98,7 @@ class Predictor:
             formed: list[Answer] = []
 
             def form_answer(predictions: Sequence[Prediction]) -> None:
-                formed.append(form(self._response(served.name, predictions, computed)))
+                formed.append(form(self._response(served.name, [cut(p, checked.top_k) for p in predictions], computed)))
 
             texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
             stored = await self._outcomes.record(

@@ -63,12 +63,12 @@ def encode(prompter: Prompter, checked: CheckedRequest, positions: range, max_to
 
 def jobs_for(served: Served, checked: CheckedRequest) -> list[Job]:
     """The job of each input. May have to draw the posterior samples, if they are not cached."""
-    counts = [len(names) for names in checked.choices]
+    own = checked.own_choices(served.config.task)
     if checked.method == "linearized":
-        return [LinearizedJob(checked.linear_rows, count) for count in counts]
+        return [LinearizedJob(checked.linear_rows, choices) for choices in own]
     draws = served.draws(checked.num_samples, checked.seed)
     if checked.method == "control_variate":
-        return [ControlVariateJob(draws, checked.linear_rows, count) for count in counts]
+        return [ControlVariateJob(draws, checked.linear_rows, choices) for choices in own]
     if checked.rule is not None:
-        return [AdaptiveJob(draws, count, checked.rule) for count in counts]
-    return [SampledJob(draws, count) for count in counts]
+        return [AdaptiveJob(draws, choices, checked.rule) for choices in own]
+    return [SampledJob(draws, choices) for choices in own]

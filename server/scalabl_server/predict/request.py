@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scalabl.config import AdapterConfig, Task
+from scalabl.uncertainty.absent_choices import OwnChoices
 from scalabl.uncertainty.adaptive import Rule
 from scalabl_server.batching.jobs import AdaptiveJob
 from scalabl_server.batching.row_demand import RowDemand
@@ -15,7 +16,9 @@ from scalabl_server.predict.checks import calibration_mismatch, check_method, le
 from scalabl_server.problems import ProblemError
 from scalabl_server.schemas.prediction import PredictRequest
 from scalabl_server.settings import ServeSettings
+from scalabl_server.text import quoted
 
+SHOWN_CHARACTERS = 80  # of a choice in a message
 CHARACTERS_PER_TOKEN = 4  # in English text; used to estimate a length before the text is tokenised
 
 
@@ -25,15 +28,18 @@ class CheckedRequest:
 
     Attributes:
         choices: for each text, the names of its choices.
+        restricted: whether the request names some of a classification's choices, to which its answer is restricted.
         num_samples: K; with a rule, the maximum; 0 if the method draws no samples.
         rule: when to stop drawing samples for an input; None if K is fixed.
         linear_rows: batch rows of the linearisation, one per member and choice of the adapter; 0 without linearisation.
         level: the calibrated coverage of the prediction set; None without an applicable calibration.
         calibration_mismatch: why the adapter's calibration does not apply; None if it does, or if there is none.
+        top_k: of how many choices the answer has the probabilities; None for all.
     """
 
     texts: list[str]
     choices: list[Sequence[str]]
+    restricted: bool
     method: Method
     num_samples: int
     rule: Rule | None
@@ -45,6 +51,7 @@ class CheckedRequest:
     truncate: bool
     return_samples: bool
     explain: bool
+    top_k: int | None = None
 
     @property
     def demand(self) -> RowDemand:
@@ -52,6 +59,15 @@ class CheckedRequest:
         if self.rule is not None:
             return AdaptiveJob.demand_of(self.rule)
         return RowDemand.fixed(self.num_samples + self.linear_rows)
+
+    def own_choices(self, task: Task) -> list[OwnChoices]:
+        """For each input which of the task's choices it has."""
+        if task.kind == "multiple_choice":
+            return [len(names) for names in self.choices]
+        if not self.restricted:
+            return [len(task.choices)] * len(self.texts)
+        index_of = {name: index for index, name in enumerate(task.choices)}
+        return [[index_of[name] for name in names] for names in self.choices]
 
     def estimated_tokens(self, rows: int, max_tokens: int) -> list[int]:
         """An estimate of rows x length for each input, before it is tokenised."""
@@ -110,7 +126,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
             )
     choices = _choices_per_input(config.task, request, len(texts), settings)
     if request.return_samples:
-        values = num_samples * sum(map(len, choices))
+        values = num_samples * sum(min(len(names), request.top_k or len(names)) for names in choices)
         if values > settings.max_sample_values:
             raise ProblemError(
                 "input-too-large",
@@ -120,10 +136,14 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
             )
     seed = settings.seed if request.seed is None else request.seed
     drawn: int | Literal["auto"] = num_samples if rule is None else "auto"
-    mismatch = calibration_mismatch(config.calibration, request.method, drawn, seed, settings.draw_scheme)
+    restricted = config.task.kind == "classification" and request.choices is not None
+    mismatch = calibration_mismatch(
+        config.calibration, request.method, drawn, seed, settings.draw_scheme, restricted=restricted
+    )
     return CheckedRequest(
         texts=[text[:limit] for text in texts] if request.truncate else texts,
         choices=choices,
+        restricted=restricted,
         method=request.method,
         num_samples=num_samples,
         rule=rule,
@@ -135,6 +155,7 @@ def read_request(request: PredictRequest, config: AdapterConfig, settings: Serve
         truncate=request.truncate,
         return_samples=request.return_samples,
         explain=request.explain,
+        top_k=request.top_k,
     )
 
 
@@ -144,15 +165,9 @@ def place_of(position: int, count: int) -> str:
 
 
 def _choices_per_input(task: Task, request: PredictRequest, count: int, settings: ServeSettings) -> list[Sequence[str]]:
-    if task.kind == "classification":
-        if request.choices is not None:
-            raise ProblemError(
-                "invalid-field",
-                "this adapter's task is classification with fixed choices; leave the field out",
-                field="choices",
-            )
-        return [task.choices] * count
     if request.choices is None:
+        if task.kind == "classification":
+            return [task.choices] * count
         raise ProblemError(
             "invalid-field", "this adapter's task is multiple_choice; send the choices of the inputs", field="choices"
         )
@@ -168,6 +183,9 @@ def _choices_per_input(task: Task, request: PredictRequest, count: int, settings
         lists = [[name for name in request.choices if isinstance(name, str)]]
     for position, names in enumerate(lists):
         where = "" if shared else place_of(position, count)
+        if task.kind == "classification":
+            _check_subset(task, names, f"choices{where}")
+            continue
         if len(names) > settings.max_choices:
             raise ProblemError(
                 "invalid-field",
@@ -182,3 +200,18 @@ def _choices_per_input(task: Task, request: PredictRequest, count: int, settings
                 field=f"choices{where}",
             )
     return lists * count if shared else lists
+
+
+def _check_subset(task: Task, names: Sequence[str], field: str) -> None:
+    """Refuse names that are no choices of a classification, or that appear twice."""
+    known, seen = set(task.choices), set[str]()
+    for name in names:
+        if name not in known:
+            detail = f"{quoted(name, SHOWN_CHARACTERS)} is not a choice of this adapter, whose task is classification"
+            raise ProblemError(
+                "invalid-field", f"{detail}; send some of its own choices (see /info), or leave the field out", field=field
+            )
+        if name in seen:
+            shown = quoted(name, SHOWN_CHARACTERS)
+            raise ProblemError("invalid-field", f"{shown} appears twice; choices must be distinct", field=field)
+        seen.add(name)

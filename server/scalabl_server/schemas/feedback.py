@@ -14,7 +14,9 @@ class Outcome(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str = Field(description="Id of the prediction, from the answer of /predict.")
-    label: str = Field(description="The true choice; one of the prediction's choices.")
+    label: str | None = Field(
+        description="The true choice, one of the prediction's choices; null if none of them is the true answer."
+    )
 
 
 # One outcome or a list of them. The discriminator looks at the type first, so that an error names the right field.
@@ -28,7 +30,7 @@ class OutcomeStatus(BaseModel):
     """The effect of one label: recorded for the first time, unchanged, or corrected (an earlier label was replaced)."""
 
     id: str
-    label: str
+    label: str | None
     status: Literal["recorded", "unchanged", "corrected"]
 
 
@@ -41,7 +43,7 @@ class FeedbackResponse(BaseModel):
 class LabelAt(BaseModel):
     """A label and the time at which it was reported."""
 
-    label: str
+    label: str | None = Field(description="The true choice; null for none of the choices.")
     labelled_at: datetime
 
 
@@ -52,8 +54,14 @@ class StoredPrediction(BaseModel):
     model: str
     adapter: str
     created_at: datetime
-    prediction: dict[str, Any] = Field(description="The prediction as /predict answered it, without samples.")
+    prediction: dict[str, Any] = Field(
+        description="The prediction as /predict computed it, without samples, with all probabilities. With more than 256 "
+        "choices these have seven digits, and only the 16 most probable choices have standard errors."
+    )
     input_hash: str = Field(description="SHA-256 of the input in UTF-8; an HMAC if the server has a key for it.")
     input: str | None = Field(description="The input text; null unless the server stores inputs.")
-    label: str | None = Field(description="The latest label; null if none was reported.")
+    labelled: bool = Field(description="Whether a label was reported.")
+    label: str | None = Field(
+        description="The latest label; null if none of the choices is the true answer, or if `labelled` is false."
+    )
     labels: list[LabelAt] = Field(description="All labels, the oldest first.")

@@ -16,7 +16,7 @@ Choices = Annotated[list[str], Field(min_length=2, fail_fast=True)]
 
 
 class PredictRequest(BaseModel):
-    """One text or a list of texts to predict, and how. `choices` is only for adapters whose task is multiple choice."""
+    """One text or a list of texts to predict, and how."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -26,7 +26,11 @@ class PredictRequest(BaseModel):
 
     inputs: str | Texts = Field(description="One text, or a list of texts.")
     choices: Choices | Annotated[list[Choices], Field(min_length=1, fail_fast=True)] | None = Field(
-        default=None, description="Only for multiple choice: one list of choices for all inputs, or one list per input."
+        default=None,
+        description=(
+            "One list for all inputs, or one list per input. For multiple choice: the choices. For classification: some of "
+            "the adapter's own choices, to which the answer is restricted; their probabilities sum to 1."
+        ),
     )
     num_samples: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
         default=None,
@@ -73,6 +77,10 @@ class PredictRequest(BaseModel):
         ),
     )
     explain: bool = Field(default=False, description="Also return each layer's share of the variance; not with monte_carlo.")
+    top_k: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        default=None,
+        description="Return only the probabilities of this many most probable choices, and the sum of the rest as `other`.",
+    )
     return_samples: bool = Field(default=False, description="Also return the probabilities of each posterior sample.")
     truncate: bool = Field(default=False, description="Cut off the end of texts that are too long instead of refusing them.")
     adapter: str | None = Field(default=None, description="Name of the adapter (default: the server's default adapter).")
@@ -107,7 +115,13 @@ class Prediction(BaseModel):
     prediction: str = Field(description="The most probable choice.")
     index: int = Field(description="Index of the most probable choice among the choices.")
     confidence: float = Field(description="Probability of the most probable choice.")
-    probabilities: dict[str, float] = Field(description="Probability of each choice: the mean over the posterior samples.")
+    probabilities: dict[str, float] = Field(
+        description="Probability of each choice: the mean over the posterior samples. With top_k only of the most probable, "
+        "in falling order."
+    )
+    other: float | None = Field(
+        default=None, description="Sum of the probabilities that top_k left out; only if top_k was set."
+    )
     entropy: float = Field(description="Total uncertainty: the entropy of the probabilities.")
     expected_entropy: float = Field(description="Aleatoric uncertainty: the mean of the samples' entropies.")
     mutual_information: float = Field(description="Epistemic uncertainty: how much the samples disagree.")

@@ -123,6 +123,8 @@ def install(app: FastAPI) -> None:
             return answer(ProblemError("not-found", f"{shown} is not a route of this server; see /docs"), path)
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
+            if allowed == "GET":
+                allowed = "GET, HEAD"  # `request_line` answers HEAD wherever there is a GET
             response = answer(ProblemError("method-not-allowed", f"{shown} supports only {allowed}"), path)
             response.headers["allow"] = allowed
             return response

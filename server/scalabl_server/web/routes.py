@@ -42,7 +42,8 @@ def build_router(server: ServerLifetime, keys: KeyRing) -> APIRouter:
     )
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:
         """Store the true answers to earlier predictions: all of the request or none, on disk when this returns. Sending the
-        same label again changes nothing; sending another label for the same prediction replaces the first."""
+        same label again changes nothing; sending another label for the same prediction replaces the first. The label null
+        says that none of the choices is the true answer."""
         return await server.outcomes.feedback(request if isinstance(request, list) else [request])
 
     @router.get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,11 +13,16 @@ from scalabl_server.problems import ProblemError
 from scalabl_server.text import quoted
 
 MAX_DEPTH = 64
+UTF8_NAMES = ("utf-8", "utf8", "us-ascii")
+# `; name=value` or `; name="value"` of a media type (RFC 9110, section 5.6.6); the value is in one of the last two groups.
+PARAMETER = re.compile(r';\s*([^\s;="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 LONGEST_NAME_SHOWN = 80  # characters
 
 
 def check_content_type(headers: Headers) -> None:
     """Accept a JSON content type, or none (Triton's client sends none), and no content encoding.
+
+    Of the content type's parameters only `charset` counts; others, such as OData's, and empty ones are ignored.
 
     Raises:
         ProblemError: `unsupported-media-type`.
@@ -31,19 +37,24 @@ def check_content_type(headers: Headers) -> None:
     kind = kind.strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ProblemError("unsupported-media-type", "send a JSON object, with the header 'Content-Type: application/json'")
-    name, _, charset = parameters.partition("=")
-    if name.strip().lower() == "charset" and charset.strip().strip('"').lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise ProblemError("unsupported-media-type", "send the JSON in UTF-8")
+    for name, quoted_value, plain_value in PARAMETER.findall(f";{parameters}"):
+        charset = (quoted_value or plain_value).strip("' ").lower()
+        if name.lower() == "charset" and charset not in UTF8_NAMES:
+            raise ProblemError(
+                "unsupported-media-type", f"the charset is {quoted(charset, LONGEST_NAME_SHOWN)}; send the JSON in UTF-8"
+            )
 
 
 def parse(body: bytes) -> Any:
-    """The parsed JSON document.
+    """The parsed JSON document. A byte order mark before it is ignored (RFC 8259, section 8.1).
 
     Raises:
         ProblemError: `invalid-field`; the detail says what is wrong and where.
     """
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        document = json.loads(
+            body.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant
+        )
     except UnicodeDecodeError as error:
         raise _refused(f"not valid UTF-8 at byte {error.start}; send a JSON document in UTF-8") from None
     except json.JSONDecodeError as error:

@@ -27,6 +27,7 @@ PER_REQUEST = 100
 # What is left of a sum after its corrections, over all replicas.
 LEFT = "sum by ({by}) (scalabl_outcomes{what}_total - scalabl_outcomes{what}_retracted_total)"
 LABELLED = LEFT.format(by="adapter", what="")
+OUTSIDE = LEFT.format(by="adapter", what="_outside")
 QUERIES = {
     "labelled": LABELLED,
     "accuracy": f"{LEFT.format(by='adapter', what='_correct')} / {LABELLED}",
@@ -36,7 +37,7 @@ QUERIES = {
         labelled=LABELLED,
     ),
     "brier": f"{LEFT.format(by='adapter', what='_brier')} / {LABELLED}",
-    "log_loss": f"{LEFT.format(by='adapter', what='_log_loss_nats')} / {LABELLED}",
+    "log_loss": f"{LEFT.format(by='adapter', what='_log_loss_nats')} / ({LABELLED} - {OUTSIDE})",
     "predictions": "sum by (adapter) (scalabl_recorded_predictions_total)",
     "mean_confidence": "sum by (adapter) (scalabl_recorded_confidence_total)"
     " / sum by (adapter) (scalabl_recorded_predictions_total)",
@@ -62,7 +63,7 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
     config = {"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}
     with prometheus(tmp_path, config) as client, running(*replicas):
         answers: list[dict[str, Any]] = []
-        labels: list[str] = []
+        labels: list[str | None] = []
 
         def serve(count: int) -> None:
             """Predictions from both replicas, each labelled at either, one in four corrected at either, some sent twice."""
@@ -100,9 +101,9 @@ def test_promql_tells_the_truth_over_two_replicas_and_a_restart(database: Postgr
         print({name: f"{value:.12f}" for name, value in measured.items()}, f"{corrections:.0f} corrections")
 
 
-def _label(answer: dict[str, Any], dice: random.Random) -> str:
-    """The truth: often the prediction, so that every bin has both outcomes."""
-    return str(answer["prediction"] if dice.random() < 0.5 else dice.choice(list(answer["probabilities"])))
+def _label(answer: dict[str, Any], dice: random.Random) -> str | None:
+    """The truth: often the prediction, so that every bin has both outcomes; sometimes none of the choices."""
+    return answer["prediction"] if dice.random() < 0.5 else dice.choice([*answer["probabilities"], None])
 
 
 def _compare(client: httpx.Client, expected: dict[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from scalabl.config import Task
 from tests import tiny
 from tests.integration.support.process import Served, served, write_models
 from tests.integration.support.replicas import wait_until
@@ -215,6 +216,12 @@ def test_feedback_from_the_page_moves_the_diagram(visit: Visit, server: Served) 
         page.click("#answer .label button")
         wait_until(lambda: labels_in(page) == (right, of + 1))
         assert page.inner_text("#answer .told").startswith("Corrected")
+        page.select_option("#answer select", label="None of these")
+        page.click("#answer .label button")
+        numbers = page.locator("#numbers div", has_text="None of the choices")
+        numbers.wait_for()
+        assert "answered" in numbers.inner_text()
+        assert labels_in(page) == (right, of + 1)
 
 
 def test_an_abstention_is_labelled_in_the_list(visit: Visit, server: Served) -> None:
@@ -229,6 +236,12 @@ def test_an_abstention_is_labelled_in_the_list(visit: Visit, server: Served) -> 
         row.locator("button[type=submit]").click()
         row.locator(".act p", has_text="blue").wait_for()
         assert httpx.get(f"{server.url}/predictions/{name}").json()["label"] == "blue"
+        row.get_by_role("button").click()
+        row.locator("select").select_option(label="None of these")
+        row.locator("button[type=submit]").click()
+        row.locator(".act p", has_text="None of these").wait_for()
+        found = httpx.get(f"{server.url}/predictions/{name}").json()
+        assert (found["labelled"], found["label"]) == (True, None)
         at = "document.activeElement.tagName + document.activeElement.closest('li')?.dataset.id"
         wait_until(lambda: page.evaluate(at) == f"BUTTON{name}")
 
@@ -309,6 +322,24 @@ def test_a_server_that_stores_nothing_answers_all_the_same(visit: Visit, models:
         assert not page.is_visible("#stored")
         axe_finds_nothing(page)
         page.screenshot(path=tmp_path / "off.png", full_page=True)
+
+
+def test_a_thousand_choices_are_shown_as_a_few_and_any_can_be_the_label(visit: Visit, models: Path) -> None:
+    names = tuple(f"intent {n}" for n in range(1000))
+    task = Task(kind="classification", template="{input}", choices=names, choice_prefix="", head="own")
+    tiny.write_adapter(models / "many", task=task)
+    with start(models, "many", adapter=models / "many") as server, visit(server) as page:
+        page.wait_for_selector("#ask:enabled")
+        ask(page, "a rose")
+        assert page.locator(".distribution li").count() == 8
+        assert page.inner_text(".distribution .others .name") == "993 others"
+        shown = [float(value.split("%")[0]) for value in page.locator(".distribution .value").all_inner_texts()]
+        assert sum(shown) == pytest.approx(100, abs=0.5)
+        assert page.locator("#answer select option").count() == 1001
+        page.select_option("#answer select", label="intent 999")
+        page.click("#answer .label button")
+        page.locator("#answer .told", has_text="The label was stored.").wait_for()
+        axe_finds_nothing(page)
 
 
 def test_a_fresh_server_has_empty_figures_and_a_lost_database_is_told(visit: Visit, models: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Posterior samples of the example adapter, exported and loaded by PEFT on the real base model, give the same logits."""
+"""PEFT on the real base model gives what we give: for exported samples of the example, and for a classifier of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from scalabl.base.pretrained import load_pretrained
 from scalabl.files.adapter_directory import load_adapter, read_config
 from scalabl.model.token_batch import TokenBatch
 from scalabl.prompt import Prompter
+from tests.scalabl.files.peft_reference import trained_classifier
 
 pytestmark = [
     pytest.mark.integration,
@@ -69,3 +70,28 @@ def test_peft_with_exported_samples_of_the_example_gives_our_logits(tmp_path: Pa
                 assert (logits - expected[row, k]).abs().max() <= 1e-5 * expected.abs().max(), (queries[row], k)
                 difference = logits.softmax(-1) - expected[row, k].softmax(-1)
                 assert difference.abs().max() <= 1e-5, (queries[row], k)
+
+
+def test_a_classifier_that_peft_trained_answers_as_in_peft(tmp_path: Path) -> None:
+    folder = os.environ.get("SCALABL_EXAMPLE_BASE")
+    if folder is None:
+        pytest.skip("SCALABL_EXAMPLE_BASE is not set; run `make integration`, which fetches the example's base model")
+    queries = (EXAMPLE / "queries.txt").read_text(encoding="utf-8").splitlines()[:6]
+    pretrained = load_pretrained(folder, device="cpu", dtype="float32")
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [28, 29]}
+    classes = [index % 3 for index in range(len(queries))]
+    alone, padded = trained_classifier(
+        Path(folder), tmp_path / "lora", pretrained.tokenizer, queries, classes, steps=3, **settings
+    )
+    labels = [part for name in ("a, b", "c", "d") for part in ("--label", name)]
+    arguments = ["--peft", tmp_path / "lora", "--model", folder, "--output", tmp_path / "new", *labels]
+    result = CliRunner().invoke(app, ["convert", "peft", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    ours = load_adapter(pretrained.model, tmp_path / "new")
+    prompter = Prompter(ours.config.task, pretrained.tokenizer)
+    sequences = [prompter.encode(query) for query in queries]
+    together = ours.logits(TokenBatch.of(sequences), ours.mean_draw())[:, 0].softmax(-1)
+    single = torch.cat([ours.logits(TokenBatch.of([ids]), ours.mean_draw())[:, 0] for ids in sequences]).softmax(-1)
+    assert (padded.max(0).values - padded.min(0).values).max() > 0.05  # it tells the queries apart
+    assert (together - padded).abs().max() <= 1e-5
+    assert (single - alone).abs().max() <= 1e-5

@@ -120,7 +120,8 @@ ATTACKS: dict[str, tuple[bytes, int, str]] = {
     "raw NUL": (request(b'{"inputs": "a\x00b"}'), 422, "invalid-field"),
     "overlong UTF-8": (request(b'{"inputs": "\xc0\xaf"}'), 422, "invalid-field"),
     "UTF-16": (request(GOOD.decode().encode("utf-16")), 422, "invalid-field"),
-    "byte order mark": (request(b"\xef\xbb\xbf" + GOOD), 422, "invalid-field"),
+    "byte order mark": (request(b"\xef\xbb\xbf" + GOOD), 200, ""),  # RFC 8259, 8.1: may be ignored
+    "two byte order marks": (request(2 * b"\xef\xbb\xbf" + GOOD), 422, "invalid-field"),
     "trailing bytes": (request(GOOD + b"{}"), 422, "invalid-field"),
     "prototype": (request(b'{"inputs": "a", "__proto__": {}, "__class__": 1}'), 422, "invalid-field"),
     # too much of something
@@ -174,7 +175,14 @@ ATTACKS: dict[str, tuple[bytes, int, str]] = {
     "bare LF": (request().replace(b"\r\n", b"\n"), 200, ""),  # RFC 9112, 2.2: may be read as an end of line
     # odd requests
     "a Host that is no host": (request(path=b"/nowhere").replace(b"Host: x", b"Host: ["), 404, "not-found"),
-    "an absolute URL": (request(path=b"http://evil.example/predict", method=b"GET"), 404, "not-found"),
+    "an absolute URL": (request(path=b"http://evil.example/predict", method=b"GET"), 405, "method-not-allowed"),
+    "an absolute URL, answered": (
+        request(path=b"http://evil.example/predict"),
+        200,
+        "",
+    ),  # RFC 9112, 3.2.2: must be accepted
+    "an absolute URL of a user": (request(path=b"http://a:b@evil.example/nowhere"), 404, "not-found"),
+    "an absolute URL of files": (request(path=b"file:///etc/passwd", method=b"GET"), 404, "not-found"),
     "CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n", 404, "not-found"),
     "TRACE": (b"TRACE /predict HTTP/1.1\r\nHost: x\r\n\r\n", 405, "method-not-allowed"),
     "a method of 10 kB": (b"A" * 10_000 + b" /predict HTTP/1.1\r\nHost: x\r\n\r\n", 405, "method-not-allowed"),

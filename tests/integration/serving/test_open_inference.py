@@ -102,6 +102,15 @@ def test_triton_gets_the_numbers_of_predict(colours: Served, texts: list[str]) -
     same(asynchronous.get_result(), predicted)
 
 
+def test_triton_needs_neither_outputs_nor_flags(colours: Served) -> None:
+    """Without named outputs it asks for all of them in binary, and reads the JSON that it gets."""
+    predicted = httpx.post(f"{colours.url}/predict", json={"inputs": "abc"}, headers=auth()).json()["predictions"]
+    client, tensor = client_of(colours), strings("text", ["abc"])
+    same(client.infer("colours", [tensor], headers=auth()), predicted)
+    named = [triton.InferRequestedOutput(name) for name in OUTPUTS]  # binary, its default
+    same(client.infer("colours", [tensor], outputs=named, headers=auth(), timeout=10**6, sequence_id=4), predicted)
+
+
 def test_triton_sends_choices_as_a_tensor(letters: Served) -> None:
     texts, choices = ["why", "how"], [["a", "bc", "d"], ["e", "f", "g"]]
     predicted = httpx.post(f"{letters.url}/predict", json={"inputs": texts, "choices": choices}).json()["predictions"]
@@ -112,13 +121,11 @@ def test_triton_sends_choices_as_a_tensor(letters: Served) -> None:
 def test_triton_is_told_what_is_wrong(colours: Served) -> None:
     client = client_of(colours)
     tensor = strings("text", ["a"])
-    with pytest.raises(InferenceServerException, match="pass binary_data=False to set_data_from_numpy") as binary:
-        client.infer("colours", [tensor], headers=auth())  # its default: all outputs, in binary
-    assert binary.value.status() == "422"
     raw = triton.InferInput("text", [1], "BYTES")
     raw.set_data_from_numpy(np.array(["a"], dtype=object))
-    with pytest.raises(InferenceServerException, match="not the binary-data extension"):
+    with pytest.raises(InferenceServerException, match="pass binary_data=False to set_data_from_numpy") as binary:
         client.infer("colours", [raw], outputs=WANTED, headers=auth())
+    assert binary.value.status() == "415"
     with pytest.raises(InferenceServerException, match="adapter: 'other' is not loaded"):
         client.infer("other", [tensor], outputs=WANTED, headers=auth())
     with pytest.raises(InferenceServerException, match="the text is empty"):

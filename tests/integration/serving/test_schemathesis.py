@@ -18,8 +18,8 @@ pytestmark = pytest.mark.integration
 KEY = "very-secret"
 LEAST_CASES = 10_000
 
-# What JSON Schema cannot say of a valid request and the server refuses: a text of blanks only, choices for a task that has
-# its own, an adapter that is not there, a product of sizes, a number above a limit of this server, a folder that is no
+# What JSON Schema cannot say of a valid request and the server refuses: a text of blanks only, choices that a task does not
+# have, an adapter that is not there, a product of sizes, a number above a limit of this server, a folder that is no
 # adapter. A 504 is the right answer to a client whose own X-Request-Timeout is shorter than any work.
 CONFIG = """
 [checks.positive_data_acceptance]

@@ -96,7 +96,7 @@ class Replica:
         assert response.status_code == 200, response.text
         return list(response.json()["predictions"])
 
-    def feedback(self, labels: Sequence[tuple[str, str]]) -> httpx.Response:
+    def feedback(self, labels: Sequence[tuple[str, str | None]]) -> httpx.Response:
         return self.client.post("/feedback", json=[{"id": name, "label": label} for name, label in labels])
 
     def totals(self) -> dict[str, float]:

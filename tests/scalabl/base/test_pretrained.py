@@ -8,8 +8,9 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, LlamaConfig, MptConfig, PreTrainedConfig
 
-from scalabl.base.pretrained import load_pretrained, resolve_device, resolve_dtype
+from scalabl.base.pretrained import load_pretrained, longest_prompt, resolve_device, resolve_dtype
 from scalabl.errors import BaseModelError
 from tests import tiny
 
@@ -26,6 +27,24 @@ def test_a_folder_loads_frozen_in_eval_mode_with_its_limit(base: Path) -> None:
     assert not any(parameter.requires_grad for parameter in pretrained.model.parameters())
     assert pretrained.model.dtype == torch.float32
     assert load_pretrained(str(base), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "longest"),
+    [
+        (LlamaConfig(max_position_embeddings=300), 200, 200),
+        (LlamaConfig(max_position_embeddings=300), int(1e30), 300),
+        (MptConfig(max_seq_len=300), int(1e30), 300),
+        (BloomConfig(), 200, 200),
+        (BloomConfig(), int(1e30), None),  # no limit on positions, and the tokenizer's word for none
+    ],
+)
+def test_the_longest_prompt_is_what_the_model_or_the_tokenizer_says(
+    config: PreTrainedConfig, tokens: int, longest: int | None
+) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = tokens
+    assert longest_prompt(config, tokenizer) == longest
 
 
 def test_pickled_weights_are_refused(base: Path) -> None:

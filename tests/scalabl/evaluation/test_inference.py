@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scalabl.evaluation import inference
 from scalabl.evaluation.encoded import EncodedSet
 from scalabl.evaluation.inference import adaptive_predictive, linearized_predictive, logits_of, predictive_of
 from scalabl.model.token_batch import TokenBatch
@@ -34,6 +35,19 @@ def test_choices_that_an_input_does_not_have_get_no_probability() -> None:
     fewer = predictive(logits[:1, :, :2], scheme=draws.scheme)
     assert torch.allclose(outcome.probabilities[0, :2], fewer.probabilities[0])
     assert float(outcome.entropy[0]) == pytest.approx(float(fewer.entropy[0]))
+
+
+def test_a_predictive_in_blocks_is_that_of_all_inputs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.adapted(task=tiny.MULTIPLE_CHOICE)
+    draws, counts = model.draws(4), torch.tensor([2, 4, 3, 4, 2])
+    logits = logits_of(model, tiny.ragged((5, 6, 2, 3, 9)), draws)
+    whole = predictive_of(logits, counts, model, draws)
+    monkeypatch.setattr(inference, "BLOCK_VALUES", 2 * logits[0].numel())
+    blocks = predictive_of(logits, counts, model, draws)
+    assert torch.equal(whole.sample_probabilities, blocks.sample_probabilities)
+    for name in ("probabilities", "entropy", "expected_entropy", "mutual_information"):
+        assert torch.equal(getattr(whole, name), getattr(blocks, name))
+        assert torch.equal(getattr(whole.standard_error, name), getattr(blocks.standard_error, name))
 
 
 def test_a_models_answers_are_those_of_as_many_samples_and_decide_as_all_of_them() -> None:

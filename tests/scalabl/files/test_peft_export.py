@@ -14,6 +14,7 @@ from scalabl.errors import AdapterError
 from scalabl.files.adapter_directory import load_adapter
 from scalabl.files.peft_export import EXPORT_FILE, export_peft
 from scalabl.model.token_batch import TokenBatch
+from scalabl.prompt import Prompter
 from tests import tiny
 from tests.scalabl.files.peft_reference import PEFT_WARNINGS, TOKENS, PeftModel, peft_logits
 
@@ -55,6 +56,18 @@ def test_the_samples_differ_in_lora_a_only_and_the_heads_other_tokens_are_the_ba
     head = first["base_model.model.lm_head.lora_B.weight"]
     assert head.shape[0] == tiny.VOCABULARY
     assert head.any(1).nonzero()[:, 0].tolist() == sorted(TOKENS)
+
+
+def test_choices_with_assigned_tokens_are_exported_with_them(tmp_path: Path) -> None:
+    labels = ("card_arrival", "card_linking", "card", "0", "00", "000")  # the last two have spare tokens
+    task = Prompter(tiny.CLASSIFICATION.model_copy(update={"choices": labels}), tiny.tokenizer()).resolved_task
+    assert task.choice_tokens is not None
+    tiny.write_adapter(tmp_path / "ours", task=task)
+    (name,) = export_peft(tmp_path / "ours", tmp_path / "out", tiny.base_model(), num_samples=1)
+    ours = load_adapter(tiny.base_model(), tmp_path / "ours")
+    expected = ours.logits(TokenBatch.of(tiny.ragged()), ours.draws(1))[:, 0]
+    theirs = PeftModel.from_pretrained(tiny.base_model(), str(tmp_path / "out" / name)).eval()
+    assert (peft_logits(theirs, tiny.ragged(), task.choice_tokens) - expected).abs().max() <= 1e-5
 
 
 def test_export_needs_no_weights_of_the_base_model_and_never_overwrites(tmp_path: Path) -> None:

@@ -166,7 +166,15 @@ def test_a_whole_module_path_is_a_target() -> None:
     [
         ({"target_modules": ("q_proj", "w_pack")}, "target module 'w_pack' matches no linear layer of .* LlamaForCausalLM"),
         ({"target_modules": ("input_layernorm",)}, "target module 'input_layernorm' matches no linear layer"),
-        ({"layers_to_transform": (0, 2)}, "layers_to_transform names layer 2, in which the base model has no target module"),
+        ({"layers_to_transform": (0, 2)}, "layers_to_transform names layer 2, but the base model's layers are 0 to 1"),
+        (
+            {"layers_to_transform": (9,), "target_modules": ("q_proj",)},
+            "names layer 9, but the base model's layers are 0 to 1",
+        ),
+        (
+            {"layers_to_transform": (0, 1), "target_modules": ("layers.0.self_attn.q_proj",)},
+            "layers_to_transform names layer 1, in which the base model has no target module",
+        ),
         (
             {"task": tiny.CLASSIFICATION.model_copy(update={"choice_tokens": (5, 6, 259)})},
             "choice token 259 is outside the base model's vocabulary of 259",

@@ -277,6 +277,7 @@ def test_a_risk_that_the_answers_do_not_allow_is_an_error_that_says_what_was_kep
         ({"num_samples": "auto"}, r"num_samples auto \(calibrated with 8\)"),
         ({"seed": 3}, r"seed 3 \(calibrated with 0\)"),
         ({"method": "linearized"}, r"method linearized \(calibrated with monte_carlo\)"),
+        ({"choices": ["red", "blue"]}, r"choices \(calibrated with all of the adapter's\)"),
     ],
 )
 def test_thresholds_are_not_used_for_another_predictive_than_theirs(

@@ -127,6 +127,9 @@ def test_info_needs_no_base_model(work: Path) -> None:
     assert summary["task"]["choices"] == COLOURS
 
 
+LETTERS = ("--choices", "A", "--choices", "B")
+
+
 def test_convert_writes_an_adapter(tmp_path: Path) -> None:
     key = "base_model.model.lm_head.lora_{}.default.{}"
     state = {key.format("A", name): torch.zeros(2) for name in ("log_s", "log_s_sigma")}
@@ -142,19 +145,19 @@ def test_convert_writes_an_adapter(tmp_path: Path) -> None:
         "--output",
         tmp_path / "out",
     )
-    result = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "5,6")
+    result = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "5,6")
     assert result.stdout == f"wrote {tmp_path / 'out'}: rank 2, target modules lm_head\n"
     assert read_config(tmp_path / "out").task.choice_tokens == (5, 6)
 
-    wrong = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "5,5")
+    wrong = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "5,5")
     assert wrong.exit_code == 2
     assert "share the token 5" in _said(wrong)
 
-    again = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8")
+    again = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "7,8")
     remedy = "choose another --output, or add --overwrite to replace the adapter in it"
     assert (again.exit_code, again.stderr) == (1, f"error: {tmp_path / 'out'} is not empty; {remedy}\n")
     assert read_config(tmp_path / "out").task.choice_tokens == (5, 6)
-    replaced = run("convert", "bayesadapt", *common, "--choices", "A,B", "--choice-tokens", "7,8", "--overwrite")
+    replaced = run("convert", "bayesadapt", *common, *LETTERS, "--choice-tokens", "7,8", "--overwrite")
     assert replaced.exit_code == 0, replaced.output
     assert read_config(tmp_path / "out").task.choice_tokens == (7, 8)
 

@@ -38,6 +38,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LABELS = ("--label", "red", "--label", "green", "--label", "blue")
+
+
 def _mean_logits(work: Path, adapter: Path) -> torch.Tensor:
     model = load_adapter(tiny.base_model(), adapter)
     return model.logits(TokenBatch.of(tiny.ragged()), model.mean_draw())[:, 0]
@@ -49,19 +52,76 @@ def _sample_logits(work: Path, index: int) -> torch.Tensor:
 
 
 def test_a_lora_becomes_an_adapter_with_its_logits(work: Path, tmp_path: Path) -> None:
-    data = ("--peft", work / "samples" / "sample-1", "--model", work / "base", "--choices", "red, green, blue")
+    data = ("--peft", work / "samples" / "sample-1", "--model", work / "base", *LABELS)
     options = ("--relative-sigma", 0.2, "--base-model-name", "mine", "--output", tmp_path / "new")
     result = run("convert", "peft", *data, *options)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"wrote {tmp_path / 'new'}: rank 4, target modules lm_head, q_proj, v_proj\n"
     config = read_config(tmp_path / "new")
-    assert (config.base_model_name_or_path, config.task) == ("mine", read_config(work / "adapter").task)
+    task = read_config(work / "adapter").task.model_copy(update={"special_tokens_in_text": "text"})
+    assert (config.base_model_name_or_path, config.task) == ("mine", task)
     assert (_mean_logits(work, tmp_path / "new") - _sample_logits(work, 1)).abs().max() <= 1e-5
+
+
+def _converted(work: Path, output: Path, *arguments: object) -> Result:
+    return run(
+        "convert", "peft", "--peft", work / "samples" / "sample-1", "--model", work / "base", "--output", output, *arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.txt", "\ufeffFood, drink\r\nSports\r\n\r\n a b \r\n"),
+        ("labels.json", json.dumps(["Food, drink", "Sports", " a b "])),
+        (None, ""),
+    ],
+)
+def test_labels_are_what_a_file_or_the_flags_say_commas_and_spaces_included(
+    name: str | None, content: str, work: Path, tmp_path: Path
+) -> None:
+    labels = ("Food, drink", "Sports", " a b ")
+    arguments: list[object] = [part for label in labels for part in ("--choices", label)]
+    if name is not None:
+        (tmp_path / name).write_bytes(content.encode())
+        arguments = ["--labels", tmp_path / name]
+    result = _converted(work, tmp_path / "new", *arguments)
+    assert result.exit_code == 0, result.output
+    assert read_config(tmp_path / "new").task.choices == labels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--choices", "Food, drink,Sports"), "'Food, drink,Sports' is one label, because labels may have commas; repeat"),
+        ((), "give each label by --label, or all of them in a file by --labels"),
+        (("--label", "a", "--labels", "{tmp}/none"), "give each label by --label, or all of them in a file by --labels"),
+        (("--labels", "{tmp}/none"), "none cannot be read"),
+        (("--labels", "{tmp}/numbers.json"), "numbers.json must be a JSON list of strings"),
+        (("--label", "a", "--label", "a"), "choices are not distinct: 'a' appears twice"),
+    ],
+)
+def test_labels_that_are_none_are_refused(arguments: tuple[str, ...], message: str, work: Path, tmp_path: Path) -> None:
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    result = _converted(work, tmp_path / "new", *(part.format(tmp=tmp_path) for part in arguments))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_an_adapter_says_how_it_encodes_special_tokens_and_older_releases_read_one_of_before(
+    work: Path, tmp_path: Path
+) -> None:
+    assert _converted(work, tmp_path / "new", *LABELS).exit_code == 0
+    assert _converted(work, tmp_path / "old", *LABELS, "--special-tokens-in-text", "control").exit_code == 0
+    new, old = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("new", "old"))
+    assert (new["format_version"], new["task"]["special_tokens_in_text"]) == (2, "text")
+    assert old["format_version"] == 1
+    assert set(old["task"]) == {"kind", "template", "choices", "choice_tokens", "chat", "choice_prefix"}
 
 
 def test_converting_into_a_folder_that_is_not_empty_needs_overwrite(work: Path, tmp_path: Path) -> None:
     def convert(sample: str, *arguments: object) -> Result:
-        data = ("--peft", work / "samples" / sample, "--model", work / "base", "--choices", "red, green, blue")
+        data = ("--peft", work / "samples" / sample, "--model", work / "base", *LABELS)
         return run("convert", "peft", *data, "--output", tmp_path / "new", *arguments)
 
     assert convert("sample-0").exit_code == 0
@@ -80,7 +140,7 @@ def test_the_lora_that_is_read_is_never_overwritten(command: str, work: Path, tm
     if command == "train":
         result = _train(work, tmp_path / "lora", "--init-from", tmp_path / "lora", "--overwrite")
     else:
-        data = ("--peft", tmp_path / "lora", "--model", work / "base", "--choices", "red, green, blue")
+        data = ("--peft", tmp_path / "lora", "--model", work / "base", *LABELS)
         result = run("convert", "peft", *data, "--output", tmp_path / "lora", "--overwrite")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {tmp_path / 'lora'} is the LoRA ")
@@ -137,13 +197,16 @@ def test_what_the_lora_decides_cannot_be_given_too(option: str, work: Path, tmp_
             "samples already exists; choose a new",
         ),
         (("export", "peft", "--adapter", "{work}/base", "--output", "{work}/other"), "base has no adapter_config.json"),
-        (("convert", "peft", "--peft", "{work}/adapter", "--choices", "a,b", "--output", "{work}/other"), "must be 'LORA'"),
         (
-            ("convert", "peft", "--peft", "{work}/samples/sample-0", "--choices", "red", "--output", "{work}/other"),
+            ("convert", "peft", "--peft", "{work}/adapter", "--label", "a", "--label", "b", "--output", "{work}/other"),
+            "must be 'LORA'",
+        ),
+        (
+            ("convert", "peft", "--peft", "{work}/samples/sample-0", "--label", "red", "--output", "{work}/other"),
             "--choices",
         ),
         (
-            ("convert", "peft", "--peft", "{work}/none", "--choices", "a,b", "--output", "{work}/other"),
+            ("convert", "peft", "--peft", "{work}/none", "--label", "a", "--label", "b", "--output", "{work}/other"),
             "none/adapter_config.json does not exist",
         ),
     ],

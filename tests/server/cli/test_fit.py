@@ -75,7 +75,8 @@ def test_an_adapter_is_fitted_where_it_is(work: Path, tmp_path: Path) -> None:
 
 def test_a_lora_becomes_a_fitted_adapter_in_one_command(work: Path, tmp_path: Path) -> None:
     output, template = tmp_path / "fitted", tiny.CLASSIFICATION.template
-    options = ("--output", output, "--template", template, "--validation", work / "rows.jsonl", "--covariance", "diagonal")
+    options = ("--output", output, "--template", template, "--validation", work / "rows.jsonl", "--covariance", "diagonal",
+               "--special-tokens-in-text", "control")  # fmt: skip
     result = fit(work, work / "samples" / "sample-0", *options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["precision_from"] == "held_out"

@@ -97,6 +97,7 @@ def refused(result: Result, folder: Path, before: dict[str, bytes]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
+        (("--special-tokens-in-text", "control"), 'special_tokens_in_text was "text" and is now "control"'),
         (("--learning-rate", 0.5), "learning_rate was 0.002 and is now 0.5"),
         (("--lora-alpha", 8), "lora_alpha was 16.0 and is now 8.0"),
         (("--seed", 7), "seed was 0 and is now 7"),
@@ -268,7 +269,8 @@ def test_a_run_cut_short_resumes_and_refuses_another_run(
         return forward(module, *args, **kwargs)
 
     monkeypatch.setattr(VariationalModule, "forward", cut)
-    assert isinstance(train(work, tmp_path / "run").exception, RuntimeError)
+    cut_short = train(work, tmp_path / "run")
+    assert (cut_short.exit_code, "an unexpected RuntimeError: power cut" in cut_short.stderr) == (1, True)
     before = content(tmp_path / "run")
     assert "seed was 0 and is now 3" in refused(train(work, tmp_path / "run", "--seed", 3), tmp_path / "run", before)
     result = train(work, tmp_path / "run")

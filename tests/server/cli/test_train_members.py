@@ -84,7 +84,7 @@ def test_a_cut_mixture_resumes_its_members(work: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(VariationalModule, "forward", forward)
     options = ("--members", 2, "--seed", 3, *LAST_LAYER)
-    assert isinstance(train(work, tmp_path / "run", *options).exception, RuntimeError)
+    assert "cut" in train(work, tmp_path / "run", *options).stderr
     assert not (tmp_path / "run" / "adapter_config.json").exists()
     resumed = train(work, tmp_path / "run", *options)
     assert resumed.exit_code == 0, resumed.output
@@ -100,6 +100,6 @@ def test_the_combination_alone_is_made_up_for(work: Path, tmp_path: Path, monkey
     options = ("--members", 2, "--seed", 3, *LAST_LAYER)
     with monkeypatch.context() as patch:
         patch.setattr(scalabl.training.members, "mixture_of", broken)
-        assert isinstance(train(work, tmp_path / "run", *options).exception, RuntimeError)
+        assert "cut" in train(work, tmp_path / "run", *options).stderr
     monkeypatch.setattr(VariationalModule, "forward", broken)
     assert train(work, tmp_path / "run", *options).exit_code == 0

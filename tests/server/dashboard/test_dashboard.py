@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ def predict(client: TestClient, texts: list[str], **more: Any) -> Answers:
     return list(response.json()["predictions"])
 
 
-def label(client: TestClient, answers: Answers, labels: list[str]) -> None:
+def label(client: TestClient, answers: Answers, labels: Sequence[str | None]) -> None:
     given = [{"id": answer["id"], "label": name} for answer, name in zip(answers, labels, strict=True)]
     assert client.post("/feedback", json=given).status_code == 200
 
@@ -321,6 +321,46 @@ def test_feedback_moves_the_diagram(serve: Serve, tmp_path: Path) -> None:
             assert [each["accuracy"]["total"] for each in found["bins"]].count(1) == 1
 
 
+def test_truths_outside_the_choices_are_wrong_answers_with_shares_of_their_own(
+    calibrated: Path, folders: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(folders, adapter=calibrated / "colours", num_samples=8, data_dir=tmp_path)
+    with serving(settings) as client:
+        answers = predict(client, TEXTS[:30])
+        labels = [None if n % 3 == 0 else answer["prediction"] if n % 3 == 1 else "red" for n, answer in enumerate(answers)]
+        label(client, answers, labels)
+        stored = data_of(client)["stored"]
+    kept = [name for answer, name in zip(answers, labels, strict=True) if not answer["abstain"]]
+    held = [name for answer, name in zip(answers, labels, strict=True) if answer["abstain"]]
+    assert kept
+    assert held
+    pairs = list(zip(answers, labels, strict=True))
+    losses = [-math.log(answer["probabilities"][name]) for answer, name in pairs if name is not None]
+    for found in (stored["recent"], stored["totals"]["reliability"]):
+        for share, names in ((found["outside"]["answered"], kept), (found["outside"]["abstained"], held)):
+            assert (share["count"], share["total"]) == (names.count(None), len(names))
+        right = sum(answer["prediction"] == name for answer, name in pairs)
+        assert (found["accuracy"]["count"], found["accuracy"]["total"]) == (right, 30)
+        assert found["log_loss"] == pytest.approx(np.mean(losses))
+    rule = stored["risk_coverage"]["rule"]
+    wrong = sum(answer["prediction"] != name for answer, name in pairs if not answer["abstain"])
+    assert (rule["wrong"]["count"], rule["wrong"]["total"]) == (wrong, len(kept))
+    names = dict(zip((answer["id"] for answer in answers), labels, strict=True))
+    assert [(each["labelled"], each["label"]) for each in stored["doubtful"]] == [
+        (True, names[each["id"]]) for each in stored["doubtful"]
+    ]
+    assert None in [each["label"] for each in stored["doubtful"]]
+
+
+def test_where_every_truth_is_outside_there_is_no_log_loss(serve: Serve, tmp_path: Path) -> None:
+    client = serve(data_dir=tmp_path)
+    answers = predict(client, ["rose", "sky"])
+    label(client, answers, [None, None])
+    recent = data_of(client)["stored"]["recent"]
+    assert (recent["log_loss"], recent["accuracy"]["count"], recent["accuracy"]["total"]) == (None, 0, 2)
+    assert recent["brier"] > 1
+
+
 def test_the_beginning_of_a_text_is_shown_where_texts_are_stored(serve: Serve, tmp_path: Path) -> None:
     client = serve(data_dir=tmp_path, store_inputs=True, max_input_tokens=400)
     text = "<b>bold</b> \x00 🙂 " + "x" * 300
@@ -408,7 +448,7 @@ def test_a_database_of_the_release_before_gets_the_indexes_and_keeps_its_rows(fi
         rows = copy.execute("SELECT * FROM scalabl_predictions ORDER BY seq").fetchall()
     database = Database(f"sqlite:///{old}", 2)
     with database.transaction(write=False) as connection:
-        assert connection.exec_driver_sql("SELECT version_num FROM scalabl_version").scalar() == "0002"
+        assert connection.exec_driver_sql("SELECT version_num FROM scalabl_version").scalar() == "0003"
         assert [tuple(row) for row in connection.exec_driver_sql("SELECT * FROM scalabl_predictions ORDER BY seq")] == rows
         names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'index'").scalars().all()
         assert {"scalabl_predictions_adapter", "scalabl_predictions_labelled", "scalabl_totals_adapter"} <= set(names)

@@ -92,6 +92,65 @@ TEXT = tensor("text", [1], ["a"])
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"model_name": "another", "model_version": "7"},
+        {"colour": {"nested": [1, 2]}},
+        {"parameters": {"colour": 1, "content_type": "str", "headers": {"x": "y"}, "timeout": 5, "sequence_id": 3}},
+        {"parameters": {"binary_data_output": True}},
+        {"inputs": [TEXT | {"colour": 1, "parameters": {"content_type": "str", "binary_data": True}}]},
+        {"outputs": [{"name": "prediction", "colour": 1, "parameters": {"binary_data": True, "classification": 2}}]},
+        {"id": None, "parameters": None, "outputs": None},
+    ],
+)
+def test_what_the_protocol_does_not_name_is_ignored(colours: TestClient, more: dict[str, Any]) -> None:
+    answer = colours.post("/v2/models/colours/infer", json={"inputs": [TEXT]} | more)
+    predicted = colours.post("/predict", json={"inputs": "a"}).json()["predictions"][0]
+    assert outputs(answer)["prediction"]["data"] == [predicted["prediction"]]
+    assert answer.json()["model_name"] == "colours"
+
+
+def test_predict_still_refuses_what_it_does_not_know(colours: TestClient) -> None:
+    response = colours.post("/predict", json={"inputs": "a", "model_name": "colours"})
+    assert response.status_code == 422
+    assert response.json()["detail"] == "model_name: Extra inputs are not permitted"
+
+
+# What clients send, byte for byte: KServe's SDK 0.21 (`InferRequest.to_rest`), the client of MLServer 1.7 (`mlserver infer`,
+# which uses Triton's) and MLServer's `StringCodec`. The clients themselves: tests/integration/serving/test_clients.py.
+SENT = {
+    "kserve": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1],"datatype":"BYTES",'
+    b'"data":["abc"]}]}',
+    "kserve, more": b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1,1],"datatype":"BYTES",'
+    b'"data":["abc"]}],"outputs":[{"name":"prediction"}],"parameters":{"num_samples":16,"trace":"x"}}',
+    "mlserver": b'{"id": "mine", "inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}], '
+    b'"parameters": {"binary_data_output": true}}',
+    "mlserver, codec": b'{"id":"mine","parameters":{"content_type":"str"},"inputs":[{"name":"text","shape":[1,1],'
+    b'"datatype":"BYTES","parameters":{"content_type":"str"},"data":["abc"]}]}',
+}
+
+
+@pytest.mark.parametrize("client", SENT)
+def test_the_bytes_of_other_projects_clients_are_answered(colours: TestClient, client: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = colours.post("/v2/models/colours/infer", content=SENT[client], headers=headers)
+    predicted = colours.post("/predict", json={"inputs": "abc"}).json()["predictions"][0]
+    assert outputs(answer)["prediction"]["data"] == [predicted["prediction"]]
+    assert answer.json()["id"] == "mine"
+
+
+def test_binary_inputs_of_kserve_are_refused_with_the_remedy(colours: TestClient) -> None:
+    """What its SDK sends after `set_data_from_numpy`, whose default is binary."""
+    head = b'{"id":"mine","model_name":"colours","inputs":[{"name":"text","shape":[1],"datatype":"BYTES","parameters":'
+    head += b'{"binary_data_size":7}}]}'
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
+    answer = colours.post("/v2/models/colours/infer", content=head + b"\x03\x00\x00\x00abc", headers=headers)
+    assert answer.status_code == 415
+    remedy = "with KServe's or Triton's client, pass binary_data=False to set_data_from_numpy"
+    assert answer.json()["error"].endswith(remedy)
+
+
+@pytest.mark.parametrize(
     ("inputs", "more", "said"),
     [
         ([], {}, "inputs: "),
@@ -108,24 +167,16 @@ TEXT = tensor("text", [1], ["a"])
         ([tensor("text", [0], [])], {}, "inputs.0.shape.0: Input should be greater than or equal to 1"),
         ([{"name": "text", "shape": [1], "datatype": "BYTES"}], {}, "text: shape [1] means 1 elements, but data has 0"),
         ([tensor("text", [1], [""])], {}, "inputs: the text is empty"),
-        (
-            [tensor("text", [1], ["a"], parameters={"colour": 1})],
-            {},
-            "inputs.0.parameters.colour: Extra inputs are not permitted",
-        ),
         ([TEXT], {"outputs": [{"name": "logits"}]}, "outputs.0.name: Input should be 'prediction', 'index'"),
         ([TEXT], {"outputs": [{"name": "index"}, {"name": "index"}]}, "outputs.1: the output 'index' is requested twice"),
-        ([TEXT], {"parameters": {"colour": 1}}, "parameters.colour: Extra inputs are not permitted"),
         ([TEXT], {"parameters": {"num_samples": "many"}}, "num_samples: Input should be a valid integer"),
         ([TEXT], {"parameters": {"num_samples": 10_000}}, "num_samples: 10000 is above this server's limit"),
         ([TEXT], {"parameters": {"choices": "{"}}, "parameters: choices is not valid JSON; send a JSON list"),
         ([TEXT], {"parameters": {"choices": "[1, 2]"}}, "choices"),
-        ([TEXT, tensor("choices", [2], ["a", "b"])], {}, "choices: this adapter's task is classification"),
-        ([TEXT], {"wrong": 1}, "wrong: Extra inputs are not permitted"),
+        ([TEXT, tensor("choices", [2], ["a", "b"])], {}, "choices: 'a' is not a choice of this adapter"),
         ([TEXT], {"id": "\ud800"}, "id: the text is not valid Unicode"),
-        ([tensor("text", [1], ["a"], parameters={"binary_data_size": 5})], {}, "not the binary-data extension"),
-        ([TEXT], {"parameters": {"binary_data_output": True}}, "pass binary_data=False"),
-        ([TEXT], {"outputs": [{"name": "index", "parameters": {"binary_data": True}}]}, "binary-data extension"),
+        ([tensor("text", [1], ["a"], parameters={"binary_data_size": 5})], {}, "text: this server reads JSON tensors only"),
+        ([TEXT], {"parameters": ["num_samples"]}, "parameters: "),
     ],
 )
 def test_a_wrong_request_is_refused_in_the_protocols_form(

@@ -24,6 +24,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from scalabl.evaluation.scoring import bins_of
 
 CHOICES = ["red", "green", "blue"]
+LABELS = [*CHOICES, None]  # None: none of the choices
+
+
+def index_of(label: str | None) -> int:
+    return scoring.NONE if label is None else CHOICES.index(label)
 
 
 def answer_of(probabilities: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -56,7 +61,7 @@ class Replica:
         operation.done.result(10)
         return ids
 
-    def feedback(self, *labels: tuple[str, str]) -> list[str]:
+    def feedback(self, *labels: tuple[str, str | None]) -> list[str]:
         operation = Feedback(labels)
         self.writer.submit(operation)
         return list(operation.done.result(10))
@@ -96,17 +101,17 @@ def _summed(replicas: list[Replica], adapter: str) -> dict[tuple[str, str], floa
     given=st.lists(answers(), min_size=1, max_size=6),
     requests=st.lists(
         st.tuples(
-            st.integers(0, 1), st.lists(st.tuples(st.integers(0, 5), st.sampled_from(CHOICES)), min_size=1, max_size=8)
+            st.integers(0, 1), st.lists(st.tuples(st.integers(0, 5), st.sampled_from(LABELS)), min_size=1, max_size=8)
         ),
         max_size=5,
     ),
 )
 def test_totals_are_those_of_the_final_labels(
-    replicas: list[Replica], given: list[dict[str, Any]], requests: list[tuple[int, list[tuple[int, str]]]]
+    replicas: list[Replica], given: list[dict[str, Any]], requests: list[tuple[int, list[tuple[int, str | None]]]]
 ) -> None:
     adapter = uuid.uuid4().hex
     ids = replicas[0].record(adapter, given)
-    final: dict[int, str] = {}
+    final: dict[int, str | None] = {}
     for which, labels in requests:
         replica = replicas[which]
         before = replica.counters(adapter)
@@ -121,7 +126,7 @@ def test_totals_are_those_of_the_final_labels(
     for at, answer in enumerate(given):
         amounts = scoring.of_prediction(answer)
         if at in final:
-            amounts |= scoring.of_label(answer, CHOICES.index(final[at]))
+            amounts |= scoring.of_label(answer, index_of(final[at]))
         for (name, key), amount in amounts.items():
             metric = (scoring.FAMILIES[name].metric + "_total", key)
             expected[metric] = expected.get(metric, 0) + amount
@@ -149,6 +154,52 @@ def test_ece_brier_and_log_loss_are_the_evaluations() -> None:
     assert total["brier"] / 500 == pytest.approx(((probabilities - truth) ** 2).sum(1).mean(), abs=1e-12)
     assert total["log_loss"] / 500 == pytest.approx(-np.log(probabilities[np.arange(500), labels]).mean(), abs=1e-12)
     assert total["correct"] / 500 == (probabilities.argmax(1) == labels).mean()
+
+
+def test_a_label_outside_is_one_more_class_with_probability_0() -> None:
+    """The same numbers as of a problem with a fourth class, to which every answer gives the probability 0."""
+    generator = np.random.default_rng(1)
+    probabilities = generator.dirichlet([0.5] * 3, size=400)
+    labels = generator.integers(-1, 3, 400)
+    sums: dict[tuple[str, str], float] = {}
+    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        for key, amount in scoring.of_label(answer_of(row), label).items():
+            sums[key] = sums.get(key, 0) + amount
+    total = {name: sum(value for (each, _), value in sums.items() if each == name) for name in scoring.FAMILIES}
+    outside = labels == scoring.NONE
+    extended = np.concatenate([probabilities, np.zeros((400, 1))], axis=1)
+    truth = np.where(outside, 3, labels)
+    assert total["outcomes"] == 400
+    assert total["outside"] == outside.sum() not in (0, 400)
+    assert total["correct"] == (extended.argmax(1) == truth).sum()
+    assert total["brier"] == pytest.approx(((extended - np.eye(4)[truth]) ** 2).sum())
+    inside = ~outside
+    assert total["log_loss"] == pytest.approx(-np.log(probabilities[inside, labels[inside]]).sum())
+    gaps = [abs(sums.get(("correct", edge), 0) - sums.get(("labelled_confidence", edge), 0)) for edge in scoring.UPPER_EDGES]
+    reference = multiclass_calibration_error(
+        torch.tensor(extended), torch.tensor(truth), num_classes=4, n_bins=scoring.BINS, norm="l1"
+    )
+    assert sum(gaps) / 400 == pytest.approx(float(reference), abs=1e-6)
+
+
+@pytest.mark.parametrize("probabilities", [[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [1 / 3] * 3])
+def test_the_brier_score_of_a_label_outside_is_no_better_than_that_of_any_choice(probabilities: list[float]) -> None:
+    def brier(label: int) -> float:
+        return sum(
+            value for (name, _), value in scoring.of_label(answer_of(probabilities), label).items() if name == "brier"
+        )
+
+    assert brier(scoring.NONE) == pytest.approx(1 + sum(p * p for p in probabilities))
+    assert brier(scoring.NONE) >= max(brier(label) for label in range(3)) - 1e-12
+
+
+@pytest.mark.parametrize("abstain", [True, False, None])
+def test_a_label_outside_is_in_no_set_and_right_for_an_abstention(abstain: bool | None) -> None:
+    sets = {"labels": CHOICES, "coverage": 0.9}
+    amounts = scoring.of_label(answer_of([0.5, 0.3, 0.2], abstain=abstain, prediction_set=sets), scoring.NONE)
+    counted = {name for name, _ in amounts}
+    always = {"outcomes", "labelled_confidence", "brier", "outside", "labelled_sets", "sets_outside"}
+    assert counted == always | ({"abstained", "abstained_outside"} if abstain else set())
 
 
 @pytest.mark.parametrize(

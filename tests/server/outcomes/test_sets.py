@@ -26,10 +26,12 @@ def client(calibrated: Path, folders: Path, tmp_path: Path) -> Iterator[TestClie
 def test_labels_of_calibrated_predictions_count_towards_their_coverage(client: TestClient) -> None:
     texts = ["xx", "yyyy", "w", "a text of another kind", "xyz", "?", "vvv", "uu", "zz"]
     answers = client.post("/predict", json={"inputs": texts, "coverage": 0.8}).json()["predictions"]
-    labels = [COLOURS[n % 3] for n in range(len(answers))]
+    labels = [*(COLOURS[n % 3] for n in range(len(answers) - 2)), None, None]
     given = [{"id": answer["id"], "label": label} for answer, label in zip(answers, labels, strict=True)]
     assert client.post("/feedback", json=given).status_code == 200
     counted = totals(client)
+    assert counted["scalabl_outcomes_outside_total"] == counted["scalabl_outcomes_sets_outside_total"] == 2
+    assert counted["scalabl_outcomes_abstained_outside_total"] == sum(answer["abstain"] for answer in answers[-2:])
     covered = [label in answer["prediction_set"]["labels"] for answer, label in zip(answers, labels, strict=True)]
     assert counted["scalabl_outcomes_covered_total"] == sum(covered) not in (0, len(answers))
     assert counted["scalabl_outcomes_sets_total"] == counted["scalabl_recorded_sets_total"] == len(answers)

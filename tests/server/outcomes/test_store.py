@@ -31,7 +31,7 @@ def _predict(client: TestClient, **body: Any) -> list[dict[str, Any]]:
     return list(response.json()["predictions"])
 
 
-def _feedback(client: TestClient, *pairs: tuple[str, str]) -> list[str]:
+def _feedback(client: TestClient, *pairs: tuple[str, str | None]) -> list[str]:
     response = client.post("/feedback", json=[{"id": name, "label": label} for name, label in pairs])
     assert response.status_code == 200, response.text
     return [result["status"] for result in response.json()["results"]]
@@ -66,7 +66,7 @@ def test_an_id_resolves_to_what_was_answered(client: TestClient) -> None:
     answer.pop("samples")
     assert stored["prediction"] == answer
     assert (stored["id"], stored["model"], stored["adapter"]) == (answer["id"], "base", "colours")
-    assert (stored["label"], stored["labels"]) == (None, [])
+    assert (stored["labelled"], stored["label"], stored["labels"]) == (False, None, [])
 
 
 def test_an_input_is_kept_as_a_hash_only(client: TestClient) -> None:
@@ -101,6 +101,70 @@ def test_the_same_label_twice_is_one_label_and_another_a_correction_that_is_kept
     assert [each["label"] for each in stored["labels"]] == ["red", "blue"]
     times = [datetime.fromisoformat(each["labelled_at"]) for each in stored["labels"]]
     assert datetime.fromisoformat(stored["created_at"]) <= times[0] < times[1]
+
+
+OUTSIDE = ("scalabl_outcomes_total", "scalabl_outcomes_outside_total", "scalabl_outcomes_correct_total")
+
+
+def test_none_of_the_choices_is_a_label_that_can_be_corrected_to_a_choice_and_back(client: TestClient) -> None:
+    (answer,) = _predict(client, inputs="rose")
+    name, predicted = answer["id"], answer["prediction"]
+    start = totals(client)
+
+    def counted() -> tuple[float, ...]:
+        """What is left after corrections, since the start."""
+        now = totals(client)
+        retracted = [metric.replace("_total", "_retracted_total") for metric in OUTSIDE]
+        return tuple(
+            now[metric] - now[minus] - start[metric] + start[minus] for metric, minus in zip(OUTSIDE, retracted, strict=True)
+        )
+
+    def stored() -> tuple[bool, str | None, list[str | None]]:
+        found = client.get(f"/predictions/{name}").json()
+        return found["labelled"], found["label"], [each["label"] for each in found["labels"]]
+
+    outside = {"id": name, "label": None}
+    assert client.post("/feedback", json=outside).json() == {"results": [outside | {"status": "recorded"}]}
+    assert (counted(), stored()) == ((1, 1, 0), (True, None, [None]))
+    assert _feedback(client, (name, None), (name, None)) == ["unchanged", "unchanged"]
+    assert (counted(), stored()) == ((1, 1, 0), (True, None, [None]))
+    assert _feedback(client, (name, predicted)) == ["corrected"]
+    assert (counted(), stored()) == ((1, 0, 1), (True, predicted, [None, predicted]))
+    assert _feedback(client, (name, None)) == ["corrected"]
+    assert (counted(), stored()) == ((1, 1, 0), (True, None, [None, predicted, None]))
+
+
+def test_multiple_choice_has_truths_outside_too_and_they_survive_a_restart(folders: Path, url: str) -> None:
+    settings = settings_for(folders, "letters", outcomes_url=url, replica_id="r")
+    with serving(settings) as client:
+        (answer,) = _predict(client, inputs="a", choices=["one", "two"])
+        assert _feedback(client, (answer["id"], None)) == ["recorded"]
+        before = totals(client)
+    with serving(settings) as client:
+        assert totals(client)["scalabl_outcomes_outside_total"] == before["scalabl_outcomes_outside_total"] == 1
+        assert _feedback(client, (answer["id"], None)) == ["unchanged"]
+        assert client.get(f"/predictions/{answer['id']}").json()["labelled"] is True
+
+
+def test_the_label_null_is_documented(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["Outcome"]["properties"]["label"]["anyOf"] == [{"type": "string"}, {"type": "null"}]
+    assert schemas["Outcome"]["required"] == ["id", "label"]
+    assert "null if none of them is the true answer" in schemas["Outcome"]["properties"]["label"]["description"]
+
+
+def test_a_database_of_the_release_before_is_migrated_with_its_labels(folders: Path, url: str, tmp_path: Path) -> None:
+    settings = settings_for(folders, outcomes_url=url, replica_id="r")
+    with serving(settings) as client:
+        (answer,) = _predict(client, inputs="a")
+        _feedback(client, (answer["id"], "red"))
+    with closing(sqlite3.connect(tmp_path / "outcomes.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE scalabl_version SET version_num = '0002'")
+    with serving(settings) as client:
+        assert client.get(f"/predictions/{answer['id']}").json()["label"] == "red"
+        assert _feedback(client, (answer["id"], None)) == ["corrected"]
+    with closing(sqlite3.connect(tmp_path / "outcomes.db")) as connection:
+        assert connection.execute("SELECT version_num FROM scalabl_version").fetchall() == [("0003",)]
 
 
 def test_a_list_may_name_a_prediction_twice(client: TestClient) -> None:
@@ -150,7 +214,8 @@ def test_bad_feedback_is_refused(client: TestClient, body: Any, status: int, slu
 def test_a_label_is_a_choice_to_the_letter(client: TestClient, label: str) -> None:
     (answer,) = _predict(client, inputs="rose")
     response = client.post("/feedback", json={"id": answer["id"], "label": label})
-    refused(response, 422, "invalid-field", "label: ", "'red', 'green', 'blue'")
+    remedy = "if none of them is the true answer, send null"
+    refused(response, 422, "invalid-field", "label: ", "'red', 'green', 'blue'", remedy)
     assert len(response.text) < 500
 
 

@@ -129,6 +129,14 @@ def test_multiple_choice_is_the_methods_over_the_letters_given(letters: TestClie
     assert list(answer["probabilities"].values()) == pytest.approx(expected.probabilities.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "tokens"), [("text", 15), ("control", 11)])
+def test_special_tokens_in_an_input_are_what_the_adapter_says(
+    mode: str, tokens: int, serve: Callable[..., TestClient], tmp_path: Path
+) -> None:
+    tiny.write_adapter(tmp_path / "a", task=tiny.CLASSIFICATION.model_copy(update={"special_tokens_in_text": mode}))
+    assert _ask(serve(adapter=tmp_path / "a"), inputs="a<eos>b")["usage"]["tokens"] == tokens
+
+
 def test_a_temperature_of_the_adapter_is_applied(folders: Path, serve: Callable[..., TestClient], tmp_path: Path) -> None:
     tiny.write_adapter(tmp_path / "hot", temperature=3.0)
     hot = _one(serve(adapter=tmp_path / "hot"), inputs="rose")

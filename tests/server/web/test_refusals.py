@@ -57,7 +57,12 @@ def ask(client: TestClient, **body: Any) -> httpx.Response:
         ({"inputs": "a", "seed": 2**63}, "seed: Input should be less than 9223372036854775808"),
         ({"inputs": "a", "method": "magic"}, "method: Input should be 'monte_carlo'"),
         ({"inputs": "a", "return_samples": 7}, "return_samples: Input should be a valid boolean"),
-        ({"inputs": "a", "choices": ["b", "c"]}, "choices: this adapter's task is classification with fixed choices"),
+        (
+            {"inputs": "a", "choices": ["red", "b"]},
+            "choices: 'b' is not a choice of this adapter",
+        ),
+        ({"inputs": "a", "choices": ["red", "red"]}, "choices: 'red' appears twice"),
+        ({"inputs": ["a", "b"], "choices": [["red", "blue"], ["red", "c"]]}, "choices.1: 'c' is not a choice"),
     ],
 )
 def test_a_wrong_field_is_named(colours: TestClient, body: dict[str, Any], detail: str) -> None:
@@ -123,7 +128,15 @@ def test_a_form_is_told_to_be_json(colours: TestClient) -> None:
         ({}, 200),
         ({"content-type": "application/json; charset=UTF-8"}, 200),
         ({"content-type": "APPLICATION/vnd.me+json"}, 200),
+        ({"content-type": "application/json;charset=UTF-8;"}, 200),
+        ({"content-type": "application/json; charset=utf-8; odata=verbose"}, 200),
+        ({"content-type": "application/json;odata.metadata=minimal;IEEE754Compatible=false;charset=utf-8"}, 200),
+        ({"content-type": 'application/json ; profile="a; charset=latin-1" ; Charset = "UTF-8"'}, 200),
+        ({"content-type": "application/json;; charset='utf-8'"}, 200),
         ({"content-type": "application/json; charset=latin-1"}, 415),
+        ({"content-type": "application/json; version=1; charset=latin-1"}, 415),
+        ({"content-type": "application/json; charset=utf-8; charset=utf-16"}, 415),
+        ({"content-type": "application/json; charset="}, 415),
         ({"content-type": "text/plain"}, 415),
         ({"content-type": ""}, 415),
         ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
@@ -135,6 +148,20 @@ def test_a_body_is_json_as_it_is(colours: TestClient, headers: dict[str, str], s
         assert response.status_code == 200
     else:
         refused(response, status, "unsupported-media-type", "send ")
+
+
+def test_a_charset_other_than_utf_8_is_named(colours: TestClient) -> None:
+    headers = {"content-type": "application/json; odata=verbose; charset=windows-1252"}
+    response = colours.post("/predict", content=b'{"inputs": "a"}', headers=headers)
+    refused(response, 415, "unsupported-media-type", "the charset is 'windows-1252'; send the JSON in UTF-8")
+
+
+def test_a_byte_order_mark_before_the_json_is_ignored(colours: TestClient) -> None:
+    headers = {"content-type": "application/json"}
+    response = colours.post("/predict", content=b'\xef\xbb\xbf{"inputs": "a"}', headers=headers)
+    assert response.status_code == 200, response.text
+    twice = colours.post("/predict", content=2 * b"\xef\xbb\xbf" + b'{"inputs": "a"}', headers=headers)
+    refused(twice, 422, "invalid-field", "body: not valid JSON at character 0")
 
 
 def test_a_detail_that_quotes_the_request_is_short(colours: TestClient) -> None:

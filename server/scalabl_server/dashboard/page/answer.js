@@ -22,17 +22,20 @@ export function showFailure(element, problem) {
   element.replaceChildren(h("p", { class: "bad", role: "alert" }, problem.message));
 }
 
-/** Show `response` of /predict for one input. `adapter` is from /info; `labelled` is called when a label was stored. */
+/**
+ * Show `response` of /predict for one input. `adapter` is from /info, with the choices of this input; `labelled` is called
+ * when a label was stored.
+ */
 export function showAnswer(element, response, adapter, milliseconds, labelled) {
   const [answer] = response.predictions;
   element.replaceChildren(
     verdict(answer),
-    distribution(answer),
+    distribution(answer, adapter.choices.length),
     h("p", { class: "caption quiet" }, caption(answer)),
     inTheSet(answer),
     doubt(answer, adapter),
     ...(response.warnings ?? []).map((warning) => h("p", { class: "warning" }, warning)),
-    feedback(answer, labelled),
+    feedback(answer, adapter.choices, labelled),
     h(
       "p",
       { class: "quiet small" },
@@ -43,10 +46,10 @@ export function showAnswer(element, response, adapter, milliseconds, labelled) {
 }
 
 /** The answer in a sentence, for screen readers. */
-export function spoken(response) {
+export function spoken(response, count) {
   const [answer] = response.predictions;
   const held = answer.abstain ? "The adapter abstains. If it had to answer: " : "";
-  return `${held}${answer.prediction}, ${percent(answer.confidence)}. ${aboutDoubt(answer)}`;
+  return `${held}${answer.prediction}, ${percent(answer.confidence)}. ${aboutDoubt(answer, count)}`;
 }
 
 function verdict(answer) {
@@ -60,7 +63,7 @@ function verdict(answer) {
   );
 }
 
-function distribution(answer) {
+function distribution(answer, count) {
   const members = new Set(answer.prediction_set?.labels ?? []);
   const ranked = Object.entries(answer.probabilities).sort(([, a], [, b]) => b - a);
   const shown = ranked.slice(0, ranked.length > MOST_CHOICES ? MOST_CHOICES - 1 : MOST_CHOICES);
@@ -71,9 +74,9 @@ function distribution(answer) {
     shown.map(([name, probability]) => row(name, probability, answer, members.has(name))),
   );
   if (others.length > 0) {
-    const sum = others.reduce((total, [, probability]) => total + probability, 0);
+    const sum = others.reduce((total, [, probability]) => total + probability, answer.other ?? 0);
     list.append(
-      h("li", { class: "others" }, h("span", { class: "name quiet" }, `${others.length} others`), bar(sum), h("span", { class: "value" }, percent(sum))),
+      h("li", { class: "others" }, h("span", { class: "name quiet" }, `${count - shown.length} others`), bar(sum), h("span", { class: "value" }, percent(sum))),
     );
   }
   return list;
@@ -135,14 +138,14 @@ function inTheSet(answer) {
 }
 
 function doubt(answer, adapter) {
-  const most = Math.log(Object.keys(answer.probabilities).length);
+  const most = Math.log(adapter.choices.length);
   const part = (value) => `${((100 * value) / most).toFixed(2)}%`;
   const rank = rankOf(answer.mutual_information, answer.prediction_set === null ? null : adapter.calibration?.quantiles.mutual_information);
   return h(
     "div",
     { class: "doubt" },
     h("h3", {}, "Uncertainty"),
-    h("p", {}, aboutDoubt(answer), rank === null ? "" : ` ${rank}`),
+    h("p", {}, aboutDoubt(answer, adapter.choices.length), rank === null ? "" : ` ${rank}`),
     s(
       "svg",
       {
@@ -172,9 +175,9 @@ function entry(name, value, kind, about) {
   );
 }
 
-function feedback(answer, labelled) {
+function feedback(answer, choices, labelled) {
   if (answer.id === null) {
     return h("p", { class: "quiet" }, "This answer was not stored, so it cannot be labelled.");
   }
-  return labelForm({ id: answer.id, choices: Object.keys(answer.probabilities), done: labelled });
+  return labelForm({ id: answer.id, choices, done: labelled });
 }

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { h } from "./dom.js";
-import { labelForm } from "./label.js";
+import { NONE, labelForm } from "./label.js";
 import { nats, percent, time } from "./words.js";
 
 let drawn = ""; // the JSON that the list shows
@@ -49,7 +49,7 @@ function item(prediction, labelled) {
     ),
     act,
   );
-  showButton(act, prediction, prediction.label, labelled);
+  showButton(act, prediction, labelOf(prediction), labelled);
   return element;
 }
 
@@ -59,15 +59,20 @@ function set(prediction) {
   return ` · prediction set: ${prediction.set_labels.join(", ")}${more > 0 ? ` and ${more} more` : ""}`;
 }
 
+/** The label of a stored prediction: a choice, null for none of them, undefined for no label. */
+function labelOf(prediction) {
+  return prediction.labelled ? prediction.label : undefined;
+}
+
 function showButton(act, prediction, label, labelled, focus = false) {
   const button = h(
     "button",
-    { type: "button", "aria-label": `${label === null ? "Label" : "Correct the label of"} ${prediction.prediction}, ${time(prediction.created_at)}` },
-    label === null ? "Label" : "Correct",
+    { type: "button", "aria-label": `${label === undefined ? "Label" : "Correct the label of"} ${prediction.prediction}, ${time(prediction.created_at)}` },
+    label === undefined ? "Label" : "Correct",
   );
   button.addEventListener("click", () => open(act, prediction, label, labelled, button));
   act.replaceChildren(
-    label === null ? h("p", { class: "quiet" }, "no label") : h("p", { dir: "auto" }, h("span", { class: "quiet" }, "label: "), label),
+    label === undefined ? h("p", { class: "quiet" }, "no label") : h("p", { dir: "auto" }, h("span", { class: "quiet" }, "label: "), label ?? NONE),
     button,
   );
   if (focus) button.focus();
@@ -82,7 +87,7 @@ async function open(act, prediction, label, labelled, button) {
       labelForm({
         id: prediction.id,
         choices: Object.keys(full.prediction.probabilities),
-        current: full.label,
+        current: labelOf(full),
         done: (newLabel) => {
           close(newLabel);
           labelled();

@@ -9,21 +9,27 @@ const STATUS_TEXTS = {
   corrected: "Corrected. The previous label stays in the history.",
 };
 
+/** The label null, in words: none of the choices is the true answer. */
+export const NONE = "None of these";
+const NONE_VALUE = "none";
+
 let forms = 0;
 
 /**
- * The form. `done(label, status)` is called with the server's answer; with `cancel` the form has a button for it.
+ * The form. `current` is the label so far: a choice, null for none of them, undefined for no label. `done(label, status)` is
+ * called with the server's answer; with `cancel` the form has a button for it.
  */
-export function labelForm({ id, choices, current = null, done, cancel = null }) {
+export function labelForm({ id, choices, current, done, cancel = null }) {
   forms += 1;
   const name = `label-${forms}`;
   const select = h(
     "select",
     { id: name, required: true },
-    h("option", { value: "", disabled: true, selected: current === null }, "Choose…"),
+    h("option", { value: "", disabled: true, selected: current === undefined }, "Choose…"),
     choices.map((choice, index) => h("option", { value: index, selected: choice === current }, choice)),
+    h("option", { value: NONE_VALUE, selected: current === null }, NONE),
   );
-  const button = h("button", { type: "submit" }, current === null ? "Send" : "Correct");
+  const button = h("button", { type: "submit" }, current === undefined ? "Send" : "Correct");
   const message = h("p", { class: "told quiet", role: "status" });
   const form = h(
     "form",
@@ -36,7 +42,7 @@ export function labelForm({ id, choices, current = null, done, cancel = null }) 
   async function send(event) {
     event.preventDefault();
     if (select.value === "") return;
-    const label = choices[Number(select.value)];
+    const label = select.value === NONE_VALUE ? null : choices[Number(select.value)];
     button.disabled = true;
     message.className = "told quiet";
     message.textContent = "Sending…";

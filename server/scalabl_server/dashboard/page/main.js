@@ -13,6 +13,7 @@ import { percent } from "./words.js";
 
 const AGAIN_MS = 15_000; // between refreshes while the page is visible
 const STARTING_MS = 2_000;
+const MOST_PROBABILITIES = 50; // asked for; the page shows fewer, and the sum of the rest
 
 const NOTHING_STORED =
   "This server stores no predictions (it runs with --outcomes-url none), so there are no figures and labels cannot be sent. " +
@@ -150,6 +151,10 @@ function question(chosen) {
     body.choices = byId("choices").value.split("\n").map((choice) => choice.trim()).filter((choice) => choice !== "");
     choices = body.choices.length;
   }
+  if (choices > MOST_PROBABILITIES) {
+    body.top_k = MOST_PROBABILITIES;
+    choices = MOST_PROBABILITIES;
+  }
   if (byId("coverage").value !== "") body.coverage = Number(byId("coverage").value);
   if (method !== "linearized") {
     body.num_samples = Number(byId("samples").value) || info.defaults.num_samples;
@@ -170,10 +175,12 @@ async function put(event) {
   showWaiting(place);
   try {
     const started = performance.now();
-    const response = await ask("predict", question(chosen));
+    const body = question(chosen);
+    const response = await ask("predict", body);
     if (own !== questions) return;
-    showAnswer(place, response, chosen, performance.now() - started, refresh);
-    byId("announce").textContent = spoken(response);
+    const choices = body.choices ?? chosen.choices;
+    showAnswer(place, response, { ...chosen, choices }, performance.now() - started, refresh);
+    byId("announce").textContent = spoken(response, choices.length);
     refresh();
   } catch (problem) {
     if (own === questions) showFailure(place, problem);

@@ -11,6 +11,7 @@ export function showNumbers(list, stored) {
     ["Predictions", count(totals.predictions), `${count(reliability.accuracy.total)} with a label`],
     ["Accuracy", percent(reliability.accuracy.share), interval(reliability.accuracy)],
     ["Calibration error", reliability.ece === null ? "–" : percent(reliability.ece), "ECE in 15 bins, all time"],
+    ...outside(reliability),
     ["Abstained", stored.abstains || totals.abstained.count > 0 ? percent(totals.abstained.share) : "–", abstained(stored)],
     ...reliability.sets.map((set) => [
       `Coverage of ${percent(set.coverage, 0)} sets`,
@@ -23,6 +24,17 @@ export function showNumbers(list, stored) {
       h("div", {}, h("dt", {}, name), h("dd", {}, h("strong", {}, value), h("span", { class: "quiet" }, about))),
     ),
   );
+}
+
+/** An entry for labels that are none of the choices, if there are any. */
+function outside({ accuracy, outside: { abstained, answered } }) {
+  const labels = abstained.count + answered.count;
+  if (labels === 0) return [];
+  return [["None of the choices", percent(labels / accuracy.total), `of the labels: ${part(abstained, "abstained")}, ${part(answered, "answered")}`]];
+}
+
+function part(share, name) {
+  return `${count(share.count)} of ${count(share.total)} ${name}`;
 }
 
 function interval(share) {

@@ -43,9 +43,9 @@ export function withInterval(share) {
   return `${percent(share.share)} (${(100 * share.low).toFixed(1)} to ${(100 * share.high).toFixed(1)})`;
 }
 
-/** A sentence about an answer's entropy and its two parts. */
-export function aboutDoubt(answer) {
-  const most = Math.log(Object.keys(answer.probabilities).length);
+/** A sentence about the entropy and its two parts of an answer over `count` choices. */
+export function aboutDoubt(answer, count) {
+  const most = Math.log(count);
   if (answer.entropy < 0.02 * most) return "The model is almost certain.";
   const own = answer.mutual_information / answer.entropy;
   if (own > 0.5) {

@@ -188,8 +188,7 @@ def load(settings: ServeSettings) -> Engine:
         settings.engine_adapter_dir or settings.data_folder / "engine-adapters",
         settings.engine_timeout,
     )
-    longest = longest_prompt(config, tokenizer)
-    longest = min(settings.max_input_tokens or longest, longest)
+    longest = settings.longest_prompt(longest_prompt(config, tokenizer))
     reader = VllmEngine(
         default_adapter=settings.default_adapter,
         model_name=Path(base).name if Path(base).is_dir() else base,

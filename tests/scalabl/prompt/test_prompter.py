@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from scalabl.config import Task
 from scalabl.errors import InputTooLongError, PromptError
-from scalabl.prompt import Prompter
+from scalabl.prompt import Prompter, letters
+from scalabl.prompt.prompter import _warn_of_date
 from tests import tiny
 
 
@@ -34,24 +37,25 @@ def test_what_all_choices_begin_with_is_part_of_the_prompt() -> None:
     assert [_decode([token]) for token in prompter.choice_tokens] == ["r", "b"]
 
 
-def test_choices_that_collide_are_named_with_their_token() -> None:
-    with pytest.raises(PromptError, match=r"choices 'red' and 'rose' both start with the token \d+ \('r'\); rename one"):
-        Prompter(_classification("red", "blue", "rose"), tiny.tokenizer())
+def test_choices_that_begin_with_the_same_token_get_the_token_that_tells_them_apart() -> None:
+    prompter = Prompter(_classification("red", "blue", "rose"), tiny.tokenizer())
+    assert _decode(prompter.encode("grass")) == "grass\nLabel: "
+    assert prompter.token_texts == ["e", "b", "o"]
 
 
-def test_a_choice_that_is_the_beginning_of_every_other_is_named() -> None:
-    with pytest.raises(PromptError, match="every other choice begins with the choice 'red'; rename it"):
-        Prompter(_classification("red", "redder", "reddest"), tiny.tokenizer())
+def test_a_choice_with_which_another_begins_gets_its_last_token() -> None:
+    prompter = Prompter(_classification("red", "redder", "reddest"), tiny.tokenizer())
+    assert _decode(prompter.encode("grass")) == "grass\nLabel: re"
+    assert prompter.token_texts == ["d", "r", "s"]
 
 
-def _word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+def _word_tokenizer(*words: str, frame: str = "<bos> $A <eos>", **named: str) -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<bos>", "<eos>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    inner.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    inner.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    names = named or {"bos_token": "<bos>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **names)
 
 
 @pytest.mark.parametrize("text", ["the sky", "Éire?", "<bos> as text", "a<eos>b", "a\tb\n"])
@@ -59,10 +63,10 @@ def test_the_ids_are_those_that_the_tokenizer_gives(text: str) -> None:
     for tokenizer in (tiny.tokenizer(), _word_tokenizer("the", "sky", "Label:", "red", "blue")):
         task = Task(kind="classification", template="{input} Label:", choices=("red", "blue"), choice_prefix=" ")
         prompter = Prompter(task, tokenizer)
-        assert prompter._backend is not None
+        assert prompter._encoder._direct
         expected = tokenizer(f"{text} Label:")["input_ids"]
         cut = 1 if expected[-1] == tokenizer.eos_token_id else 0
-        assert prompter._ids(f"{text} Label:") == expected[: len(expected) - cut]
+        assert prompter._encoder.prompt_ids(f"{text} Label:") == expected[: len(expected) - cut]
 
 
 def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
@@ -96,6 +100,78 @@ def test_special_tokens_of_the_tokenizer_frame_the_prompt_and_an_eos_does_not_hi
     prompter = Prompter(Task(kind="classification", template="{input} Label:", choices=("red", "blue")), words)
     assert prompter.choice_tokens == (4, 5)
     assert prompter.encode("x") == [1, 3, 6], "a BOS in front, and no EOS before the answer"
+
+
+@pytest.mark.parametrize(
+    ("frame", "named"),
+    [
+        ("$A <eos>", {"pad_token": "<eos>"}),  # as Qwen3-Embedding appends a padding token
+        ("<bos> $A <eos>", {"cls_token": "<bos>", "sep_token": "<eos>"}),  # as BERT frames a text
+        ("<bos> $A <eos> <eos>", {"eos_token": "<eos>"}),
+        ("<bos> <eos> $A", {"bos_token": "<bos>", "sep_token": "<eos>"}),
+    ],
+)
+def test_whatever_a_tokenizer_appends_does_not_hide_the_choices(frame: str, named: dict[str, str]) -> None:
+    words = _word_tokenizer("x", "red", "blue", "Label:", frame=frame, **named)
+    prompter = Prompter(Task(kind="classification", template="{input} Label:", choices=("red", "blue")), words)
+    before = [{"<bos>": 1, "<eos>": 2}[name] for name in frame.split("$A")[0].split()]
+    assert prompter.choice_tokens == (4, 5)
+    assert prompter.encode("x") == [*before, 3, 6]
+
+
+DATED = "{% for m in messages %}[{{ strftime_now('%d %b %Y') }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+def _dated(**fields: object) -> Prompter:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = DATED
+    return Prompter(tiny.CLASSIFICATION.model_copy(update={"chat": True, "choice_prefix": "", **fields}), tokenizer)
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_training_for_ever() -> None:
+    new = _dated()
+    today = datetime.date.today()
+    assert new.resolved_task.chat_date in (today, today - datetime.timedelta(days=1))  # midnight may have passed
+    trained = new.resolved_task.model_copy(update={"chat_date": datetime.date(2031, 2, 3)})
+    served = _dated(chat_date=trained.chat_date, choice_tokens=trained.choice_tokens)
+    assert _decode(served.encode("sky")) == "[03 Feb 2031]sky\nLabel:[assistant]"
+    assert served.resolved_task == trained
+
+
+def test_a_template_without_a_date_records_none() -> None:
+    task = tiny.CLASSIFICATION.model_copy(update={"chat": True, "choice_prefix": ""})
+    assert Prompter(task, tiny.tokenizer(chat=True)).resolved_task.chat_date is None
+
+
+def test_an_adapter_that_records_no_date_has_one_that_stays_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_date.cache_clear()
+    tokens = _dated().choice_tokens
+    for _ in range(2):
+        assert _decode(_dated(choice_tokens=tokens).encode("sky")) == "[26 Jul 2024]sky\nLabel:[assistant]"
+    (record,) = caplog.records
+    assert "Set task.chat_date in adapter_config.json to the date of the training" in record.message
+
+
+def test_a_chat_template_that_raises_is_reported() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system prompt') }}"
+    with pytest.raises(PromptError, match=r"chat template raises an error .* no system prompt\); correct the template"):
+        Prompter(tiny.CLASSIFICATION.model_copy(update={"chat": True}), tokenizer)
+
+
+@pytest.mark.parametrize(("count", "last"), [(2, "B"), (26, "Z"), (27, "AA"), (53, "BA"), (702, "ZZ"), (703, "AAA")])
+def test_letters_go_on_after_z(count: int, last: str) -> None:
+    names = letters(count)
+    assert (len(set(names)), names[-1]) == (count, last)
+
+
+def test_multiple_choice_with_more_choices_than_letters() -> None:
+    task = tiny.MULTIPLE_CHOICE.model_copy(update={"choices": letters(40)})
+    prompter = Prompter(task, tiny.tokenizer())
+    assert _decode(prompter.encode("why", [f"answer {n}" for n in range(40)])).count(")") == 40
+    assert "\nAN) answer 39\n" in _decode(prompter.encode("why", [f"answer {n}" for n in range(40)]))
+    assert len(set(prompter.choice_tokens)) == 40
+    assert prompter.token_texts[:26] == list(letters(26)), "letters of one token keep it"
 
 
 def test_choice_tokens_of_the_adapter_win_and_a_difference_is_reported() -> None:
