@@ -161,6 +161,8 @@ def section() -> str:
 
 
 def _line(rows: str, label: str, scores: list[dict[str, float]]) -> str:
+    if not scores:
+        return f"| {rows} | {label} | not run yet |" + " |" * 6
     names = ("temperature", "accuracy", "nll", "ece", "auroc_ood_entropy", "auroc_ood_mutual_information")
     cells = [
         f"{sum(one.get(name, 1.0) for one in scores) / len(scores):.{4 if name in ('nll', 'ece') else 3}f}" for name in names
