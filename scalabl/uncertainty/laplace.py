@@ -75,7 +75,7 @@ def prior_scale(mean: Tensor, rank: int) -> Tensor:
     Returns:
         [M, P] float64, above 0.
     """
-    layers = mean.double().abs().unflatten(-1, (-1, rank))  # [M, layers, R]
+    layers = mean.double().abs().reshape(len(mean), -1, rank)  # [M, layers, R]
     size = layers.square().mean(-1, keepdim=True).sqrt()
     return torch.maximum(layers, SMALLEST_SCALE * size).clamp_min(1e-12).flatten(-2)
 

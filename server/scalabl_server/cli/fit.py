@@ -139,7 +139,8 @@ def _lora(folder: Path, model: str | None, options: LoraOptions, rows: Rows) -> 
     """(base model, configuration, tensors) of a LoRA that PEFT saved, as `scalabl convert peft` makes them."""
     from scalabl.base.pretrained import load_skeleton
     from scalabl.evaluation.dataset.examples import check_labels
-    from scalabl.files.peft_import import adapter_of, class_names, read_peft, with_relative_sigma
+    from scalabl.files.peft_head import class_names
+    from scalabl.files.peft_import import adapter_of, read_peft, with_relative_sigma
     from scalabl.prompt import Prompter, letters
 
     lora = read_peft(folder)
