@@ -19,7 +19,7 @@ Quantization = Literal["int8", "bnb-8bit", "bnb-4bit"]  # how a base model's lin
 SpecialTokensInText = Literal["text", "control"]
 HeadKind = Literal["vocabulary", "own"]
 Covariance = Literal["full", "diagonal"]  # of q(s): across all adapted layers, or of independent scalars
-PrecisionOrigin = Literal["evidence", "held_out", "given"]
+PrecisionOrigin = Literal["unit", "evidence", "held_out", "given"]
 DoubtName = Literal["mutual_information", "entropy", "confidence"]
 
 CLASSIFICATION_TEMPLATE = "{input}\nLabel:"
@@ -239,7 +239,8 @@ class Novelty(BaseModel):
 class PosteriorFit(BaseModel):
     """How `scalabl fit` found the posterior: `rows` of the `total_rows` rows of `data` gave the curvature.
 
-    `prior_precision` is that of the prior N(0, 1 / precision) of the fit, and `precision_from` says how it was chosen.
+    `prior_precision` is that of the fit's prior N(0, scale^2 / precision), with the size of each scalar's mean as its scale,
+    and `precision_from` says how it was chosen.
     `log_evidence` is the logarithm of the marginal likelihood of all rows, in nats. `determined_scalars` says how many of
     the scalars the rows determine, rather than the prior.
     """

@@ -28,13 +28,16 @@ from scalabl.passes.batches import batches
 from scalabl.training.curvature import BATCH_TOKENS, SavedSums, sum_curvature
 from scalabl.training.recipe import FitConfig
 from scalabl.training.run_folder import Rows, fingerprint_of
-from scalabl.uncertainty.laplace import PRECISIONS, Curvature
+from scalabl.uncertainty.laplace import PRECISIONS, Curvature, prior_scale
 from scalabl.uncertainty.linearized import NEGLIGIBLE, Linearization, slopes
 
 FULL_LIMIT = 4096  # scalars up to which the covariance may be full: 67 MB in the adapter, and minutes to factorise
 HELD_OUT_ROWS = 500
 HELD_OUT_BYTES = 2**30  # of derivatives of held-out rows
 HELD_OUT_DRAWS = 256
+# The prior's variance is then mu^2, its maximum-likelihood estimate from the scalar itself. The evidence takes wider priors
+# where many scalars matter little, since it reads means that the rows did not determine as draws of the prior.
+UNIT_PRECISION = 1.0
 GRID = tuple(float(x) for x in np.geomspace(1e-4, 1e4, 9))
 
 
@@ -90,13 +93,14 @@ def fit_posterior(
     overwrite: bool = False,
     on_progress: Callable[[int], object] | None = None,
 ) -> FittedPosterior:
-    """Fit q(s) = N(mu, (N / n H + precision I)^-1) around the adapter's mu, with H from n of the N training rows.
+    """Fit q(s) = N(mu, (N / n H + precision D)^-1) around the adapter's mu, with H from n of the N training rows.
 
-    The likelihood is that of training: without the adapter's temperature. Nothing is written but the state of the
-    computation, to `output`/checkpoints; `write_fit` removes it.
+    D is diag(scale)^-2, with the scale of each scalar by `prior_scale`. The likelihood is that of training: without the
+    adapter's temperature. Nothing is written but the state of the computation, to `output`/checkpoints; `write_fit` removes
+    it.
 
     Args:
-        held_out: rows that were not trained on, to choose the prior precision by their NLL; None: by the evidence.
+        held_out: rows that were not trained on, to choose the prior precision by their NLL if the settings do not.
         overwrite: ignore the state of another fit in `output`.
         on_progress: called with a number of training rows.
 
@@ -113,14 +117,17 @@ def fit_posterior(
         saved.remove()
     sums = sum_curvature(model, encoded, rows, settings.covariance, seed=settings.seed, saved=saved, on_progress=on_progress)
     whole = sums.scaled(total / len(rows))
-    curvature, mean = Curvature.of(whole.matrix), model.posterior().mean.detach().double().cpu()
+    mean = model.posterior().mean.detach().double().cpu()
+    curvature = Curvature.of(whole.matrix, prior_scale(mean, model.config.r))
     origin: PrecisionOrigin
     if settings.prior_precision is not None:
         precision, origin = settings.prior_precision, "given"
+    elif settings.evidence:
+        precision, origin = curvature.likeliest_precision(mean), "evidence"
     elif held_out is not None:
         precision, origin = held_out_precision(model, held_out, curvature), "held_out"
     else:
-        precision, origin = curvature.likeliest_precision(mean), "evidence"
+        precision, origin = UNIT_PRECISION, "unit"
     fit = PosteriorFit(
         covariance=settings.covariance,
         data=encoded.name,
@@ -134,7 +141,8 @@ def fit_posterior(
     notes = []
     if model.config.calibration is not None:
         notes.append("the calibration was made for the former posterior and is gone; run scalabl calibrate again")
-    if origin != "given" and min(abs(math.log(precision / bound)) for bound in (*PRECISIONS, GRID[0], GRID[-1])) < 0.1:
+    bounds = {"evidence": PRECISIONS, "held_out": (GRID[0], GRID[-1])}.get(origin, ())
+    if any(abs(math.log(precision / bound)) < 0.1 for bound in bounds):
         notes.append(
             f"the search for the prior precision ended at its bound, {precision:.3g}: the rows hardly tell. "
             "Give more rows, or set --prior-precision"
@@ -244,8 +252,7 @@ def held_out_precision(model: ScalaBLModel, encoded: EncodedSet, curvature: Curv
         chosen = [rows[index] for index in batch]
         tokens = TokenBatch.of([encoded.sequences[row] for row in chosen])
         mean, jacobian, _ = slopes(model, tokens, choices=encoded.num_choices[chosen].tolist(), negligible=NEGLIGIBLE)
-        rotated = jacobian if curvature.vectors is None else jacobian @ curvature.vectors
-        parts.append((mean, rotated, encoded.answers[chosen]))
+        parts.append((mean, curvature.by_eigenvectors(jacobian), encoded.answers[chosen]))
 
     def nll(precision: float) -> float:
         log_std = -(curvature.values + precision).log() / 2

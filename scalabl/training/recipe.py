@@ -44,10 +44,19 @@ class FitConfig(BaseModel):
     prior_precision: float | None = Field(
         default=None,
         gt=0,
-        description="1 / variance of the prior of the scalars (default: the one of the highest evidence, or, with "
-        "--validation, of the lowest held-out NLL).",
+        description="Precision of the prior of each scalar in units of its mean: 4 for a standard deviation of half the "
+        "mean (default: 1; with --validation, the one of the lowest held-out NLL).",
+    )
+    evidence: bool = Field(
+        default=False, description="Take the prior precision of the highest evidence (marginal likelihood)."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of rows and of the random signs.")
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        if self.evidence and self.prior_precision is not None:
+            raise ValueError("evidence chooses the prior precision; leave out prior_precision")
+        return self
 
 
 class TrainingConfig(BaseModel):

@@ -30,7 +30,7 @@ from scalabl.training.posterior_fit import (
     write_fit,
 )
 from scalabl.training.recipe import FitConfig
-from scalabl.uncertainty.laplace import Curvature
+from scalabl.uncertainty.laplace import Curvature, prior_scale
 from scalabl.uncertainty.linearized import linearize
 from tests import tiny
 
@@ -73,7 +73,8 @@ def test_the_posterior_is_the_inverse_of_curvature_and_prior(tmp_path: Path) -> 
     weights = _fit(tmp_path, model, prior_precision=2.5, max_rows=20, seed=3).weights
     chosen = posterior_fit.chosen_rows(40, 20, 3)
     matrix = 2 * sum_curvature(model, rows, chosen, "full", seed=3).matrix[0]
-    expected = torch.linalg.inv(matrix + 2.5 * torch.eye(len(matrix), dtype=torch.float64))
+    scale = prior_scale(model.posterior().mean.detach(), model.config.r)[0]
+    expected = torch.linalg.inv(matrix + 2.5 * torch.diag(scale**-2))
     factor = weights[FACTOR].double()
     assert torch.allclose(factor @ factor.T, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     sigma = torch.cat([weights[f"{name}.s_log_std"] for name in model.adapted]).exp()
@@ -103,7 +104,8 @@ def test_a_diagonal_fit_has_no_factor(tmp_path: Path) -> None:
     model = load_adapter(tiny.base_model(), folder)
     matrix = sum_curvature(tiny.adapted(), _rows(), torch.arange(40), "full").matrix[0]
     sigma = torch.cat([layer.s_log_std.exp() for layer in model.adapted.values()]).double()
-    assert torch.allclose(sigma, (matrix.diagonal() + 1).rsqrt(), rtol=1e-3)
+    scale = prior_scale(model.posterior().mean.detach(), model.config.r)[0]
+    assert torch.allclose(sigma, (matrix.diagonal() + scale**-2).rsqrt(), rtol=1e-3)
 
 
 def test_a_factor_that_is_diagonal_answers_as_independent_scalars_do(tmp_path: Path) -> None:
@@ -243,13 +245,14 @@ def test_a_fit_does_not_depend_on_the_posterior_before_it(tmp_path: Path, seed: 
 
 def test_held_out_rows_choose_a_precision_of_a_low_nll() -> None:
     model, rows = tiny.adapted(), _rows()
-    curvature = Curvature.of(sum_curvature(model, rows, torch.arange(40), "full").matrix)
+    scale = prior_scale(model.posterior().mean.detach(), model.config.r)
+    curvature = Curvature.of(sum_curvature(model, rows, torch.arange(40), "full").matrix, scale)
     chosen = held_out_precision(model, _rows(60, seed=5), curvature)
     # The answers are random, so the wider the posterior the better.
     assert chosen < 1e-2
     tiny.prefer(model, [0], by=8.0)
     right = EncodedSet(rows.sequences, torch.zeros_like(rows.answers), rows.num_choices)
-    curvature = Curvature.of(sum_curvature(model, right, torch.arange(40), "full").matrix)
+    curvature = Curvature.of(sum_curvature(model, right, torch.arange(40), "full").matrix, scale)
     assert held_out_precision(model, right, curvature) > 1e2
 
 
@@ -262,9 +265,10 @@ def test_too_many_scalars_are_refused_with_the_remedy() -> None:
 def test_a_search_that_ends_at_its_bound_says_so(tmp_path: Path) -> None:
     model = tiny.adapted()
     tiny.prefer(model, [0], by=200.0)
-    fitted = _fit(tmp_path, model)
+    fitted = _fit(tmp_path, model, evidence=True)
     assert "ended at its bound" in fitted.notes[0]
-    assert _fit(tmp_path / "other").notes == []
+    other = _fit(tmp_path / "other", evidence=True)
+    assert (other.notes, other.fit.precision_from) == ([], "evidence")
 
 
 def test_folders_that_hold_something_are_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_an_adapter_is_fitted_where_it_is(work: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["covariance"], report["rows"], report["total_rows"]) == ("full", 20, 24)
-    assert report["precision_from"] == "evidence"
+    assert (report["precision_from"], report["prior_precision"]) == ("unit", 1.0)
     config = read_config(adapter)
     assert config.posterior_fit is not None
     assert config.posterior_fit.prior_precision == report["prior_precision"]
@@ -158,6 +158,7 @@ def test_a_fit_that_was_cut_short_is_resumed_by_the_same_command(
         ("adapter", ("--template", "{{input}}"), "is an adapter, which has its own; leave the option out"),
         ("adapter", ("--max-rows", "0"), "greater than or equal to 1"),
         ("adapter", ("--covariance", "banded"), "'full' or 'diagonal'"),
+        ("adapter", ("--evidence", "--prior-precision", "1"), "evidence chooses the prior precision"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(source: str, arguments: tuple[str, ...], message: str, work: Path) -> None:
