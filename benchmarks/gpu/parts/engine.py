@@ -149,7 +149,8 @@ def _prefix(bench: Bench, name: str, model: ScalaBLModel) -> None:
             answers = []
             for which, used in (("without", None), ("with", cache)):
                 began = time.perf_counter()  # logits are on the CPU when they are there
-                answers.append(Rounds(model, prompts, draws_of, used, keeps_trunk=False).logits(draws_of))
+                readings = Rounds(model, prompts, draws_of, used, keeps_trunk=False).readings(draws_of)
+                answers.append({index: reading.logits for index, reading in readings.items()})
                 seconds[which].append(time.perf_counter() - began)
             difference = max(
                 difference, *(float((answers[0][i].softmax(-1) - answers[1][i].softmax(-1)).abs().max()) for i in prompts)

@@ -122,7 +122,7 @@ def test_the_simulated_device_notices(wait: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 def test_rounds_wait_for_the_answers_alone(packs: bool, gpu: Any) -> None:
-    """Two rounds with the trunk's output kept, after a cached prefix: the host reads the logits of each round only."""
+    """Two rounds with the trunk's output kept, after a cached prefix: the host waits for the readings of each round only."""
     model = ready("llama", layers_to_transform=(1,))
     model.packs = packs
     opening = list(range(3, 3 + 40))
@@ -133,10 +133,12 @@ def test_rounds_wait_for_the_answers_alone(packs: bool, gpu: Any) -> None:
         cache = PrefixCache.__new__(PrefixCache)
         cache.__dict__.update(built.__dict__)
         rounds = Rounds(model, prompts, draws, cache, keeps_trunk=True)
-        rounds.logits(draws)
-        rounds.logits({index: model.draws(8).part(4, 8) for index in (0, 2, 5)})
+        rounds.readings(draws)
+        rounds.readings({index: model.draws(8).part(4, 8) for index in (0, 2, 5)})
 
     built = PrefixCache(PrefixStore(2**30), model, opening)
     there = gpu(model, work)
     assert [wait for wait in there.waits if "to the host" not in wait] == []
-    assert {wait.partition(" at ")[2].partition(":")[0] for wait in there.waits} == {"rounds.py"}
+    assert {wait.partition(" at ")[2].partition(":")[0] for wait in there.waits} == {"forward_pass.py"}, (
+        "only where readings go to the host"
+    )
