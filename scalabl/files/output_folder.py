@@ -93,7 +93,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Ten
 
 
 def replace_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor]) -> None:
-    """Replace the adapter in a folder by another one, once that is complete. Everything else in the folder stays.
+    """Replace the adapter in a folder by another one, once that is complete. Everything else in the folder stays, except for
+    the novelty reference of the old one if the new one has none.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -101,6 +102,8 @@ def replace_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, T
     with write_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         save_adapter(Path(scratch), config, weights)
         _move_adapter(Path(scratch), folder)
+        if config.novelty is None:
+            (folder / NOVELTY_FILE).unlink(missing_ok=True)
 
 
 def _move_adapter(draft: Path, folder: Path) -> None:

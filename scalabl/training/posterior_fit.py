@@ -141,6 +141,10 @@ def fit_posterior(
     notes = []
     if model.config.calibration is not None:
         notes.append("the calibration was made for the former posterior and is gone; run scalabl calibrate again")
+    if model.config.novelty is not None:
+        notes.append(
+            "the novelty reference was made for the former posterior and is gone; scalabl calibrate --reference makes one"
+        )
     bounds = {"evidence": PRECISIONS, "held_out": (GRID[0], GRID[-1])}.get(origin, ())
     if any(abs(math.log(precision / bound)) < 0.1 for bound in bounds):
         notes.append(
@@ -234,6 +238,7 @@ def _fitted(model: ScalaBLModel, fit: PosteriorFit, factor: Tensor, notes: list[
         "posterior_scale": 1.0,
         "temperature": 1.0,
         "calibration": None,
+        "novelty": None,
         "posterior_fit": fit,
     }
     return FittedPosterior(model.config.model_copy(update=changes), weights, fit, notes)

@@ -109,6 +109,22 @@ def test_an_adapter_without_a_reference_gets_one_from_its_training_rows(work: Pa
     assert calibrate(folders, work, tmp_path / "colours", *arguments).exit_code == 0, "a broken one is made again"
 
 
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_a_fitted_posterior_does_not_keep_the_reference_of_the_former_one(
+    is_in_place: bool, work: Path, folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(work / "run", tmp_path / "old")
+    output = tmp_path / ("old" if is_in_place else "new")
+    data = ("--data", work / "train.jsonl", "--model", folders / "base", "--output", output)
+    result = run("fit", tmp_path / "old", *data)
+    assert result.exit_code == 0, result.output
+    assert "the novelty reference was made for the former posterior and is gone" in result.stderr
+    assert read_config(output).novelty is None
+    assert not (output / "novelty.safetensors").exists()
+    assert calibrate(folders, work, output, "--reference", work / "train.jsonl").exit_code == 0
+    assert len(reference_of(output).rows) == 30
+
+
 def test_too_few_rows_for_a_level_are_refused_before_any_pass(work: Path, folders: Path) -> None:
     result = calibrate(folders, work, work / "run", "--novelty-level", 0.01)
     assert result.exit_code == 1
