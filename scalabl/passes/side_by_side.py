@@ -18,6 +18,7 @@ from scalabl_kernels.launch import WARM_UP_ROWS
 from torch import Tensor
 
 from scalabl.base.int8 import unrounded
+from scalabl.base.transfer import moved
 from scalabl.model.forward_pass import Reading, RowSamples, Share
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
@@ -90,19 +91,20 @@ class SideBySide:
 
     def _row_samples(self, draws: Sequence[Draws], adapters: Sequence[int]) -> tuple[RowSamples, list[int]]:
         """As `ScalaBLModel.row_samples`, for inputs with these adapters."""
-        device = self.models[0].device
         counts = torch.tensor([of_input.num_samples for of_input in draws])
-        inputs = torch.repeat_interleave(torch.arange(len(draws)), counts).to(device)
-        of_row = torch.tensor(adapters, device=device)[inputs]
+        input_of_row = torch.repeat_interleave(torch.arange(len(draws)), counts)
+        of_row = torch.tensor(adapters)[input_of_row]  # on the host, so that no pass waits for what the device counts
+        places = list(dict.fromkeys(adapters))
+        tables = [input_of_row, *((of_row == place).nonzero()[:, 0] for place in places)]
+        inputs, *rows_of = moved(tables, self.models[0].device)
         sample = torch.empty_like(inputs)
         scalars: list[Tensor] = []
         members: list[Tensor] = []
         shares, first = [], 0
-        for place in dict.fromkeys(adapters):
+        for place, rows in zip(places, rows_of, strict=True):
             model = self.models[place]
             own = [of_input for of_input, adapter in zip(draws, adapters, strict=True) if adapter == place]
             samples, _ = model.row_samples(own)
-            rows = (of_row == place).nonzero()[:, 0]
             sample[rows] = samples.sample + first
             member = samples.s.new_zeros(len(samples.s), dtype=torch.int64) if samples.member is None else samples.member
             scalars.append(samples.s)
@@ -216,9 +218,9 @@ class SharedRounds:
         batch, states = self._batch(indices), None
         if self._keeps_trunk:
             if self._states is None:
-                ids, lengths = (tensor.to(models[0].device) for tensor in self._batch(self._shared).right_padded())
+                ids, lengths = moved([*self._batch(self._shared).right_padded()], models[0].device)
                 self._states = models[0].trunk_states(ids, lengths)
-            places = [self._shared.index(index) for index in indices]
+            (places,) = moved([torch.tensor([self._shared.index(index) for index in indices])], models[0].device)
             states = self._states[places, : batch.input_ids.shape[1]]
         if len(models) == 1:  # in a later round
             readings = models[0].readings(batch, draws, states)

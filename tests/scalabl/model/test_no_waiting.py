@@ -13,6 +13,7 @@ from scalabl.model.token_batch import TokenBatch
 from scalabl.passes.prefix_cache import PrefixCache, PrefixStore
 from scalabl.passes.probes import find_shared_work
 from scalabl.passes.rounds import Rounds
+from scalabl.passes.side_by_side import SideBySide
 from tests import tiny
 
 pytest.importorskip("triton", reason="triton is not installed; it is for Linux")
@@ -88,6 +89,26 @@ def test_draws_are_brought_once(gpu: Any) -> None:
         assert len(there.copies) == 2 * first - 1
 
     assert gpu(model, work).waits == []
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_a_pass_that_adapters_share_waits_for_nothing(packs: bool, gpu: Any) -> None:
+    base = tiny.base_model()
+    one, other = (tiny.random_adapter(base, tiny.config_for(**changes), 0) for changes in ({}, tiny.MIXTURE))
+    for model in (one, other):
+        find_shared_work(model)
+        model.packs = packs
+    adapters = [0, 1, 1, 0, 1, 0, 0]
+    draws = [(one, other)[adapter].draws(3) for adapter in adapters]
+
+    def work(there: SimulatedGpu) -> None:
+        for model in (one, other):
+            model.attach()  # what is not attached is not among the modules
+            put_there(model)
+        readings = SideBySide((one, other)).readings(TokenBatch.of(SEQUENCES), draws, adapters)
+        assert [tuple(reading.logits.shape) for reading in readings] == [(3, 3)] * len(SEQUENCES)
+
+    assert gpu(one, work).waits == []
 
 
 WAITS: dict[str, Callable[[torch.Tensor], object]] = {
