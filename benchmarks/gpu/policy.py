@@ -17,7 +17,8 @@ FORMS = """## What runs on a GPU
 * **Nothing waits within a pass.** Index tables are made on the host and go to the GPU in two or three copies from pinned
   memory; draws are copied once (`scalabl/base/transfer.py`). `tests/scalabl/model/test_no_waiting.py` runs passes on a
   simulated device that records each value that the host reads and each copy that it waits for: there are none, padded and
-  packed, with a trunk and after a cached prefix, until the logits are read. This does not hold for `method: "linearized"`.
+  packed, with a trunk, after a cached prefix and for several adapters, until the logits are read. This does not hold for
+  `method: "linearized"`.
 * **Not done.** No variable-length attention kernel (flash-attention, nested tensors): it cannot be tested without a GPU. No
   CUDA graph for small passes: it needs fixed addresses and shapes, and a wrong one gives wrong numbers without an error. The
   profile of a small pass shows what either could gain.
