@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_for(folders: Path, adapter: str = "colours", **changes: Any) -> ServeSettings:
     fields = {"adapter": folders / adapter, "model": str(folders / "base"), "device": "cpu", "max_input_tokens": 120}
-    fields["warmup"] = "quick"
+    fields |= {"warmup": "quick", "outcomes_timeout": 10.0}  # a busy machine's disk may take longer than the default
     return ServeSettings(**fields | changes)
 
 
