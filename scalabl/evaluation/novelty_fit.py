@@ -5,7 +5,7 @@ The mathematics is in `uncertainty.novelty`, the file in `files.novelty_file`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from scalabl.files.adapter_directory import probe_prompt
 from scalabl.files.novelty_file import save_novelty, weights_sha256
 from scalabl.model.posterior import Draws
 from scalabl.model.scalabl_model import ScalaBLModel
+from scalabl.passes.trunk_cache import TrunkCache
 from scalabl.uncertainty.novelty import NEIGHBOURS, NoveltyReference, covering_rows, fit_reference, rows_for_level
 
 READ_ROWS = 4  # times the rows that a reference keeps: so many are run, and give its mean and whitening
@@ -30,6 +31,7 @@ def make_reference(
     *,
     most_rows: int,
     on_progress: Callable[[int], object] | None = None,
+    trunk: TrunkCache | None = None,
 ) -> NoveltyReference:
     """The novelty reference of an adapter from its training rows, at the posterior mean.
 
@@ -38,13 +40,15 @@ def make_reference(
 
     Args:
         on_progress: called after each batch with its number of inputs.
+        trunk: the trunk's output for the rows, if it is there from the training.
 
     Raises:
         CalibrationError: the rows cannot give a reference.
     """
     chosen = covering_rows(encoded.answers, READ_ROWS * most_rows)
     sequences = [encoded.sequences[row] for row in chosen.tolist()]
-    states = _states(model, sequences, on_progress)
+    of_trunk = None if trunk is None else lambda indices, width: trunk.of(chosen[indices], width)
+    states = readings_of(model, sequences, model.mean_draw(), on_progress=on_progress, states=of_trunk).states
     try:
         return fit_reference(states, encoded.answers[chosen], _probe_state(model), most_rows=most_rows)
     except ValueError as error:
@@ -65,13 +69,15 @@ def description_of(folder: Path, config: AdapterConfig, encoded: EncodedSet, ref
     )
 
 
-def write_reference(folder: Path, model: ScalaBLModel, encoded: EncodedSet, *, most_rows: int) -> None:
-    """Make a novelty reference from training rows, and write it beside the adapter in a folder.
+def write_reference(
+    folder: Path, model: ScalaBLModel, encoded: EncodedSet, *, most_rows: int, trunk: TrunkCache | None = None
+) -> None:
+    """Make a novelty reference from training rows, and write it beside the adapter in a folder; see `make_reference`.
 
     Raises:
         CalibrationError: the rows cannot give a reference.
     """
-    reference = make_reference(model, encoded, most_rows=most_rows)
+    reference = make_reference(model, encoded, most_rows=most_rows, trunk=trunk)
     save_novelty(folder, model.config, description_of(folder, model.config, encoded, reference), reference)
 
 
@@ -133,13 +139,6 @@ def check_same_base(model: ScalaBLModel, reference: NoveltyReference) -> None:
         )
 
 
-def _states(
-    model: ScalaBLModel, sequences: Sequence[Sequence[int]], on_progress: Callable[[int], object] | None = None
-) -> Tensor:
-    """Hidden states [N, D] at the posterior mean."""
-    return readings_of(model, sequences, model.mean_draw(), on_progress=on_progress).states
-
-
 def _probe_state(model: ScalaBLModel) -> Tensor:
     """The hidden state [D] of the test prompt at the posterior mean."""
-    return _states(model, [probe_prompt(model)])[0]
+    return readings_of(model, [probe_prompt(model)], model.mean_draw()).states[0]

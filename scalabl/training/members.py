@@ -81,7 +81,7 @@ def train_members(
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())
     save_adapter(output, mixture, weights)
     if recipe.novelty:
-        write_reference(output, model, train, most_rows=recipe.novelty_rows)
+        write_reference(output, model, train, most_rows=recipe.novelty_rows, trunk=caches[0])
     finish(output, run, metrics)
     return Trained(metrics)
 

@@ -358,7 +358,7 @@ def train_adapter(
     metrics = trainer.evaluate()
     save_adapter(output, model.config, dict(model.adapter_parameters()))
     if recipe.novelty:
-        write_reference(output, model.eval(), train, most_rows=recipe.novelty_rows)
+        write_reference(output, model.eval(), train, most_rows=recipe.novelty_rows, trunk=trunks[0])
     forget_state(output)
     metrics["stochastic_parameters"] = model.num_stochastic_parameters
     metrics["additional_parameters"] = sum(p.numel() for p in model.adapter_parameters().values())

@@ -8,26 +8,23 @@ from typing import Annotated
 
 import typer
 
-from scalabl_server.cli.shared.options import errors_as_messages
-
 
 def info(adapter: Annotated[Path, typer.Argument(help="The adapter directory.")]) -> None:
     """Print an adapter's configuration and size as JSON. The base model is not needed."""
-    with errors_as_messages():
-        from scalabl.files.adapter_directory import read_config, read_weights
+    from scalabl.files.adapter_directory import read_config, read_weights
 
-        config, weights = read_config(adapter), read_weights(adapter)
-        stochastic = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".s_mean"))
-        task = config.task
-        summary = {
-            **config.model_dump(mode="json"),
-            "members": config.members,
-            "token_of_each_choice": dict(zip(task.choices, task.choice_tokens, strict=True)) if task.choice_tokens else None,
-            "adapted_layers": sum(name.endswith(".s_mean") for name in weights),
-            "stochastic_parameters": stochastic,
-            "additional_parameters": sum(tensor.numel() for tensor in weights.values()),
-        }
-        typer.echo(json.dumps(summary, indent=2))
+    config, weights = read_config(adapter), read_weights(adapter)
+    stochastic = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".s_mean"))
+    task = config.task
+    summary = {
+        **config.model_dump(mode="json"),
+        "members": config.members,
+        "token_of_each_choice": dict(zip(task.choices, task.choice_tokens, strict=True)) if task.choice_tokens else None,
+        "adapted_layers": sum(name.endswith(".s_mean") for name in weights),
+        "stochastic_parameters": stochastic,
+        "additional_parameters": sum(tensor.numel() for tensor in weights.values()),
+    }
+    typer.echo(json.dumps(summary, indent=2))
 
 
 def combine(
@@ -39,17 +36,16 @@ def combine(
 
     They must agree in base model, target modules, layers, rank, alpha and task. Calibrate the mixture afterwards.
     """
-    with errors_as_messages():
-        from scalabl.files.adapter_directory import read_config
-        from scalabl.files.combination import combine as run
-        from scalabl.files.combination import is_calibrated
+    from scalabl.files.adapter_directory import read_config
+    from scalabl.files.combination import combine as run
+    from scalabl.files.combination import is_calibrated
 
-        config = run(adapters, output, overwrite=overwrite)
-        calibrated = [str(folder) for folder in adapters if is_calibrated(read_config(folder))]
-        if calibrated:
-            typer.echo(
-                f"note: calibration and novelty of {', '.join(calibrated)} do not hold for the mixture and were left out; "
-                "run `scalabl calibrate` on it, with --reference for novelty",
-                err=True,
-            )
-        typer.echo(f"wrote {output}: a mixture of {config.members} members")
+    config = run(adapters, output, overwrite=overwrite)
+    calibrated = [str(folder) for folder in adapters if is_calibrated(read_config(folder))]
+    if calibrated:
+        typer.echo(
+            f"note: calibration and novelty of {', '.join(calibrated)} do not hold for the mixture and were left out; "
+            "run `scalabl calibrate` on it, with --reference for novelty",
+            err=True,
+        )
+    typer.echo(f"wrote {output}: a mixture of {config.members} members")

@@ -29,7 +29,7 @@ from scalabl_server.cli.shared.labelled_data import (
     plots_module,
     warn,
 )
-from scalabl_server.cli.shared.options import LARGEST_SEED, errors_as_messages, split
+from scalabl_server.cli.shared.options import LARGEST_SEED, split
 
 if TYPE_CHECKING:
     from scalabl.evaluation.calibration import Options, Outcome
@@ -98,62 +98,61 @@ def calibrate(
         )
     if novelty_only and plot is not None:
         raise typer.BadParameter("there is no fit to plot with --novelty-only; leave one of them out", param_hint="--plot")
-    with errors_as_messages():
-        from scalabl.evaluation.calibration import Options
-        from scalabl.evaluation.dataset import review
-        from scalabl.evaluation.dataset.examples import read_rows
-        from scalabl.evaluation.novelty_fit import check_rows_for_level
-        from scalabl.files.adapter_directory import fingerprint_of_files, read_config, save_config
-        from scalabl.files.novelty_file import save_novelty
+    from scalabl.evaluation.calibration import Options
+    from scalabl.evaluation.dataset import review
+    from scalabl.evaluation.dataset.examples import read_rows
+    from scalabl.evaluation.novelty_fit import check_rows_for_level
+    from scalabl.files.adapter_directory import fingerprint_of_files, read_config, save_config
+    from scalabl.files.novelty_file import save_novelty
 
-        plots = plots_module() if plot is not None else None
-        columns, task = columns_of(text_column, label_column), read_config(adapter).task
-        rows = read_rows(data, columns)
-        examples = examples_for(task, rows)
-        warn(review.repeated_texts(rows.name, examples))
-        known = None if reference is None else examples_for(task, read_rows(reference, columns))
-        # An old reference is not read where a new one replaces it, so that a broken one can be made again.
-        loaded = load(adapter, model, device, quantization, with_novelty=known is None)
-        if loaded.novelty is not None or known is not None:
-            check_rows_for_level(len(examples), novelty_level)
-        elif novelty_only:
-            raise ScalaBLError(f"{adapter} has no novelty reference; add --reference with its training rows")
-        fingerprint = fingerprint_of_files(adapter)
-        config, encoded, draws = loaded.model.config, loaded.encode(examples), loaded.draws(num_samples, seed)
-        outcome, novelty = None, None
-        report: dict[str, Any] = {}
-        if not novelty_only:
-            options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
-            outcome = _fit(loaded, encoded, draws, options, rows)
-            fitted = {
-                "posterior_scale": outcome.posterior_scale,
-                "temperature": outcome.temperature,
-                "calibration": outcome.calibration,
-            }
-            config = config.model_copy(update=fitted)
-            report = {**fitted, "calibration": outcome.calibration.model_dump(mode="json")}
-            report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
-            report["notes"] = outcome.notes
-        loaded.model.config = config
-        if loaded.novelty is not None or known is not None:
-            made_from = None if known is None else loaded.encode(known)
-            novelty = _novelty(loaded, adapter, encoded, draws, novelty_level, made_from, novelty_rows)
-            report["novelty"] = novelty[0].model_dump(mode="json")
-        if fingerprint_of_files(adapter) != fingerprint:
-            raise ScalaBLError(f"{adapter} was changed while it was calibrated; nothing was written, so calibrate it again")
-        if novelty is not None:
-            save_novelty(adapter, config, *novelty)
-        else:
-            save_config(adapter, config)
-        if plots is not None:
-            plots.save_fit(outcome, plot)
-        for note in report.get("notes", ()):
-            typer.echo(f"note: {note}", err=True)
-        typer.echo(json.dumps(report, indent=2))
-        if outcome is not None and outcome.refusal is not None:
-            raise ScalaBLError(
-                f"{outcome.refusal}. The rest of the calibration was written into the adapter; it will never abstain"
-            )
+    plots = plots_module() if plot is not None else None
+    columns, task = columns_of(text_column, label_column), read_config(adapter).task
+    rows = read_rows(data, columns)
+    examples = examples_for(task, rows)
+    warn(review.repeated_texts(rows.name, examples))
+    known = None if reference is None else examples_for(task, read_rows(reference, columns))
+    # An old reference is not read where a new one replaces it, so that a broken one can be made again.
+    loaded = load(adapter, model, device, quantization, with_novelty=known is None)
+    if loaded.novelty is not None or known is not None:
+        check_rows_for_level(len(examples), novelty_level)
+    elif novelty_only:
+        raise ScalaBLError(f"{adapter} has no novelty reference; add --reference with its training rows")
+    fingerprint = fingerprint_of_files(adapter)
+    config, encoded, draws = loaded.model.config, loaded.encode(examples), loaded.draws(num_samples, seed)
+    outcome, novelty = None, None
+    report: dict[str, Any] = {}
+    if not novelty_only:
+        options = Options(parsed, method, target_risk if abstain else None, risk_confidence, split_seed)
+        outcome = _fit(loaded, encoded, draws, options, rows)
+        fitted = {
+            "posterior_scale": outcome.posterior_scale,
+            "temperature": outcome.temperature,
+            "calibration": outcome.calibration,
+        }
+        config = config.model_copy(update=fitted)
+        report = {**fitted, "calibration": outcome.calibration.model_dump(mode="json")}
+        report["trials"] = [dataclasses.asdict(trial) for trial in outcome.trials]
+        report["notes"] = outcome.notes
+    loaded.model.config = config
+    if loaded.novelty is not None or known is not None:
+        made_from = None if known is None else loaded.encode(known)
+        novelty = _novelty(loaded, adapter, encoded, draws, novelty_level, made_from, novelty_rows)
+        report["novelty"] = novelty[0].model_dump(mode="json")
+    if fingerprint_of_files(adapter) != fingerprint:
+        raise ScalaBLError(f"{adapter} was changed while it was calibrated; nothing was written, so calibrate it again")
+    if novelty is not None:
+        save_novelty(adapter, config, *novelty)
+    else:
+        save_config(adapter, config)
+    if plots is not None:
+        plots.save_fit(outcome, plot)
+    for note in report.get("notes", ()):
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(json.dumps(report, indent=2))
+    if outcome is not None and outcome.refusal is not None:
+        raise ScalaBLError(
+            f"{outcome.refusal}. The rest of the calibration was written into the adapter; it will never abstain"
+        )
 
 
 def _fit(loaded: Loaded, encoded: EncodedSet, draws: Draws, options: Options, rows: Rows) -> Outcome:

@@ -11,7 +11,6 @@ import typer
 from scalabl.config import TaskKind
 from scalabl_server.cli.shared.options import (
     SpecialTokens,
-    errors_as_messages,
     given_labels,
     own_head_task,
     split,
@@ -61,17 +60,16 @@ def convert_bayesadapt_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a ScalaBL checkpoint of BayesAdapt, the published code of the paper's authors."""
-    with errors_as_messages():
-        from scalabl.files.bayesadapt import convert_bayesadapt
+    from scalabl.files.bayesadapt import convert_bayesadapt
 
-        choices = given_labels(labels, label)
-        today = datetime.date.today() if chat else None
-        with usage_errors():
-            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, split(choice_tokens), today)
-        config = convert_bayesadapt(
-            checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task, overwrite=overwrite
-        )
-        typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
+    choices = given_labels(labels, label)
+    today = datetime.date.today() if chat else None
+    with usage_errors():
+        task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text, split(choice_tokens), today)
+    config = convert_bayesadapt(
+        checkpoint, output, base_model=base_model, lora_alpha=lora_alpha, task=task, overwrite=overwrite
+    )
+    typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
 
 
 @convert.command("peft")
@@ -105,30 +103,29 @@ def convert_peft_command(
     A LoRA for sequence classification (task_type SEQ_CLS) is taken with its head. Its labels are those of id2label in the
     LoRA's config.json or in the base model's, unless they are given.
     """
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.peft_head import class_names
-        from scalabl.files.peft_import import convert_peft, read_peft
-        from scalabl.prompt import Prompter
+    from scalabl.base.pretrained import load_skeleton
+    from scalabl.files.peft_head import class_names
+    from scalabl.files.peft_import import convert_peft, read_peft
+    from scalabl.prompt import Prompter
 
-        lora = read_peft(peft)
-        skeleton, tokenizer = load_skeleton(model)
-        choices = None
-        if lora.head is not None and not labels and not label:
-            choices = lora.labels or class_names(skeleton.config.to_dict(), len(lora.head))
-        choices = choices or given_labels(labels, label)
-        with usage_errors():
-            if lora.head is None:
-                task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text)
-            else:
-                task = own_head_task(template or "{input}", chat, choices, special_tokens_in_text)
-        config = convert_peft(
-            peft,
-            output,
-            skeleton,
-            base_model=base_model_name or model,
-            task=Prompter(task, tokenizer).resolved_task,
-            relative_std=relative_sigma,
-            overwrite=overwrite,
-        )
-        typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")
+    lora = read_peft(peft)
+    skeleton, tokenizer = load_skeleton(model)
+    choices = None
+    if lora.head is not None and not labels and not label:
+        choices = lora.labels or class_names(skeleton.config.to_dict(), len(lora.head))
+    choices = choices or given_labels(labels, label)
+    with usage_errors():
+        if lora.head is None:
+            task = task_of(kind, template, chat, choice_prefix, choices, special_tokens_in_text)
+        else:
+            task = own_head_task(template or "{input}", chat, choices, special_tokens_in_text)
+    config = convert_peft(
+        peft,
+        output,
+        skeleton,
+        base_model=base_model_name or model,
+        task=Prompter(task, tokenizer).resolved_task,
+        relative_std=relative_sigma,
+        overwrite=overwrite,
+    )
+    typer.echo(f"wrote {output}: rank {config.r}, target modules {', '.join(config.target_modules)}")

@@ -28,7 +28,6 @@ from scalabl_server.cli.shared.labelled_data import (
     plots_module,
     warn,
 )
-from scalabl_server.cli.shared.options import errors_as_messages
 from scalabl_server.cli.shared.tables import print_report
 from scalabl_server.methods import Method
 
@@ -75,43 +74,42 @@ def evaluate(
         raise typer.BadParameter("a file in an existing folder", param_hint="--output")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise typer.BadParameter(f"must be a folder, and a file has this name (got {str(plots)!r})", param_hint="--plots")
-    with errors_as_messages():
-        from scalabl.evaluation.dataset import review
-        from scalabl.evaluation.dataset.examples import read_rows
-        from scalabl.evaluation.report import report
-        from scalabl.files.adapter_directory import read_config
+    from scalabl.evaluation.dataset import review
+    from scalabl.evaluation.dataset.examples import read_rows
+    from scalabl.evaluation.report import report
+    from scalabl.files.adapter_directory import read_config
 
-        draw = plots_module() if plots is not None else None
-        columns, task = columns_of(text_column, label_column), read_config(adapter).task
-        rows = read_rows(data, columns)
-        others = [read_rows(name, columns, labelled=False) for name in dict.fromkeys(ood or [])]
-        examples = examples_for(task, rows)
-        sets = [(other.name, examples_for(task, other, labelled=False)) for other in others]
-        warn(*(review.shared_texts(name, inputs, rows.name, examples) for name, inputs in sets))
-        loaded = load(adapter, model, device, quantization)
+    draw = plots_module() if plots is not None else None
+    columns, task = columns_of(text_column, label_column), read_config(adapter).task
+    rows = read_rows(data, columns)
+    others = [read_rows(name, columns, labelled=False) for name in dict.fromkeys(ood or [])]
+    examples = examples_for(task, rows)
+    sets = [(other.name, examples_for(task, other, labelled=False)) for other in others]
+    warn(*(review.shared_texts(name, inputs, rows.name, examples) for name, inputs in sets))
+    loaded = load(adapter, model, device, quantization)
 
-        def evaluated(rows: list[Example], name: str) -> Evaluated:
-            return _evaluate(loaded, rows, name, method, num_samples, seed)
+    def evaluated(rows: list[Example], name: str) -> Evaluated:
+        return _evaluate(loaded, rows, name, method, num_samples, seed)
 
-        inside = evaluated(examples, rows.name)
-        outside = [evaluated(inputs, name) for name, inputs in sets]
-        scores = {
-            "adapter": adapter.name,
-            "method": method,
-            "num_samples": 0 if method == "linearized" else num_samples,
-            "seed": seed,
-            "draw_scheme": DEFAULT_SCHEME,
-            "quantization": quantization,
-            **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
-        }
-        if draw is not None:
-            draw.save_evaluation(inside, outside, plots)
-        print_report(scores)
-        text = json.dumps(scores, indent=2)
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
-        if not sys.stdout.isatty():
-            typer.echo(text)
+    inside = evaluated(examples, rows.name)
+    outside = [evaluated(inputs, name) for name, inputs in sets]
+    scores = {
+        "adapter": adapter.name,
+        "method": method,
+        "num_samples": 0 if method == "linearized" else num_samples,
+        "seed": seed,
+        "draw_scheme": DEFAULT_SCHEME,
+        "quantization": quantization,
+        **report(inside, outside, loaded.model.config.calibration, repeats=bootstrap),
+    }
+    if draw is not None:
+        draw.save_evaluation(inside, outside, plots)
+    print_report(scores)
+    text = json.dumps(scores, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if not sys.stdout.isatty():
+        typer.echo(text)
 
 
 def _evaluate(loaded: Loaded, rows: list[Example], name: str, method: Method, num_samples: int, seed: int) -> Evaluated:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.model.posterior import DEFAULT_SCHEME, Scheme
-from scalabl_server.cli.shared.options import LARGEST_SEED, MOST_SAMPLES, errors_as_messages
+from scalabl_server.cli.shared.options import LARGEST_SEED, MOST_SAMPLES
 
 export = typer.Typer(help="Write an adapter in another project's format.", no_args_is_help=True)
 
@@ -31,14 +31,13 @@ def export_peft_command(
     draw_scheme: Annotated[Scheme, typer.Option(help="How posterior samples are drawn.")] = DEFAULT_SCHEME,
 ) -> None:
     """Write K posterior samples as K LoRA directories that PEFT can load."""
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.adapter_directory import read_config
-        from scalabl.files.peft_export import export_peft
+    from scalabl.base.pretrained import load_skeleton
+    from scalabl.files.adapter_directory import read_config
+    from scalabl.files.peft_export import export_peft
 
-        skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
-        names = export_peft(adapter, output, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
-        typer.echo(f"wrote {output}: {names[0]} … {names[-1]}" if len(names) > 1 else f"wrote {output}: {names[0]}")
+    skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
+    names = export_peft(adapter, output, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
+    typer.echo(f"wrote {output}: {names[0]} … {names[-1]}" if len(names) > 1 else f"wrote {output}: {names[0]}")
 
 
 @export.command("vllm")
@@ -60,12 +59,11 @@ def export_vllm_command(
 
     Prints the arguments for vLLM's --lora-modules, one name=folder per line.
     """
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_skeleton
-        from scalabl.files.adapter_directory import read_config
-        from scalabl.files.sample_loras import SampleLoras
+    from scalabl.base.pretrained import load_skeleton
+    from scalabl.files.adapter_directory import read_config
+    from scalabl.files.sample_loras import SampleLoras
 
-        skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
-        loras = SampleLoras.read(adapter, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
-        for name in loras.all_names:
-            typer.echo(f"{name}={loras.write(output, name).absolute()}")
+    skeleton, _ = load_skeleton(model or read_config(adapter).base_model_name_or_path)
+    loras = SampleLoras.read(adapter, skeleton, num_samples=num_samples, seed=seed, scheme=draw_scheme)
+    for name in loras.all_names:
+        typer.echo(f"{name}={loras.write(output, name).absolute()}")

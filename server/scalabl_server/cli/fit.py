@@ -23,7 +23,6 @@ from scalabl_server.cli.shared.labelled_data import (
 )
 from scalabl_server.cli.shared.options import (
     command_for,
-    errors_as_messages,
     given_labels,
     own_head_task,
     task_of,
@@ -95,45 +94,44 @@ def _fit(
     The means stay as they are. Their uncertainty comes from how sharply the rows determine them (a Laplace approximation).
     A former posterior and calibration are replaced, so calibrate afterwards. The same command resumes an interrupted fit.
     """
-    with errors_as_messages():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        from scalabl.base.pretrained import load_pretrained
-        from scalabl.evaluation.dataset.examples import read_rows
-        from scalabl.evaluation.encoded import encode_examples
-        from scalabl.files.adapter_directory import adapter_from
-        from scalabl.files.peft_import import is_peft
-        from scalabl.prompt import Prompter
-        from scalabl.training.posterior_fit import check_output, check_size, fit_posterior, write_fit
+    from scalabl.base.pretrained import load_pretrained
+    from scalabl.evaluation.dataset.examples import read_rows
+    from scalabl.evaluation.encoded import encode_examples
+    from scalabl.files.adapter_directory import adapter_from
+    from scalabl.files.peft_import import is_peft
+    from scalabl.prompt import Prompter
+    from scalabl.training.posterior_fit import check_output, check_size, fit_posterior, write_fit
 
-        columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
-        rows = read_rows(data, columns)
-        options = LoraOptions(kind, template, chat, choice_prefix, special_tokens_in_text, base_model_name, given)
-        from_lora = is_peft(adapter)
-        target = output or adapter
-        check_output(adapter, target, from_lora=from_lora, overwrite=overwrite)
-        base, config, weights = (_lora if from_lora else _adapter)(adapter, model, options, rows)
-        examples = examples_for(config.task, rows)
-        held_out = None if validation is None else examples_for(config.task, read_rows(validation, columns))
-        check_size(sum(t.shape[-1] for name, t in weights.items() if name.endswith(".s_mean")), settings)
-        pretrained = load_pretrained(base, device=device, dtype="float32")
-        prompter = Prompter(config.task, pretrained.tokenizer)
-        training_set = encode_examples(prompter, examples, pretrained.max_tokens)
-        validation_set = None if held_out is None else encode_examples(prompter, held_out, pretrained.max_tokens)
-        with tqdm(total=min(settings.max_rows, len(examples)), desc=Path(rows.name).name, unit="row") as bar:
-            fitted = fit_posterior(
-                adapter_from(pretrained.model, config, weights),
-                training_set,
-                settings,
-                target,
-                held_out=validation_set,
-                overwrite=overwrite,
-                on_progress=bar.update,
-            )
-        write_fit(adapter, target, fitted, overwrite=overwrite)
-        for note in fitted.notes:
-            typer.echo(f"note: {note}", err=True)
-        typer.echo(json.dumps(fitted.report, indent=2))
+    columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
+    rows = read_rows(data, columns)
+    options = LoraOptions(kind, template, chat, choice_prefix, special_tokens_in_text, base_model_name, given)
+    from_lora = is_peft(adapter)
+    target = output or adapter
+    check_output(adapter, target, from_lora=from_lora, overwrite=overwrite)
+    base, config, weights = (_lora if from_lora else _adapter)(adapter, model, options, rows)
+    examples = examples_for(config.task, rows)
+    held_out = None if validation is None else examples_for(config.task, read_rows(validation, columns))
+    check_size(sum(t.shape[-1] for name, t in weights.items() if name.endswith(".s_mean")), settings)
+    pretrained = load_pretrained(base, device=device, dtype="float32")
+    prompter = Prompter(config.task, pretrained.tokenizer)
+    training_set = encode_examples(prompter, examples, pretrained.max_tokens)
+    validation_set = None if held_out is None else encode_examples(prompter, held_out, pretrained.max_tokens)
+    with tqdm(total=min(settings.max_rows, len(examples)), desc=Path(rows.name).name, unit="row") as bar:
+        fitted = fit_posterior(
+            adapter_from(pretrained.model, config, weights),
+            training_set,
+            settings,
+            target,
+            held_out=validation_set,
+            overwrite=overwrite,
+            on_progress=bar.update,
+        )
+    write_fit(adapter, target, fitted, overwrite=overwrite)
+    for note in fitted.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(json.dumps(fitted.report, indent=2))
 
 
 def _adapter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from scalabl.errors import ScalaBLError
-from scalabl_server.cli.shared.options import command_for, errors_as_messages
+from scalabl_server.cli.shared.options import command_for
 from scalabl_server.settings import ServeSettings
 
 
@@ -15,10 +15,9 @@ def _serve(settings: ServeSettings) -> None:
     from scalabl_server.observe import logs
 
     logs.configure(settings.log_level, settings.log_format)
-    with errors_as_messages():
-        failure = listen.run(settings)
-        if isinstance(failure, ScalaBLError):
-            raise failure
+    failure = listen.run(settings)
+    if isinstance(failure, ScalaBLError):
+        raise failure
     if failure is not None:
         raise typer.Exit(1)  # already logged with its traceback
 

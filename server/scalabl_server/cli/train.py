@@ -15,7 +15,6 @@ from scalabl_server.cli.shared.labelled_data import ROWS_HELP, LabelColumn, Text
 from scalabl_server.cli.shared.options import (
     SpecialTokens,
     command_for,
-    errors_as_messages,
     given_labels,
     own_head_task,
     split,
@@ -103,76 +102,71 @@ def _train(
         if init_from is not None and value is not None:
             raise typer.BadParameter("the LoRA of --init-from sets this value; leave the option out", param_hint=option)
     targets = target_modules or "q_proj,v_proj,lm_head"
-    with errors_as_messages():
-        from scalabl.base.pretrained import load_pretrained, load_skeleton, longest_prompt
-        from scalabl.base.targets import is_pattern, targets_of
-        from scalabl.config import AdapterConfig
-        from scalabl.evaluation.encoded import encode_examples
-        from scalabl.files.peft_import import adapter_of, read_peft
-        from scalabl.prompt import Prompter
-        from scalabl.training.members import train_members
-        from scalabl.training.run_folder import Origin, TrainingRun, find_run, recorded_chat_date
-        from scalabl.training.trainer import StartingPoint, train_adapter
+    from scalabl.base.pretrained import load_pretrained, load_skeleton, longest_prompt
+    from scalabl.base.targets import is_pattern, targets_of
+    from scalabl.config import AdapterConfig
+    from scalabl.evaluation.encoded import encode_examples
+    from scalabl.files.peft_import import adapter_of, read_peft
+    from scalabl.prompt import Prompter
+    from scalabl.training.members import train_members
+    from scalabl.training.run_folder import Origin, TrainingRun, find_run, recorded_chat_date
+    from scalabl.training.trainer import StartingPoint, train_adapter
 
-        if layers_to_transform is not None and is_pattern(targets):
-            raise typer.BadParameter(
-                f"--target-modules {targets} chooses the layers itself; leave this option out",
-                param_hint="--layers-to-transform",
-            )
-        lora = read_peft(init_from) if init_from is not None else None
-        columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
-        if lora is not None and lora.head is not None:
-            given = given or lora.labels
-            if given is None:
-                raise typer.BadParameter(
-                    "name the classes of the LoRA's head, in the order of its rows", param_hint="--label"
-                )
-        data = training_examples(kind, train, validation, columns, given)
-        chat_date = recorded_chat_date(output) if chat and not overwrite else None
-        with usage_errors():
-            task = (
-                task_of(kind, template, chat, choice_prefix, data.choices, special_tokens_in_text, chat_date=chat_date)
-                if head == "vocabulary"
-                else own_head_task(template, chat, data.choices, special_tokens_in_text, kind, chat_date)
-            )
-            config = AdapterConfig(
-                base_model_name_or_path=base_model_name or model,
-                r=8 if r is None else r,
-                lora_alpha=16.0 if lora_alpha is None else lora_alpha,
-                target_modules=(targets,) if is_pattern(targets) else split(targets),
-                layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
-                prior_std=prior_std,
-                task=task,
-            )
-        skeleton, tokenizer = load_skeleton(model)
-        prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
-        modules = targets_of(skeleton, targets if is_pattern(targets) else config.target_modules) if lora is None else ()
-        resolved = {"task": prompter.resolved_task, "target_modules": modules}
-        config, start = config.model_copy(update=resolved), None
-        if lora is not None:
-            recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
-            config, tensors = adapter_of(lora, skeleton, config.task, **recorded)
-            start = StartingPoint(tensors, Origin(name=str(init_from), sha256=lora.sha256))
-        training_set, validation_set = (
-            encode_examples(prompter, rows, max_tokens) for rows in (data.training, data.validation)
+    if layers_to_transform is not None and is_pattern(targets):
+        raise typer.BadParameter(
+            f"--target-modules {targets} chooses the layers itself; leave this option out",
+            param_hint="--layers-to-transform",
         )
-        if members > 1:
-            with usage_errors():
-                config = AdapterConfig.model_validate({**config.model_dump(), "members": members, "format_version": 2})
-        origin = None if start is None else start.origin
-        planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
-        # Refuses another run's folder before the base model is loaded.
-        if find_run(output, planned, overwrite=overwrite) is None:
-            warn(*data.warnings)
-        if head == "vocabulary":
-            _show_tokens(prompter)
-        pretrained = load_pretrained(model, device=device, dtype="float32")
-        run = partial(train_members, on_member=partial(_announce, members)) if members > 1 else train_adapter
-        trained = run(pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite)
-        if trained.was_finished:
-            typer.echo(f"{output} holds this run's finished adapter; nothing was done")
-        else:
-            typer.echo(json.dumps(trained.metrics))
+    lora = read_peft(init_from) if init_from is not None else None
+    columns, given = columns_of(text_column, label_column), given_labels(labels, label) if labels or label else None
+    if lora is not None and lora.head is not None:
+        given = given or lora.labels
+        if given is None:
+            raise typer.BadParameter("name the classes of the LoRA's head, in the order of its rows", param_hint="--label")
+    data = training_examples(kind, train, validation, columns, given)
+    chat_date = recorded_chat_date(output) if chat and not overwrite else None
+    with usage_errors():
+        task = (
+            task_of(kind, template, chat, choice_prefix, data.choices, special_tokens_in_text, chat_date=chat_date)
+            if head == "vocabulary"
+            else own_head_task(template, chat, data.choices, special_tokens_in_text, kind, chat_date)
+        )
+        config = AdapterConfig(
+            base_model_name_or_path=base_model_name or model,
+            r=8 if r is None else r,
+            lora_alpha=16.0 if lora_alpha is None else lora_alpha,
+            target_modules=(targets,) if is_pattern(targets) else split(targets),
+            layers_to_transform=split(layers_to_transform) if layers_to_transform else None,
+            prior_std=prior_std,
+            task=task,
+        )
+    skeleton, tokenizer = load_skeleton(model)
+    prompter, max_tokens = Prompter(config.task, tokenizer), longest_prompt(skeleton.config, tokenizer)
+    modules = targets_of(skeleton, targets if is_pattern(targets) else config.target_modules) if lora is None else ()
+    resolved = {"task": prompter.resolved_task, "target_modules": modules}
+    config, start = config.model_copy(update=resolved), None
+    if lora is not None:
+        recorded = {"base_model_name_or_path": config.base_model_name_or_path, "prior_std": prior_std}
+        config, tensors = adapter_of(lora, skeleton, config.task, **recorded)
+        start = StartingPoint(tensors, Origin(name=str(init_from), sha256=lora.sha256))
+    training_set, validation_set = (encode_examples(prompter, rows, max_tokens) for rows in (data.training, data.validation))
+    if members > 1:
+        with usage_errors():
+            config = AdapterConfig.model_validate({**config.model_dump(), "members": members, "format_version": 2})
+    origin = None if start is None else start.origin
+    planned = TrainingRun.of(config, recipe, training_set, validation_set, origin)
+    # Refuses another run's folder before the base model is loaded.
+    if find_run(output, planned, overwrite=overwrite) is None:
+        warn(*data.warnings)
+    if head == "vocabulary":
+        _show_tokens(prompter)
+    pretrained = load_pretrained(model, device=device, dtype="float32")
+    run = partial(train_members, on_member=partial(_announce, members)) if members > 1 else train_adapter
+    trained = run(pretrained.model, config, recipe, training_set, validation_set, output, start, overwrite=overwrite)
+    if trained.was_finished:
+        typer.echo(f"{output} holds this run's finished adapter; nothing was done")
+    else:
+        typer.echo(json.dumps(trained.metrics))
 
 
 def _show_tokens(prompter: Prompter) -> None:

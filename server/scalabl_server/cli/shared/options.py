@@ -19,7 +19,6 @@ from pydantic_core import PydanticUndefined
 
 from scalabl.config import CLASSIFICATION_TEMPLATE, MULTIPLE_CHOICE_TEMPLATE, SpecialTokensInText, Task, TaskKind
 from scalabl.errors import DatasetError
-from scalabl_server.cli.shared.failures import errors_as_messages as errors_as_messages
 
 SpecialTokens = Annotated[
     SpecialTokensInText,
