@@ -92,7 +92,8 @@ def _fit(
     """Fit a posterior around a trained adapter or LoRA from its training rows, without training.
 
     The means stay as they are. Their uncertainty comes from how sharply the rows determine them (a Laplace approximation).
-    A former posterior and calibration are replaced, so calibrate afterwards. The same command resumes an interrupted fit.
+    A former posterior and calibration are replaced, and a novelty reference is removed, so calibrate afterwards. The same
+    command resumes an interrupted fit.
     """
     from tqdm import tqdm
 
