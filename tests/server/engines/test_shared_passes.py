@@ -74,8 +74,15 @@ def _together(client: TestClient, gate: Gate, bodies: Sequence[dict[str, Any]]) 
         assert gate.entered.wait(30)
         futures = [pool.submit(_ask, client, body) for body in bodies]
         inputs = sum(1 if isinstance(body["inputs"], str) else len(body["inputs"]) for body in bodies)
-        waiting = lifetime_of(client).admission
-        wait_until(lambda: waiting.inputs >= inputs)
+        batcher = lifetime_of(client).serving().batcher
+
+        def planned() -> int:
+            """The inputs that have reached the queue, of which some are in the next pass, chosen among all of them."""
+            slot = batcher._slot
+            chosen = 0 if slot is None else len(slot.inputs)
+            return 0 if batcher._stale or batcher._planning else chosen + len(batcher._queue)
+
+        wait_until(lambda: planned() == inputs)
         gate.open.set()
         first.result(30)
         return [future.result(30) for future in futures]
